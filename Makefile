@@ -1,0 +1,52 @@
+# Needs python3 (3.10 or newer) and make; everything else goes into .venv.
+#   make search BUDGET=25% ARGS="--seed 1"
+#   make test PYTEST_ARGS="-x tests/test_layering.py"
+
+PYTHON ?= python3
+VENV ?= .venv
+BUDGET ?= 3MFLOPs
+ARGS ?=
+PYTEST_ARGS ?=
+SEARCH_FLAGS = --budget $(BUDGET) $(ARGS)
+
+PY = $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help search test lint format check wheel clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+search: $(VENV)/.installed  ## set up, then search on the embedded data (BUDGET, ARGS)
+	$(PY) tools/search.py $(SEARCH_FLAGS)
+
+test: $(VENV)/.installed  ## set up, then run the tests (PYTEST_ARGS)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev  ## ruff check, ruff format --check, mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/.installed-dev  ## let ruff sort the imports and format
+	$(PY) -m ruff check --select I --fix .
+	$(PY) -m ruff format .
+
+check: lint test  ## lint, then test
+
+wheel: $(VENV)/.installed-dev  ## build the wheel into dist/
+	$(PY) -m build --wheel
+
+clean:  ## remove build products and caches; keeps .venv and runs/
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# The stamps are touched last: an interrupted installation is taken up again by the next make.
+$(VENV)/.installed: pyproject.toml
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -e '.[test]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PY) -m pip install -e '.[dev]'
+	touch $@

@@ -1,0 +1,206 @@
+"""One formula for every cost, so that search, derivation, report and export cannot disagree:
+
+    cost(p) = sum over sites s of  p[when of s] * sum over widths  p_in[i] * p_mid[m] * p_out[j] * T_s[i, m, j]
+
+With one-hot ``p`` it is the exact cost of an `Arch`; with the gates' probabilities it is the exact expectation, because
+the decisions are drawn independently of each other. No cost of an expected width appears anywhere: a latency is a
+staircase in width, and the staircase has to be in the expectation.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnas.arch import Arch, Decision, Option, Site, Space
+from dnas.units import Budget, UserError, show
+
+Form = Callable[..., np.ndarray]
+
+# Closed forms per operation. Slots and `fixed` numbers come as keywords; widths are broadcastable arrays.
+# `size` is the number of output positions (height * width), `size_in` that of the input of a strided block,
+# `se` the squeeze width (0: none).
+
+
+def _conv_macs(*, kernel, size, **width):
+    return width["in"] * width["out"] * kernel**2 * size
+
+
+def _linear_macs(**width):
+    return width["in"] * width["out"]
+
+
+def _squeeze_macs(mid, se):
+    return 2 * mid * se  # two 1x1 convolutions on one position
+
+
+def _separable_macs(*, kernel, size, se, **width):
+    return width["in"] * (kernel**2 * size + 2 * se) + width["in"] * width["out"] * size
+
+
+def _inverted_macs(*, kernel, size, size_in, se, mid, **width):
+    return width["in"] * mid * size_in + mid * kernel**2 * size + _squeeze_macs(mid, se) + mid * width["out"] * size
+
+
+def _fused_macs(*, kernel, size, size_in, se, mid, **width):
+    return width["in"] * mid * kernel**2 * size + _squeeze_macs(mid, se) + mid * width["out"] * size
+
+
+# Parameters: a norm has two a channel; squeeze-excite's convolutions have biases, no other convolution has one.
+
+
+def _squeeze_params(mid, se):
+    return 2 * mid * se + (mid + se) * (se > 0)
+
+
+def _conv_params(*, kernel, size, **width):
+    return (width["in"] * kernel**2 + 2) * width["out"]
+
+
+def _linear_params(**width):
+    return (width["in"] + 1) * width["out"]
+
+
+def _separable_params(*, kernel, size, se, **width):
+    return width["in"] * (kernel**2 + 2) + _squeeze_params(width["in"], se) + (width["in"] + 2) * width["out"]
+
+
+def _inverted_params(*, kernel, size, size_in, se, mid, **width):
+    return (width["in"] + 2 + kernel**2 + 2) * mid + _squeeze_params(mid, se) + (mid + 2) * width["out"]
+
+
+def _fused_params(*, kernel, size, size_in, se, mid, **width):
+    return (width["in"] * kernel**2 + 2) * mid + _squeeze_params(mid, se) + (mid + 2) * width["out"]
+
+
+CLOSED_FORMS: dict[str, dict[str, Form]] = {
+    "macs": {"conv": _conv_macs, "linear": _linear_macs, "ds": _separable_macs, "ir": _inverted_macs, "er": _fused_macs},
+    "params": {
+        "conv": _conv_params,
+        "linear": _linear_params,
+        "ds": _separable_params,
+        "ir": _inverted_params,
+        "er": _fused_params,
+    },
+}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A site's costs: ``table`` has one axis for each *distinct* width decision in ``axes``."""
+
+    table: np.ndarray
+    axes: tuple[str, ...]
+    when: tuple[tuple[str, int], ...]
+
+
+def _entry(site: Site, space: Space, form: Form) -> _Entry:
+    # A decision in two slots (a convolution inside one stream) is one axis: the diagonal is taken by construction.
+    axes = tuple(dict.fromkeys(w for w in site.widths.values() if isinstance(w, str)))
+    slots = {}
+    for slot, width in site.widths.items():
+        if isinstance(width, str):
+            shape = [-1 if axis == width else 1 for axis in axes]
+            slots[slot] = np.array(space.by_name[width].options, dtype=np.int64).reshape(shape)
+        else:
+            slots[slot] = np.int64(width)
+    shape = tuple(len(space.by_name[axis].options) for axis in axes)
+    table = np.broadcast_to(np.asarray(form(**slots, **site.fixed)), shape)
+    when = tuple((name, space.by_name[name].index(option)) for name, option in site.when)
+    return _Entry(table.astype(np.float64), axes, when)
+
+
+class CostTable:
+    """What every site costs under every answer, for one metric. Build it with `CostTable.build`."""
+
+    def __init__(self, space: Space, metric: str, entries: tuple[_Entry, ...]) -> None:
+        self.space, self.metric, self._entries = space, metric, entries
+        self._tensors: dict[torch.device, list[Tensor]] = {}
+        self._touching: dict[str, list[_Entry]] = {d.name: [] for d in space.decisions}
+        for entry in entries:
+            for name in {*entry.axes, *(name for name, _ in entry.when)}:
+                self._touching[name].append(entry)
+
+    @classmethod
+    def build(cls, space: Space, metric: str) -> "CostTable":
+        """Closed-form costs for ``"macs"`` or ``"params"``. KeyError for another metric or an unknown operation."""
+        forms = CLOSED_FORMS[metric]
+        return cls(space, metric, tuple(_entry(site, space, forms[site.op]) for site in space.sites))
+
+    def expected(self, probabilities: Mapping[str, Tensor]) -> Tensor:
+        """The formula above: a float64 scalar, differentiable in ``probabilities`` ([number of options] each)."""
+        device = next(iter(probabilities.values())).device
+        if device not in self._tensors:
+            self._tensors[device] = [torch.from_numpy(e.table).to(device) for e in self._entries]
+        p = {name: value.double() for name, value in probabilities.items()}
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for entry, table in zip(self._entries, self._tensors[device], strict=True):
+            for axis in reversed(entry.axes):
+                table = table @ p[axis]
+            for name, index in entry.when:
+                table = table * p[name][index]
+            total = total + table
+        return total
+
+    def of(self, arch: Mapping[str, Option]) -> int | float:
+        """The exact cost of one architecture: the same sum, at one-hot probabilities."""
+        at = {name: self.space.by_name[name].index(option) for name, option in arch.items()}
+        total = sum(
+            float(entry.table[tuple(at[axis] for axis in entry.axes)])
+            for entry in self._entries
+            if all(at.get(name) == index for name, index in entry.when)
+        )
+        return int(total) if float(total).is_integer() else total
+
+    def along(self, decision: Decision, at: Mapping[str, int]) -> np.ndarray:
+        """Cost of the sites that ``decision`` touches, for each of its options, all other answers held.
+
+        ``at`` gives the option *index* of every decision, those without effect included.
+        """
+        total = np.zeros(len(decision.options))
+        for entry in self._touching[decision.name]:
+            gates = [(name, index) for name, index in entry.when if name != decision.name]
+            if any(at[name] != index for name, index in gates):
+                continue
+            costs = entry.table[tuple(slice(None) if a == decision.name else at[a] for a in entry.axes)]
+            own = [index for name, index in entry.when if name == decision.name]
+            if own:
+                total[own[0]] += costs
+            else:
+                total += costs
+        return total
+
+    def extremes(self, live: Mapping[str, Sequence[int]] | None = None) -> tuple[Arch, Arch]:
+        """The cheapest and the dearest `Arch` of the space, or of its ``live`` options (decision -> indices).
+
+        Exact if costs rise with every width and a site depends on one choice and on its own layer's keep (closed
+        forms do; a measured table need not, and then it is a coordinate-wise optimum).
+        """
+        live = live or {d.name: range(len(d.options)) for d in self.space.decisions}
+        ends = []
+        for best, edge in ((np.argmin, 0), (np.argmax, -1)):
+            at = {name: options[edge] for name, options in live.items()}
+            for d in reversed(self.space.decisions):  # inner choices first, then those that they depend on
+                if not d.is_width:
+                    given = at | {name: self.space.by_name[name].index(option) for name, option in d.when}
+                    at[d.name] = live[d.name][int(best(self.along(d, given)[list(live[d.name])]))]
+            ends.append(self.space.complete({d.name: d.options[at[d.name]] for d in self.space.decisions}))
+        return ends[0], ends[1]
+
+    def without(self, gone: set[str]) -> "CostTable":
+        """The table of what is left when these decisions are no more, because the blocks they are in were removed."""
+        return CostTable(self.space, self.metric, tuple(e for e in self._entries if gone.isdisjoint(e.axes)))
+
+
+def resolve_budgets(tables: Mapping[str, CostTable], budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
+    """Percentages made absolute; UserError unless every limit can be kept and at least one of them can bind."""
+    ranges = {b.metric: tuple(tables[b.metric].of(arch) for arch in tables[b.metric].extremes()) for b in budgets}
+    resolved = tuple(b.resolve(ranges[b.metric][1]) for b in budgets)
+    for given, b in zip(budgets, resolved, strict=True):
+        low, high = ranges[b.metric]
+        if b.limit < low or all(other.limit > ranges[other.metric][1] for other in resolved):
+            reach = f"{show(b.metric, low)} to {show(b.metric, high)}"
+            raise UserError(f"budget {given} is out of reach: the networks of this search space have {reach}")
+    return resolved

@@ -1,0 +1,328 @@
+"""From probabilities to one architecture inside the budget, by construction; also the uniform and the random nets.
+
+All three are the same question: of all networks with a cost in [0.98, 1.00] x budget, which one do the given
+log-likelihoods like best? They differ in the likelihoods only.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from dnas.arch import KEEP, Arch, Decision, Space
+from dnas.cost import CostTable
+from dnas.gates import MarkovGate
+from dnas.prunode import PairGate
+from dnas.supernet import Supernet
+from dnas.units import Budget, UserError, show
+
+BAND = 0.98
+Likelihood = Mapping[str, np.ndarray]  # decision -> log-likelihood of each option, -inf: not to be had
+
+
+class _Walker:
+    """One network as option indices of every decision, with the cost ratios kept up to date while it changes."""
+
+    def __init__(self, space: Space, tables: Sequence[CostTable], limits: Sequence[float], like: Likelihood) -> None:
+        self.space, self.tables, self.limits, self.like = space, tables, limits, like
+        self.at = {d.name: int(np.argmax(like[d.name])) for d in space.decisions}
+        self.children: dict[str, list[Decision]] = {d.name: [] for d in space.decisions}
+        for d in space.decisions:
+            if d.when:
+                self.children[d.when[-1][0]].append(d)
+        self.whens = {d.name: [(n, space.by_name[n].index(o)) for n, o in d.when] for d in space.decisions}
+        self.refresh()
+
+    def refresh(self) -> None:
+        arch = self.arch()
+        self.costs = [t.of(arch) for t in self.tables]
+
+    def arch(self) -> Arch:
+        return self.space.complete({d.name: d.options[self.at[d.name]] for d in self.space.decisions})
+
+    def is_active(self, d: Decision) -> bool:
+        return all(self.at[name] == index for name, index in self.whens[d.name])
+
+    def active(self) -> list[Decision]:
+        return [d for d in self.space.decisions if self.is_active(d)]
+
+    @property
+    def ratio(self) -> float:
+        """Cost over limit, of the metric that binds."""
+        return max(c / limit for c, limit in zip(self.costs, self.limits, strict=True))
+
+    def ratios(self, d: Decision) -> np.ndarray:
+        """The ratio for each option of ``d``, all other answers held."""
+        rows = []
+        for table, cost, limit in zip(self.tables, self.costs, self.limits, strict=True):
+            along = table.along(d, self.at)
+            rows.append((cost + along - along[self.at[d.name]]) / limit)
+        return np.max(rows, 0)
+
+    def subtree(self, d: Decision, index: int) -> float:
+        """Log-likelihood of one option of ``d`` with the answers that it makes matter."""
+        below = [c for c in self.children[d.name] if self.whens[c.name][-1][1] == index]
+        return float(self.like[d.name][index]) + sum(self.subtree(c, self.at[c.name]) for c in below)
+
+    def likes(self, d: Decision) -> np.ndarray:
+        return np.array([self.subtree(d, k) for k in range(len(d.options))])
+
+    def log_likelihood(self) -> float:
+        return sum(float(self.like[d.name][self.at[d.name]]) for d in self.active())
+
+    def move(self, d: Decision, index: int) -> None:
+        for k, table in enumerate(self.tables):
+            along = table.along(d, self.at)
+            self.costs[k] += along[index] - along[self.at[d.name]]
+        self.at[d.name] = index
+
+    def ascend(self, multiplier: float) -> None:
+        """Coordinate ascent on log-likelihood - multiplier * ratio until nothing moves."""
+        for _ in range(50):
+            moved = False
+            for d in reversed(self.space.decisions):
+                own = [(n, i) for n, i in self.whens[d.name] if self.at[n] != i]
+                if own:  # without effect now: choose as if it had, for the choice above it to compare by
+                    held = dict(self.at)
+                    self.at |= dict(own)
+                    costs = [t.along(d, self.at) / limit for t, limit in zip(self.tables, self.limits, strict=True)]
+                    score = self.likes(d) - multiplier * np.max(costs, 0)
+                    self.at = held
+                    self.at[d.name] = int(np.argmax(score))
+                    continue
+                score = self.likes(d) - multiplier * self.ratios(d)
+                best = int(np.argmax(score))
+                if score[best] > score[self.at[d.name]] + 1e-12:
+                    self.move(d, best)
+                    moved = True
+            if not moved:
+                break
+        self.refresh()
+
+
+def in_band(ratio: float) -> bool:
+    return BAND <= ratio <= 1.0
+
+
+def enumerate_archs(space: Space) -> Iterator[Arch]:
+    """Every network of a (small) space once."""
+
+    def walk(k: int, answers: dict) -> Iterator[Arch]:
+        if k == len(space.decisions):
+            yield Arch(answers)
+            return
+        d = space.decisions[k]
+        matters = all(answers.get(name) == option for name, option in d.when)
+        for option in d.options if matters else (None,):
+            yield from walk(k + 1, {**answers, d.name: option} if matters else answers)
+
+    return walk(0, {})
+
+
+def derive(
+    space: Space, tables: Mapping[str, CostTable], budgets: Sequence[Budget], like: Likelihood, exact_below: int = 20_000
+) -> Arch:
+    """The likeliest `Arch` whose cost keeps every budget and reaches 98 % of at least one.
+
+    Exact by enumeration for small spaces. Otherwise coordinate ascent with a multiplier on the cost, found by
+    bisection, then single and paired moves inside the band; paired moves also mend a net that missed the band.
+
+    Raises:
+        UserError: no network in the band was found; the nearest costs are named.
+    """
+    used, limits = [tables[b.metric] for b in budgets], [b.limit for b in budgets]
+    if space.num_archs() <= exact_below:
+        return _exact(space, used, limits, like, budgets)
+    walker = _Walker(space, used, limits, like)
+    found: list[tuple[float, dict[str, int]]] = []
+    nearest = {"below": 0.0, "above": np.inf}
+    starts: list[dict[str, int]] = []
+    low, high = -1e5, 1e5  # of a multiplier: large ones mean small nets
+    for _ in range(40):
+        middle = float(np.sinh((np.arcsinh(low * 1e3) + np.arcsinh(high * 1e3)) / 2) / 1e3)
+        walker.at = {d.name: int(np.argmax(like[d.name])) for d in space.decisions}
+        walker.refresh()
+        walker.ascend(middle)
+        starts.append(dict(walker.at))
+        if in_band(walker.ratio):
+            found.append((walker.log_likelihood(), dict(walker.at)))
+        if walker.ratio <= 1:
+            high, nearest["below"] = middle, max(nearest["below"], walker.ratio)
+        else:
+            low, nearest["above"] = middle, min(nearest["above"], walker.ratio)
+    for at in starts[-6:] if not found else []:
+        walker.at = dict(at)
+        walker.refresh()
+        if _enter_band(walker):
+            found.append((walker.log_likelihood(), dict(walker.at)))
+    if not found:
+        b = budgets[0]
+        costs = ", ".join(show(b.metric, r * b.limit) for r in nearest.values() if 0 < r < np.inf)
+        raise UserError(f"no network of this space costs 98 to 100 % of {b}; the nearest found cost {costs}")
+    walker.at = max(found, key=lambda f: f[0])[1]
+    walker.refresh()
+    _polish(walker)
+    return walker.arch()
+
+
+def _exact(space: Space, tables: Sequence[CostTable], limits: Sequence[float], like: Likelihood, budgets: Sequence[Budget]) -> Arch:
+    best: tuple[float, Arch | None] = (-np.inf, None)
+    ratios = []
+    for arch in enumerate_archs(space):
+        ratio = max(t.of(arch) / limit for t, limit in zip(tables, limits, strict=True))
+        ratios.append(ratio)
+        if in_band(ratio):
+            score = sum(float(like[n][space.by_name[n].index(o)]) for n, o in arch.items())
+            best = max(best, (score, arch), key=lambda b: b[0])
+    if best[1] is None:
+        b = budgets[0]
+        below = max((r for r in ratios if r <= 1), default=None)
+        above = min((r for r in ratios if r > 1), default=None)
+        costs = " and ".join(show(b.metric, r * b.limit) for r in (below, above) if r)
+        raise UserError(f"no network of this space costs 98 to 100 % of {b}; the nearest cost {costs}")
+    return best[1]
+
+
+def _enter_band(walker: _Walker) -> bool:
+    """Single moves, then pairs of moves, into the band: the likeliest that lands, else the one that comes nearest."""
+
+    def gap(ratio: np.ndarray | float) -> np.ndarray | float:
+        return np.abs(ratio - (1 + BAND) / 2)
+
+    for _ in range(200):
+        if in_band(walker.ratio):
+            return True
+        best: tuple[float, float] | None = None
+        move: tuple[Decision, int] | None = None
+        for d in walker.active():
+            ratios, likes = walker.ratios(d), walker.likes(d)
+            for k in np.flatnonzero(np.isfinite(likes)):
+                lands = in_band(ratios[k])
+                key = (0.0 if lands else float(gap(ratios[k])), float(likes[walker.at[d.name]] - likes[k]))
+                if best is None or key < best:
+                    best, move = key, (d, int(k))
+        if move is None or best is None or best[0] >= gap(walker.ratio) - 1e-12:
+            return _pair_into_band(walker)
+        walker.move(*move)
+        walker.refresh()
+    return False
+
+
+def _pair_into_band(walker: _Walker) -> bool:
+    best: tuple[float, dict[str, int]] | None = None
+    for d in walker.active():
+        here = walker.at[d.name]
+        for k in np.flatnonzero(np.isfinite(walker.likes(d))):
+            if k == here:
+                continue
+            walker.move(d, int(k))
+            for e in walker.active():
+                ratios, likes = walker.ratios(e), walker.likes(e)
+                ok = np.flatnonzero((ratios >= BAND) & (ratios <= 1) & np.isfinite(likes))
+                for j in ok:
+                    loss = walker.log_likelihood() + likes[j] - likes[walker.at[e.name]]
+                    if best is None or loss > best[0]:
+                        best = (float(loss), {**walker.at, e.name: int(j)})
+            walker.move(d, here)
+    if best is None:
+        return False
+    walker.at = best[1]
+    walker.refresh()
+    return in_band(walker.ratio)
+
+
+def _polish(walker: _Walker) -> None:
+    """Single moves, and pairs of neighbouring widths (one up, one down), while they raise the likelihood in the band."""
+    for _ in range(30):
+        best, moves = 1e-9, None
+        for d in walker.active():
+            ratios, likes, here = walker.ratios(d), walker.likes(d), walker.at[d.name]
+            gains = np.where((ratios >= BAND) & (ratios <= 1), likes - likes[here], -np.inf)
+            if (k := int(np.argmax(gains))) != here and gains[k] > best:
+                best, moves = float(gains[k]), [(d, k)]
+            for step in (-1, 1) if d.is_width else ():
+                if not 0 <= here + step < len(d.options) or not np.isfinite(likes[here + step]):
+                    continue
+                lost = likes[here + step] - likes[here]
+                walker.move(d, here + step)
+                for e in walker.active():
+                    r, lk = walker.ratios(e), walker.likes(e)
+                    gains = np.where((r >= BAND) & (r <= 1), lk - lk[walker.at[e.name]] + lost, -np.inf)
+                    if (j := int(np.argmax(gains))) != walker.at[e.name] and gains[j] > best:
+                        best, moves = float(gains[j]), [(d, here + step), (e, j)]
+                walker.move(d, here)
+        if moves is None:
+            break
+        for d, k in moves:
+            walker.move(d, k)
+        walker.refresh()
+
+
+def gate_likelihood(net: Supernet) -> dict[str, np.ndarray]:
+    """Log-probabilities of the gates; what was cut off is not to be had.
+
+    A pair of inner widths knows two widths only: widths near it are given likelihood that falls by e a grid step, so
+    that the budget can be met exactly.
+    """
+    like = {d.name: np.zeros(len(d.options)) for d in net.space.decisions}
+    live = net.live_options()
+    for name, gate in net.gates().items():
+        p = gate.probabilities().detach().double().cpu().numpy()
+        if isinstance(gate, PairGate):
+            steps = np.abs(np.arange(len(p))[:, None] - np.array([gate.low, gate.high])[None])
+            p = np.exp(-steps) @ p[[gate.low, gate.high]] / 2
+        like[name] = np.log(np.maximum(p, 1e-30))
+        if isinstance(gate, MarkovGate) or not isinstance(gate, PairGate):
+            dead = np.setdiff1d(np.arange(len(p)), live[name])
+            like[name][dead] = -np.inf
+    return like
+
+
+def uniform_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequence[Budget]) -> Arch:
+    """The base net with every width scaled alike, at equal cost: what a search has to beat.
+
+    The scale is found by bisection; then the network in the band that is nearest to it, in squared log widths. Where
+    the base blocks are too cheap for the budget even at full width, a few layers take dearer ones.
+    """
+
+    def likelihood(scale: float) -> dict[str, np.ndarray]:
+        like = {}
+        for d in space.decisions:
+            if d.is_width:
+                like[d.name] = -np.log(np.array(d.options, dtype=float) / (scale * float(d.base))) ** 2
+            else:
+                like[d.name] = np.where(np.array(d.options) == (KEEP if KEEP in d.options else d.base), 0.0, -1e3)
+        return like
+
+    low, high = 0.01, 4.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        like = likelihood(middle)
+        arch = space.complete({d.name: d.options[int(np.argmax(like[d.name]))] for d in space.decisions})
+        fits = all(tables[b.metric].of(arch) <= b.limit for b in budgets)
+        low, high = (middle, high) if fits else (low, middle)
+    return derive(space, tables, budgets, likelihood(low), exact_below=0)
+
+
+def random_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequence[Budget], seed: int) -> Arch:
+    """A random network in the band: every answer drawn evenly, then random decisions redrawn towards the band.
+
+    Plain rejection would almost never end for budgets far from the middle of the space; the walk keeps what it can of
+    the even draw, and so its nets are not exactly uniform over the band.
+    """
+    rng = np.random.default_rng(seed)
+    flat = {d.name: np.zeros(len(d.options)) for d in space.decisions}
+    walker = _Walker(space, [tables[b.metric] for b in budgets], [b.limit for b in budgets], flat)
+    for _ in range(100):
+        walker.at = {d.name: int(rng.integers(len(d.options))) for d in space.decisions}
+        walker.refresh()
+        for _ in range(2000):
+            if in_band(walker.ratio):
+                return walker.arch()
+            active = walker.active()
+            d = active[rng.integers(len(active))]
+            ratios, here = walker.ratios(d), walker.ratio
+            towards = np.flatnonzero(ratios < here if here > 1 else (ratios > here) & (ratios <= 1))
+            if len(towards):
+                walker.move(d, int(rng.choice(towards)))
+                walker.refresh()
+    raise UserError(f"no random network of this space costs 98 to 100 % of {budgets[0]}")

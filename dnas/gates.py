@@ -1,0 +1,82 @@
+"""The Markov width gate (DMCP) and the relaxations that all gates share, as pure functions of logits.
+
+A gate answers one decision. Every gate has ``probabilities()``, the explicit distribution over the *original* options
+(zero where an option was cut off), which is what the expected cost is taken over; ``soft(...)``, what the supernet
+multiplies by while the gates learn; and ``draw(...)``, one hard answer while the weights learn.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def marginals(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Keep-probabilities of the groups of a Markov chain, [G] logits -> [G + 1], the first one 1.
+
+    ``P(s_k) = prod_{i <= k} sigmoid(logit_i / temperature)`` (DMCP, eq. 5; the paper has no temperature). Computed in
+    logarithms: a product of 40 small factors would underflow in half precision.
+    """
+    return torch.cat([logits.new_ones(1), torch.cumsum(nn.functional.logsigmoid(logits / temperature), 0).exp()])
+
+
+def chain_distribution(keep: Tensor) -> Tensor:
+    """Distribution of where the chain stops, ``P(width = k) = P(s_k) - P(s_{k+1})``, from `marginals`, [G + 1] each."""
+    return keep - torch.cat([keep[1:], keep.new_zeros(1)])
+
+
+def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
+    """A relaxed one-hot sample, [N] -> [N]: ``softmax((logits + g) / temperature)`` with g ~ Gumbel(0, 1).
+
+    As torch.nn.functional.gumbel_softmax, but with its own generator, so that a search can be repeated.
+    """
+    uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
+    noise = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
+    return torch.softmax((logits + noise.to(logits)) / temperature, 0)
+
+
+def draw_index(probabilities: Tensor, generator: torch.Generator | None = None) -> int:
+    """One index drawn from [N] probabilities (on the CPU, where the generator lives)."""
+    return int(torch.multinomial(probabilities.detach().double().cpu(), 1, generator=generator))
+
+
+class MarkovGate(nn.Module):
+    """DMCP's gate over a grid of widths (Guo et al., CVPR 2020): group k stays only if group k-1 does.
+
+    ``alpha`` holds a logit a group beyond the first, which always stays. Deviations from the paper: widths lie on any
+    ascending grid; ``alpha`` starts so that the last group has the marginal ``survival`` whatever the number of groups
+    (0.65 is alpha = +3 with the paper's 9 groups; alpha = 0 would start a search at 5 % of the dense FLOPs); a
+    temperature sharpens the chain towards the end of a search.
+    """
+
+    def __init__(self, widths: Sequence[int], survival: float = 0.65) -> None:
+        super().__init__()
+        self.widths = list(widths)  # the live ones; cutting shortens this list and alpha
+        self.num_options = len(widths)
+        self.temperature = 1.0
+        p = torch.tensor(survival, dtype=torch.float64) ** (1 / max(1, len(widths) - 1))
+        self.alpha = nn.Parameter(torch.logit(p).float().repeat(len(widths) - 1))
+        self.register_buffer("idle", torch.zeros((), dtype=torch.long))  # arch steps for which the last group was dead
+
+    def keep(self) -> Tensor:
+        """Marginal keep-probability of every live group, [live]."""
+        return marginals(self.alpha, self.temperature)
+
+    def probabilities(self) -> Tensor:
+        """[number of options], zero for the widths that were cut off."""
+        live = chain_distribution(self.keep())
+        return nn.functional.pad(live, (0, self.num_options - len(self.widths)))
+
+    def soft(self) -> Tensor:
+        """The factor of every channel, [widest live width]: the marginal of its group."""
+        sizes = torch.tensor([self.widths[0], *(b - a for a, b in zip(self.widths, self.widths[1:], strict=False))])
+        return torch.repeat_interleave(self.keep(), sizes.to(self.alpha.device), output_size=self.widths[-1])
+
+    def draw(self, generator: torch.Generator | None = None, uniform: bool = False) -> int:
+        """A width: by the chain (the paper's direct sampling), or any live one with equal probability."""
+        live = chain_distribution(self.keep())
+        return self.widths[draw_index(torch.ones_like(live) if uniform else live, generator)]
+
+    def best(self) -> int:
+        """The most likely width."""
+        return self.widths[int(chain_distribution(self.keep()).argmax())]

@@ -1,0 +1,184 @@
+"""The search: weights learn on hard nets, gates on held-out images, dead parts are cut off while both go on."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dnas.arch import DROP, KEEP
+from dnas.cost import CostTable
+from dnas.data import Batches, Data
+from dnas.derive import in_band
+from dnas.gates import MarkovGate
+from dnas.objective import budget_penalty, ramp, target
+from dnas.prunode import PairGate
+from dnas.stochastic import SkipGate
+from dnas.supernet import Supernet
+from dnas.surgery import shrink
+from dnas.train import Recipe, autocast, make_optimizer, make_scheduler, train_epoch
+from dnas.units import Budget, UserError
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Everything about a search beyond the weights' `Recipe`. Times are shares of the whole search, in [0, 1].
+
+    ``gate_lr`` 0 means: such that a logit can travel 20 over all gate steps, within [0.01, 0.3].
+    """
+
+    gate_fraction: float = 0.3  # of the training images, held out for the gates
+    gate_every: int = 2  # weight steps to a gate step
+    gate_lr: float = 0.0
+    paths: int = 2  # candidate blocks mixed in a gate step
+    budget_weight: float = 20.0
+    warmup: float = 0.2  # weights only, nets drawn evenly
+    budget_from: float = 0.2  # the target leaves the starting cost ...
+    budget_by: float = 0.7  # ... and has reached the budget
+    block_from: float = 0.25  # the threshold on blocks rises from 0 ...
+    block_by: float = 0.8  # ... to 1/2
+    skip_at: float = 0.6  # layers get their skip; the threshold on them rises from 0 to 1/2 from here to the end
+    temperature: float = 0.3  # at the end; 1 until the budget is reached half-way
+    width_below: float = 0.05
+    patience: int = 5
+
+
+def live_tables(net: Supernet, tables: Mapping[str, CostTable]) -> dict[str, CostTable]:
+    """The tables without the blocks that were removed."""
+    gone = {d.name for d in net.space.decisions} - set(net.gates())
+    return {metric: table.without(gone) for metric, table in tables.items()}
+
+
+def live_cost(net: Supernet, table: CostTable) -> float:
+    """Cost of the dearest network that is physically still there: its live widths, blocks and layers."""
+    live = net.live_options()
+    for name, gate in net.gates().items():
+        if isinstance(gate, PairGate):
+            live[name] = live[name][: gate.high + 1]
+    return table.of(table.extremes(live)[1])
+
+
+def cycle(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches for ever, a new epoch number each time round."""
+    epoch = 0
+    while True:
+        batches.set_epoch(epoch)
+        yield from batches
+        epoch += 1
+
+
+def check_gradients(net: Supernet, step: int) -> None:
+    """RuntimeError if an open gate got no gradient: a search with dead gates would end as it began, in silence."""
+    for name, gate in net.gates().items():
+        closed = isinstance(gate, SkipGate) and (not gate.is_open or gate.is_removed)
+        for p in () if closed else gate.parameters():
+            if p.numel() and (p.grad is None or not bool((p.grad != 0).all()) or not bool(p.grad.isfinite().all())):
+                raise RuntimeError(f"the gate of {name} gets no gradient at step {step}: nothing can be learnt about it")
+
+
+def search(
+    net: Supernet,
+    tables: Mapping[str, CostTable],
+    budgets: Sequence[Budget],
+    data: Data,
+    recipe: Recipe,
+    config: SearchConfig,
+    *,
+    seed: int,
+    on_row: Callable[[dict], None],
+) -> None:
+    """Train ``net``'s weights and gates in place until the gates agree with the budgets; ``on_row`` gets every step.
+
+    Validation images are not touched. A step is a weight step (one hard net: the widest, or one drawn) and, after the
+    warm-up, every ``gate_every`` times a gate step (soft gates, held-out images, cross entropy plus budget penalty)
+    followed by shrinking.
+    """
+    if all(len(gate.probabilities()) < 2 for gate in net.gates().values()):
+        raise UserError(f"nothing can be searched: every decision of the space {net.macro.name} has one option only")
+    device = next(net.parameters()).device
+    rest, held_out = data.split(config.gate_fraction, seed)
+    batches = data.train_batches(recipe.batch_size, seed=seed, indices=rest)
+    gate_batches = cycle(data.train_batches(recipe.batch_size, seed=seed + 1, indices=held_out))
+    total = recipe.epochs * len(batches)
+    gate_steps = max(1.0, total * (1 - config.warmup) / config.gate_every)
+    optimizer = make_optimizer(net.weight_parameters(), recipe)
+    gate_lr = config.gate_lr or min(0.3, max(0.01, 20 / gate_steps))
+    gate_optimizer = torch.optim.Adam(net.gate_parameters(), lr=gate_lr, betas=(0.5, 0.99))
+    scheduler = make_scheduler(optimizer, recipe, len(batches))
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp and recipe.amp_dtype == "float16")
+    criterion = nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
+    draws = torch.Generator().manual_seed(seed)
+    limits = {b.metric: b.limit for b in budgets}
+    current = live_tables(net, tables)
+    first = {m: float(current[m].expected(net.probabilities()).detach()) for m in limits}
+    live = live_cost(net, tables["macs"])
+    updates, gates_taught, clock = 0, 0, time.perf_counter()
+
+    def may_end_with(options: Mapping[str, Sequence[int]]) -> bool:
+        ends = {m: [tables[m].of(a) for a in tables[m].extremes(options)] for m in limits}
+        return all(ends[m][0] <= limits[m] for m in limits) and any(ends[m][1] >= limits[m] for m in limits)
+
+    def forward(x: Tensor) -> Tensor:
+        if updates % 2 == 0:
+            return net(x, net.widest(draws))
+        return net(x, net.draw(draws, uniform=updates / total < config.warmup))
+
+    def teach_gates(t: float) -> dict:
+        """One step of the gates on held-out images. Returns its row; its graph is gone when shrinking starts."""
+        cooled = config.temperature ** ramp(t, (config.budget_from + config.budget_by) / 2, 1.0)
+        checking = gates_taught == 0
+        for gate in net.gates().values():
+            gate.temperature = cooled
+            if isinstance(gate, SkipGate) and not gate.is_open and t >= config.skip_at:
+                gate.is_open = checking = True
+        progress = ramp(t, config.budget_from, config.budget_by)
+        targets = {m: target(first[m], limits[m], progress) for m in limits}
+        x, y = next(gate_batches)
+        if recipe.channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        weights = net.weight_parameters()
+        for p in weights:
+            p.requires_grad_(False)
+        with autocast(device, recipe):
+            logits = net(x, net.soft(draws, 0 if checking else config.paths)).float()
+        loss = F.cross_entropy(logits, y)
+        probabilities = net.probabilities()
+        expected = {m: current[m].expected(probabilities) for m in limits}
+        gate_optimizer.zero_grad()
+        (loss + config.budget_weight * budget_penalty(expected, targets)).backward()
+        for p in weights:
+            p.requires_grad_(True)
+        if checking:  # all live blocks were mixed, so that every gate can show a gradient
+            check_gradients(net, updates)
+        gate_optimizer.step()
+        return {"gate_loss": float(loss.detach()), "expected": {m: float(e.detach()) for m, e in expected.items()}, "target": targets}
+
+    def after_step(update: int, loss: Tensor) -> None:
+        nonlocal updates, gates_taught, clock, live, current
+        row = {"step": update, "loss": float(loss)}
+        t, weights_done = update / total, time.perf_counter()
+        row["weight_ms"] = 1e3 * (weights_done - clock)
+        if t >= config.warmup and update % config.gate_every == 0:
+            row |= teach_gates(t)
+            row["events"] = shrink(
+                net, (optimizer, gate_optimizer), may_end_with,
+                move_above=0.9 - 0.2 * t, block_below=0.5 * ramp(t, config.block_from, config.block_by),
+                layer_below=0.5 * ramp(t, config.skip_at, 1.0), width_below=config.width_below, patience=config.patience,
+            )  # fmt: skip
+            gates_taught += 1
+            if row["events"]:
+                current = live_tables(net, tables)
+                live = live_cost(net, tables["macs"])
+            row["gate_ms"] = 1e3 * (time.perf_counter() - weights_done)
+        row["live_macs"] = live
+        updates = update + 1
+        on_row(row)
+        clock = time.perf_counter()
+
+    net.train()
+    for epoch in range(recipe.epochs):
+        train_epoch(
+            forward, batches, criterion, optimizer, scheduler, recipe, epoch=epoch, scaler=scaler, after_step=after_step
+        )

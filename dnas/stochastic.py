@@ -1,0 +1,153 @@
+"""The stochastic layer: a choice among candidate blocks, the threshold that removes them, and the late skip (PruNet)."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dnas.arch import DROP, KEEP, Option
+from dnas.gates import draw_index, gumbel_softmax
+from dnas.prunode import GatedBlock, Prunode, prefix_mask
+
+Answer = Option | Tensor | dict[str, Tensor]  # one option (hard), or the gate's weights (soft)
+Answers = Mapping[str, Answer]  # decision -> answer
+
+
+class ChoiceGate(nn.Module):
+    """Which block: a logit for each live candidate (FBNet's Gumbel-softmax)."""
+
+    def __init__(self, options: Sequence[str]) -> None:
+        super().__init__()
+        self.options = list(options)
+        self.live = list(range(len(options)))  # indices into options
+        self.temperature = 1.0
+        self.logits = nn.Parameter(torch.zeros(len(options)))
+
+    def clean(self) -> Tensor:
+        """Softmax of the live logits without noise, [live]."""
+        return torch.softmax(self.logits / self.temperature, 0)
+
+    def probabilities(self) -> Tensor:
+        """[number of options], zero for removed blocks."""
+        index = torch.tensor(self.live, device=self.logits.device)
+        return self.logits.new_zeros(len(self.options)).index_put((index,), self.clean())
+
+    def soft(self, generator: torch.Generator | None = None, paths: int = 0) -> dict[str, Tensor] | str:
+        """Gumbel-softmax weights ``{block: weight}`` of the live blocks; the name itself where one is left.
+
+        ``paths`` > 0 takes only that many blocks, those that the noise favours, with their weights scaled to sum to 1
+        (as ProxylessNAS trains two paths at a time): the cost of a step then does not grow with the number of blocks.
+        """
+        if len(self.live) == 1:
+            return self.options[self.live[0]]
+        weights = gumbel_softmax(self.logits, self.temperature, generator)
+        taken = weights.topk(min(paths or len(weights), len(weights))).indices.tolist()
+        total = weights[taken].sum()
+        return {self.options[self.live[k]]: weights[k] / total for k in sorted(taken)}
+
+    def draw(self, generator: torch.Generator | None = None, uniform: bool = False) -> str:
+        """One live block, by the clean softmax or evenly."""
+        p = self.clean()
+        return self.options[self.live[draw_index(torch.ones_like(p) if uniform else p, generator)]]
+
+    def best(self) -> str:
+        """The likeliest live block."""
+        return self.options[self.live[int(self.logits.argmax())]]
+
+    def below(self, threshold: float) -> list[str]:
+        """Live blocks whose clean softmax is under ``threshold``, least likely first, never the best one."""
+        p = self.clean().tolist()
+        order = sorted(range(len(p)), key=p.__getitem__)
+        return [self.options[self.live[k]] for k in order[:-1] if p[k] < threshold]
+
+
+class SkipGate(nn.Module):
+    """Whether a residual layer stays: a coefficient ``s = sigmoid(kappa)`` on its branch, introduced late.
+
+    Before ``open()`` the layer is simply there. A skip that competes from the start, averaged with the candidates, is
+    what makes searches of this kind collapse; here it enters with s = 0.9991, so that the layer's output hardly moves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kappa = nn.Parameter(torch.tensor(7.0))
+        self.temperature = 1.0
+        self.is_open, self.is_removed = False, False
+
+    def coefficient(self) -> Tensor:
+        """s, a scalar in [0, 1]."""
+        return torch.sigmoid(self.kappa / self.temperature)
+
+    def probabilities(self) -> Tensor:
+        """(P(drop), P(keep))."""
+        if self.is_removed or not self.is_open:
+            return self.kappa.new_tensor([1.0, 0.0] if self.is_removed else [0.0, 1.0])
+        s = self.coefficient()
+        return torch.stack([1 - s, s])
+
+    def soft(self, generator: torch.Generator | None = None) -> Tensor | str:
+        """The coefficient itself (nothing is sampled), or the fixed answer while closed or removed."""
+        return self.coefficient() if self.is_open and not self.is_removed else self.best()
+
+    def draw(self, generator: torch.Generator | None = None, uniform: bool = False) -> str:
+        """Keep with probability s; a uniform draw leaves the layer in until the skip is open."""
+        if self.is_removed or not self.is_open:
+            return self.best()
+        s = 0.5 if uniform else float(self.coefficient())
+        return KEEP if float(torch.rand((), generator=generator)) < s else DROP
+
+    def best(self) -> str:
+        """Drop below s = 1/2."""
+        return DROP if self.is_removed or (self.is_open and float(self.kappa.detach()) < 0) else KEEP
+
+
+def scale_channels(x: Tensor, by: Tensor | Option) -> Tensor:
+    """Apply a width gate to [B, C, H, W]: ``by`` is the factor of each channel, or how many channels stay."""
+    if isinstance(by, Tensor):
+        return x * by.to(x.dtype)[:, None, None]
+    if by == x.shape[1]:
+        return x
+    return x * prefix_mask(x.shape[1], by, x)[:, None, None]
+
+
+class StochasticLayer(nn.Module):
+    """Candidate blocks, one of which will stay, and for a residual layer the coefficient that may drop it.
+
+    Args:
+        name: prefix of the decisions ``name/block`` and ``name/keep``.
+        blocks: candidate name -> block.
+        out: the decision on the output width.
+        residual: whether input is added to output (stride 1, one stream).
+        droppable: whether the layer may vanish; only a residual one can.
+    """
+
+    def __init__(
+        self, name: str, blocks: Mapping[str, Prunode | GatedBlock], out: str, residual: bool, droppable: bool
+    ) -> None:
+        super().__init__()
+        self.name, self.out, self.residual = name, out, residual
+        self.blocks = nn.ModuleDict(blocks)
+        self.choice = ChoiceGate(list(blocks)) if len(blocks) > 1 else None
+        self.skip = SkipGate() if droppable else None
+
+    @property
+    def only(self) -> str:
+        """The one block that is left. ValueError while there are several."""
+        (name,) = self.blocks
+        return name
+
+    def forward(self, x: Tensor, answers: Answers) -> Tensor:
+        """[B, in, H, W] -> [B, out, H', W']."""
+        keep = answers[f"{self.name}/keep"] if self.skip else KEEP
+        if isinstance(keep, str) and keep == DROP:
+            return x
+        pick = answers[f"{self.name}/block"] if self.choice else self.only
+        if isinstance(pick, str):
+            block = self.blocks[pick]
+            y = block(x, answers[block.mid])
+        else:
+            y = sum(w.to(x.dtype) * self.blocks[b](x, answers[self.blocks[b].mid]) for b, w in pick.items())
+        y = scale_channels(y, answers[self.out])
+        if not self.residual:
+            return y
+        return x + y if isinstance(keep, str) else x + keep.to(x.dtype) * y

@@ -1,0 +1,245 @@
+"""Cut dead parts off a supernet for good, together with their optimizer state, while it trains.
+
+Parameters keep their identity (``param.data`` is replaced), so that optimizers and gates need not be rebuilt; every
+optimizer buffer of a parameter's shape is cut along with it.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dnas.arch import DROP, Arch, Option
+from dnas.gates import MarkovGate
+from dnas.prunode import Prunode, parts
+from dnas.stochastic import StochasticLayer
+from dnas.supernet import Supernet
+
+# side of a module -> attributes that hold the width, and tensor name -> dimension that is cut
+_SIDES: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
+    "out": (("out_channels", "out_features"), {"weight": 0, "bias": 0}),
+    "in": (("in_channels", "in_features"), {"weight": 1}),
+    "depthwise": (("in_channels", "out_channels", "groups"), {"weight": 0, "bias": 0}),
+    "norm": (("num_features",), {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}),
+}
+
+
+def _resized(old: Tensor, dim: int, width: int, fill: float | None) -> Tensor:
+    """The first ``width`` slices of ``old`` along ``dim``; new ones are ``fill``, or like the old ones at random."""
+    if width <= old.shape[dim]:
+        return old.narrow(dim, 0, width).clone(memory_format=torch.preserve_format)
+    shape = (*old.shape[:dim], width - old.shape[dim], *old.shape[dim + 1 :])
+    if fill is None:
+        return torch.cat([old, torch.randn(shape, dtype=old.dtype, device=old.device) * old.std()], dim)
+    return torch.cat([old, old.new_full(shape, fill)], dim)
+
+
+@torch.no_grad()
+def resize_tensor(
+    owner: nn.Module, name: str, dim: int, width: int, optimizers: Iterable[Optimizer] = (), fill: float | None = 0.0
+) -> None:
+    """Cut or lengthen one parameter or buffer of ``owner`` along ``dim``, and its optimizer buffers (new: zero)."""
+    tensor = getattr(owner, name)
+    if tensor is None or tensor.shape[dim] == width:
+        return
+    old_shape = tensor.shape
+    if not isinstance(tensor, nn.Parameter):
+        setattr(owner, name, _resized(tensor, dim, width, fill))
+        return
+    tensor.data, tensor.grad = _resized(tensor.data, dim, width, fill), None
+    for optimizer in optimizers:
+        state = optimizer.state.get(tensor, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == old_shape:
+                state[key] = _resized(value, dim, width, 0.0)
+
+
+def resize_module(module: nn.Module, side: str, width: int, optimizers: Iterable[Optimizer] = ()) -> None:
+    """Give one side of a convolution, linear layer or norm ``width`` channels: the first ones stay.
+
+    New channels (a pair of inner widths that slides up) start so that they change nothing yet: an ``in`` side with zero
+    weights, the others like their neighbours, a norm as the identity.
+    """
+    attributes, tensors = _SIDES[side]
+    for name in attributes:
+        if hasattr(module, name):
+            setattr(module, name, width)
+    for name, dim in tensors.items():
+        ones = side == "norm" and name in ("weight", "running_var")
+        fill = None if name == "weight" and side in ("out", "depthwise") else float(ones)
+        if getattr(module, name, None) is not None:
+            resize_tensor(module, name, dim, width, optimizers, fill)
+
+
+def fit(net: Supernet, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Make every module exactly as wide as the live gates need it: a module that several share, as the widest needs."""
+    gates = net.gates()
+    needs: dict[tuple[int, str], int] = {}
+    modules: dict[tuple[int, str], nn.Module] = {}
+    for name, places in net.slices().items():
+        gate = gates[name]
+        width = gate.widths[-1] if isinstance(gate, MarkovGate) else gate.large
+        for module, side in places:
+            key = (id(module), side)
+            needs[key], modules[key] = max(width, needs.get(key, 0)), module
+    for (_, side), width in needs.items():
+        resize_module(modules[_, side], side, width, optimizers)
+
+
+def cut_width(net: Supernet, name: str, width: int, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Leave a Markov gate only its widths up to ``width``. ValueError if it is not a live one. Call `fit` after."""
+    gate = net.gates()[name]
+    assert isinstance(gate, MarkovGate)
+    if width not in gate.widths:
+        raise ValueError(f"{name} has the live widths {gate.widths}, not {width}")
+    gate.widths = gate.widths[: gate.widths.index(width) + 1]
+    resize_tensor(gate, "alpha", 0, len(gate.widths) - 1, optimizers)
+    gate.idle.zero_()
+
+
+def move_pair(block: Prunode, low: int, high: int, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Set a bi-path block's pair to the grid indices ``low <= high``. Call `fit` after.
+
+    A copy that slid into the other one's width takes over its last norm; the logits' optimizer state starts anew.
+    """
+    gate = block.gate
+    last = getattr(block.block, parts(block.block)[2])
+    if gate.widths[high] == gate.small < gate.large:
+        last.load_state_dict(block.norm_small.state_dict())  # down: the small copy is the large one now
+    elif gate.widths[low] == gate.large > gate.small:
+        block.norm_small.load_state_dict(last.state_dict())  # up
+    gate.move(low, high)
+    for optimizer in optimizers:
+        optimizer.state.pop(gate.logits, None)
+
+
+def _forget(net: Supernet, optimizers: Iterable[Optimizer]) -> None:
+    """Take parameters that are no longer the net's out of the optimizers, with their state."""
+    alive = {id(p) for p in net.parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if id(p) not in alive:
+                    optimizer.state.pop(p, None)
+            group["params"] = [p for p in group["params"] if id(p) in alive]
+
+
+def remove_block(layer: StochasticLayer, name: str, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Delete one candidate of a layer for good. ValueError if it is the last. Call `fit` after."""
+    choice = layer.choice
+    if choice is None or len(choice.live) < 2:
+        raise ValueError(f"{layer.name}: {name} is the only block left")
+    gone = choice.live.index(choice.options.index(name))
+    del layer.blocks[name]
+    # The logit moves out of the vector: the ones behind it close up, in the optimizer's buffers too.
+    keep = [k for k in range(len(choice.live)) if k != gone]
+    for tensor in (choice.logits.data, *_buffers_like(choice.logits, optimizers)):
+        tensor[: len(keep)] = tensor[keep].clone()
+    choice.live = [choice.live[k] for k in keep]
+    resize_tensor(choice, "logits", 0, len(keep), optimizers)
+
+
+def _buffers_like(parameter: nn.Parameter, optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    values = [v for o in optimizers for v in o.state.get(parameter, {}).values() if isinstance(v, Tensor)]
+    return [v for v in values if v.shape == parameter.shape]
+
+
+def remove_layer(layer: StochasticLayer) -> None:
+    """Drop a residual layer for good: its input is its output. ValueError if it may not be dropped. Call `fit` after."""
+    if layer.skip is None:
+        raise ValueError(f"{layer.name} cannot be dropped")
+    layer.blocks.clear()
+    layer.skip.is_removed = True
+
+
+def shrink(
+    net: Supernet,
+    optimizers: Sequence[Optimizer],
+    may_end_with: Callable[[Mapping[str, Sequence[int]]], bool],
+    *,
+    move_above: float,
+    block_below: float,
+    layer_below: float,
+    width_below: float,
+    patience: int,
+) -> list[dict]:
+    """All three tiers of pruning after a step of the gates; returns what happened, one record an event.
+
+    Blocks whose clean softmax is under ``block_below`` and layers whose coefficient is under ``layer_below`` go; so does
+    every channel group of a Markov gate beyond the first whose marginal has been under ``width_below`` for ``patience``
+    steps in a row; pairs move as `PairGate.update` says. Nothing goes that the budget might still need:
+    ``may_end_with(live options)`` is asked first.
+    """
+    events: list[dict] = []
+
+    def allowed(name: str, options: Sequence[int]) -> bool:
+        return may_end_with(net.live_options() | {name: list(options)})
+
+    for layer in net.layers:
+        skip, choice = layer.skip, layer.choice
+        if skip is not None and skip.is_open and not skip.is_removed and float(skip.coefficient()) < layer_below:
+            if allowed(f"{layer.name}/keep", [0]):
+                remove_layer(layer)
+                events.append({"layer": layer.name})
+            continue
+        if choice is not None and len(layer.blocks):
+            for name in choice.below(block_below):
+                rest = [k for k in choice.live if choice.options[k] != name]
+                if allowed(f"{layer.name}/block", rest):
+                    remove_block(layer, name, optimizers)
+                    events.append({"block": f"{layer.name}/{name}"})
+        for block in layer.blocks.values():
+            moved = block.gate.update(move_above) if isinstance(block, Prunode) else None
+            if moved:
+                move_pair(block, *moved, optimizers)
+                events.append({"pair": block.mid, "widths": [block.gate.small, block.gate.large]})
+    for name, gate in net.gates().items():
+        if isinstance(gate, MarkovGate) and len(gate.widths) > 1:
+            alive = int((gate.keep().detach() >= width_below).sum())
+            gate.idle.copy_(gate.idle + 1 if alive < len(gate.widths) else torch.zeros_like(gate.idle))
+            if int(gate.idle) >= patience and allowed(name, range(alive)):
+                cut_width(net, name, gate.widths[alive - 1], optimizers)
+                events.append({"width": name, "channels": gate.widths[-1]})
+    if events:
+        fit(net, optimizers)
+        _forget(net, optimizers)
+    return events
+
+
+def extract(net: Supernet, arch: Mapping[str, Option]) -> Supernet:
+    """A copy of the supernet cut down to one architecture: one block a layer, every width fixed."""
+    net = copy.deepcopy(net)
+    for layer in net.layers:
+        if arch.get(f"{layer.name}/keep") == DROP and not layer.skip.is_removed:
+            remove_layer(layer)
+        chosen = arch.get(f"{layer.name}/block")
+        for name in [n for n in layer.blocks if chosen is not None and n != chosen]:
+            remove_block(layer, name)
+        for block in layer.blocks.values():
+            if isinstance(block, Prunode):
+                width = block.gate.widths.index(arch[block.mid])
+                if arch[block.mid] == block.gate.small < block.gate.large:
+                    getattr(block.block, parts(block.block)[2]).load_state_dict(block.norm_small.state_dict())
+                move_pair(block, width, width)
+    for name, gate in net.gates().items():
+        if isinstance(gate, MarkovGate):
+            cut_width(net, name, arch[name])
+    fit(net)
+    return net
+
+
+def plain_state(net: Supernet, arch: Arch) -> dict[str, Tensor]:
+    """The weights of one architecture under timm's EfficientNet names, from a supernet."""
+    net = extract(net, arch)
+    state = {n: t for n, t in net.state_dict().items() if n.split(".")[0] in {"conv_stem", "bn1", "conv_head", "bn2", "classifier"}}
+    position: dict[str, int] = {}
+    for layer in net.layers:
+        if not len(layer.blocks):
+            continue
+        stage = layer.name.split("/")[0].removeprefix("stage")
+        place = position[stage] = position.get(stage, -1) + 1
+        block = layer.blocks[layer.only].block
+        state |= {f"blocks.{stage}.{place}.{n}": t for n, t in block.state_dict().items()}
+    return state

@@ -1,0 +1,1 @@
+"""The place of measured latency tables: package data only, no code."""

@@ -1,0 +1,497 @@
+"""dnas/data.py against scikit-learn, numpy and pixels that the tests wrote themselves."""
+
+import io
+import os
+import random
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import StratifiedShuffleSplit
+
+from dnas.data import Batches, in_memory, load_data
+from dnas.units import UserError
+
+# timm leaves closing its image files to the garbage collector, and Python 3.12 dislikes a DataLoader that forks.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+]
+CIFAR10 = os.environ.get("DNAS_CIFAR10", "")
+
+
+def pixels(images, data):
+    """uint8 numpy [B, C, H, W] of normalised images."""
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (data.mean, data.std))
+    return ((images.double() * std + mean) * 255).round().to(torch.uint8).numpy()
+
+
+def windows(images, flip):
+    """{bytes: [(index, dy, dx, mirrored)]} of every crop of [N, C, S, S] out of its zero margin, by plain slicing."""
+    size, found = images.shape[-1], {}
+    margin = size // 8
+    for i, image in enumerate(images):
+        padded = np.pad(image, ((0, 0), (margin, margin), (margin, margin)))
+        for dy in range(2 * margin + 1):
+            for dx in range(2 * margin + 1):
+                crop = padded[:, dy : dy + size, dx : dx + size]
+                for mirrored in (False, True)[: 1 + flip]:
+                    seen = crop[..., ::-1] if mirrored else crop
+                    found.setdefault(seen.tobytes(), []).append((i, dy, dx, mirrored))
+    return found
+
+
+def epoch(batches, number=0):
+    batches.set_epoch(number)
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def rng_states():
+    return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+
+def encode(array, kind="PNG"):
+    """numpy [C, H, W] as a file's bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def noise(count, size=16, chans=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, chans, size, size), dtype=np.uint8)
+
+
+def tree(train=6, val=2, classes=("cat", "dog"), size=16):
+    """{name: bytes} of a small data set, and its train images in the order of classes and files."""
+    images = noise(len(classes) * train, size)
+    files = {}
+    for c, name in enumerate(classes):
+        for i in range(train):
+            files[f"train/{name}/{i}.png"] = encode(images[c * train + i])
+        for i in range(val):
+            files[f"validation/{name}/{i}.png"] = encode(images[c * train + i])
+    return files, images
+
+
+def write_tar(path, files, mode="w:gz"):
+    with tarfile.open(path, mode) as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            if content is None:
+                info.type = tarfile.DIRTYPE
+            else:
+                info.size = len(content)
+            tar.addfile(info, io.BytesIO(content or b""))
+    return str(path)
+
+
+def write_folder(path, files):
+    for name, content in files.items():
+        file = path / name
+        (file if content is None else file.parent).mkdir(parents=True, exist_ok=True)
+        if content is not None:
+            file.write_bytes(content)
+    return str(path)
+
+
+# ---- digits ----
+
+
+def test_digits_are_sklearns_digits_resized_and_split_by_class():
+    data, digits = load_data(), load_digits()
+    assert (data.name, data.num_classes, data.in_chans, data.img_size) == ("digits", 10, 3, 32)
+    assert (data.num_train, data.num_val, data.class_names) == (1437, 360, tuple("0123456789"))
+    images, labels = epoch(data.val_batches(100))
+    counts = [
+        np.bincount(digits.target[part])
+        for part in next(StratifiedShuffleSplit(1, test_size=0.2, random_state=1).split(digits.images, digits.target))
+    ]
+    assert np.abs(np.bincount(labels) - counts[1]).max() <= 1
+    train_labels = epoch(data.train_batches(1437, seed=0))[1]
+    assert np.abs(np.bincount(train_labels) - counts[0]).max() <= 1
+
+    seen = pixels(images, data)
+    assert (seen[:, 0] == seen[:, 1]).all() and (seen[:, 0] == seen[:, 2]).all()
+    source = torch.from_numpy(digits.images)[:, None] * 255 / 16
+    expected = F.interpolate(source, (32, 32), mode="bilinear", antialias=True)[:, 0].numpy()
+    for image, label in zip(seen[:60, 0], labels[:60], strict=True):
+        assert np.abs(expected[digits.target == label.item()] - image).max(axis=(1, 2)).min() <= 2
+
+    everything, held_out = expected, seen[:, 0].astype(float)
+    rest = everything.sum() - held_out.sum(), (everything**2).sum() - (held_out**2).sum()
+    mean, square = (total / (1437 * 32 * 32) for total in rest)
+    assert data.mean[0] == pytest.approx(mean / 255, abs=2e-3)
+    assert data.std[0] == pytest.approx((square - mean**2) ** 0.5 / 255, abs=2e-3)
+
+
+def test_digits_augmentation_is_a_shift_and_no_train_image_is_a_validation_image():
+    data, digits = load_data(img_size=8, in_chans=1), load_digits()
+    source = (digits.images * 255 / 16).round().astype(np.uint8)[:, None]
+    places = windows(source, flip=False)
+    images, labels = epoch(data.train_batches(1437, seed=3))
+    trained, shifts = set(), set()
+    for image, label in zip(pixels(images, data), labels.tolist(), strict=True):
+        origins = [origin for origin in places[image.tobytes()] if digits.target[origin[0]] == label]
+        assert origins
+        if len(origins) == 1:
+            trained.add(origins[0][0])
+            shifts.add(origins[0][1:3])
+    assert len(trained) > 1300 and shifts == {(y, x) for y in range(3) for x in range(3)}
+    unmoved = {image.tobytes(): i for i, image in enumerate(source)}
+    held_out = [unmoved[image.tobytes()] for image in pixels(epoch(data.val_batches(360))[0], data)]
+    assert len(set(held_out)) == 360 and not trained & set(held_out)
+
+
+@pytest.mark.parametrize("size", [8, 24, 40])
+def test_digits_of_other_sizes(size):
+    images, labels = next(iter(load_data("Digits", img_size=size, in_chans=1).val_batches(5)))
+    assert images.shape == (5, 1, size, size) and images.dtype == torch.float32 and labels.dtype == torch.int64
+
+
+# ---- batches ----
+
+
+def test_an_epoch_depends_on_seed_and_epoch_only():
+    data = load_data(img_size=16)
+    before = rng_states()
+    first = epoch(data.train_batches(64, seed=1), 4)
+    assert rng_states() == before
+    torch.rand(3), random.random(), np.random.rand()
+    again = epoch(load_data(img_size=16).train_batches(64, seed=1), 4)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for other in (epoch(data.train_batches(64, seed=1), 5), epoch(data.train_batches(64, seed=2), 4)):
+        assert not torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
+
+
+def test_batches_are_full_in_training_and_complete_in_validation():
+    data = load_data(img_size=8)
+    batches = data.train_batches(100, seed=0)
+    assert isinstance(batches, Batches) and len(batches) == 14 and [len(y) for _, y in batches] == [100] * 14
+    few = data.train_batches(100, seed=0, indices=torch.tensor([5, 7, 9]))
+    assert len(few) == 1 and [len(y) for _, y in few] == [3]
+    val = data.val_batches(100)
+    assert len(val) == 4 and [len(y) for _, y in val] == [100, 100, 100, 60]
+    once, twice = epoch(val), epoch(data.val_batches(360), 7)
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+def test_indices_choose_the_images():
+    images = torch.arange(20, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8) + 1
+    pair = (images, torch.arange(20) % 2)
+    data = in_memory("ramp", pair, pair, ("even", "odd"), None, 1, "cpu", flip=True)
+    chosen, labels = epoch(data.train_batches(2, seed=0, indices=torch.tensor([3, 4, 10, 15])))
+    levels = pixels(chosen, data).reshape(4, -1).max(axis=1) - 1
+    assert sorted(levels) == [3, 4, 10, 15] and (levels % 2 == labels.numpy()).all()
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.2, 0.003, 0.999])
+def test_split_is_stratified_disjoint_and_complete(fraction):
+    data = load_data(img_size=8)
+    labels = torch.empty(1437, dtype=torch.int64)
+    for i in range(10):  # batches of chosen images tell the label of each index
+        part = torch.arange(i, 1437, 10)
+        for index in part.split(1):
+            labels[index] = next(iter(data.train_batches(1, seed=0, indices=index)))[1]
+    before = rng_states()
+    rest, taken = data.split(fraction, seed=5)
+    assert rng_states() == before
+    assert torch.equal(torch.cat([rest, taken]).sort().values, torch.arange(1437))
+    assert ((labels[taken].bincount(minlength=10) - fraction * labels.bincount()).abs() <= 1).all()
+    again, other = data.split(fraction, seed=5), data.split(fraction, seed=6)
+    assert torch.equal(taken, again[1]) and torch.equal(rest, again[0]) and not torch.equal(taken, other[1])
+
+
+def test_split_leaves_a_lone_image_in_the_rest():
+    images = torch.zeros(5, 1, 8, 8, dtype=torch.uint8)
+    pair = (images, torch.tensor([0, 0, 1, 1, 2]))
+    data = in_memory("five", pair, pair, ("a", "b", "c"), None, 1, "cpu", flip=False)
+    rest, taken = data.split(0.1, seed=0)
+    assert sorted(pair[1][taken].tolist()) == [0, 1] and sorted(pair[1][rest].tolist()) == [0, 1, 2]
+    assert torch.isfinite(epoch(data.val_batches(5))[0]).all()  # all black: no variance to divide by
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_on_the_gpu_are_those_on_the_cpu():
+    for make in (lambda d: d.train_batches(64, seed=1), lambda d: d.val_batches(64)):
+        for ours, theirs in zip(make(load_data(device="cuda")), make(load_data()), strict=True):
+            assert ours[0].is_cuda and ours[1].is_cuda
+            assert torch.equal(ours[1].cpu(), theirs[1]) and torch.allclose(ours[0].cpu(), theirs[0], atol=1e-6)
+
+
+# ---- a tar ----
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "prefix", "val"),
+    [("a.tar.gz", "w:gz", "", "validation"), ("a.tgz", "w:gz", "./", "val"), ("A.TAR", "w", "./top/", "validation")],
+)
+def test_a_tar_holds_the_pixels_written(tmp_path, name, mode, prefix, val):
+    files, images = tree(val=6)
+    files = {prefix + n.replace("validation", val): content for n, content in files.items()}
+    files |= {f"{prefix}README.md": b"text", f"{prefix}train/cat/._0.png": b"note", f"{prefix}train/cat/Thumbs.db": b""}
+    data = load_data(data_dir=write_tar(tmp_path / name, files, mode))
+    assert (data.num_train, data.num_val, data.class_names, data.img_size) == (12, 12, ("cat", "dog"), 16)
+    normal, labels = epoch(data.val_batches(5))  # here the validation images are the train images
+    assert (pixels(normal, data) == images).all() and labels.tolist() == [0] * 6 + [1] * 6
+    assert np.allclose(data.mean, images.mean(axis=(0, 2, 3)) / 255, atol=5.1e-5)
+    assert np.allclose(data.std, images.std(axis=(0, 2, 3)) / 255, atol=5.1e-5)
+    assert normal.mean(dim=(0, 2, 3)).abs().max() < 1e-3
+    assert (normal.std(dim=(0, 2, 3), unbiased=False) - 1).abs().max() < 1e-3
+
+
+def test_a_tar_is_augmented_by_shifts_and_flips(tmp_path):
+    files, images = tree()
+    data = load_data(data_dir=write_tar(tmp_path / "a.tar", files, "w"))
+    places, seen = windows(images, flip=True), []
+    batches = data.train_batches(4, seed=0)
+    for number in range(30):
+        augmented, labels = epoch(batches, number)
+        found = [places[image.tobytes()] for image in pixels(augmented, data)]
+        assert all(len(origins) == 1 for origins in found)
+        assert sorted(origins[0][0] for origins in found) == list(range(12))  # each image once an epoch
+        assert [origins[0][0] // 6 for origins in found] == labels.tolist()
+        seen += [origins[0][1:] for origins in found]
+    assert {place[:2] for place in seen} == {(y, x) for y in range(5) for x in range(5)}
+    assert 0.4 < np.mean([place[2] for place in seen]) < 0.6
+
+
+def test_a_tar_is_resized_to_one_size_and_to_grey(tmp_path):
+    files, _ = tree()
+    wide = np.full((3, 20, 40), 90, np.uint8)
+    files["train/cat/wide.png"] = encode(wide)
+    files["train/dog/grey.jpg"] = encode(noise(1, 12, 1)[0], "JPEG")
+    path = write_tar(tmp_path / "a.tar.gz", files)
+    data = load_data(data_dir=path, img_size=24)
+    assert (data.img_size, data.num_train) == (24, 14)
+    grey = load_data(data_dir=path, img_size=8, in_chans=1)
+    assert next(iter(grey.train_batches(5, seed=0)))[0].shape == (5, 1, 8, 8) and len(grey.mean) == 1
+    every = [pixels(x, data) for x, _ in data.train_batches(1, seed=0)]
+    assert sum(set(np.unique(x)) <= {0, 90} for x in every) == 1
+
+
+# ---- folders and names, by timm ----
+
+
+@pytest.mark.parametrize("size", [16, 80])
+def test_a_folder_gives_the_same_batches_whatever_the_workers(tmp_path, size):
+    files, _ = tree(size=20)
+    root = write_folder(tmp_path, files)
+    alone = load_data(data_dir=root, img_size=size, workers=0)
+    assert (alone.num_train, alone.num_val, alone.class_names, alone.img_size) == (12, 4, ("cat", "dog"), size)
+    before = rng_states()
+    first, val = epoch(alone.train_batches(5, seed=0), 3), epoch(alone.val_batches(3))
+    crowd = load_data("torch/image_folder", root, img_size=size, workers=2)
+    again, val_again = epoch(crowd.train_batches(5, seed=0), 3), epoch(crowd.val_batches(3))
+    assert rng_states() == before
+    assert first[0].shape == (10, 3, size, size) and first[0].dtype == torch.float32
+    for ours, theirs in zip((*first, *val), (*again, *val_again), strict=True):
+        assert torch.equal(ours, theirs)
+    assert val[1].tolist() == [0, 0, 1, 1] and val[1].dtype == torch.int64
+    assert not torch.equal(first[0], epoch(alone.train_batches(5, seed=0), 4)[0])
+
+
+def test_a_small_folder_is_normalised_and_augmented_by_shifts_and_flips(tmp_path):
+    files, images = tree(val=6)
+    data = load_data(data_dir=write_folder(tmp_path, files), img_size=16, workers=0)
+    assert (data.mean, data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (pixels(epoch(data.val_batches(12))[0], data) == images).all()
+    places, seen = windows(images, flip=True), []
+    rest, taken = data.split(0.5, seed=0)
+    for number in range(10):
+        augmented, labels = epoch(data.train_batches(6, seed=0, indices=taken), number)
+        found = [places[image.tobytes()][0] for image in pixels(augmented, data)]
+        assert sorted(place[0] for place in found) == taken.tolist()
+        assert [place[0] // 6 for place in found] == labels.tolist()
+        seen += [place[1:] for place in found]
+    assert len(set(seen)) > 20 and {place[2] for place in seen} == {False, True} and len(rest) == 6
+
+
+def test_a_grey_folder_named_val_with_classes_in_timms_order(tmp_path):
+    files, _ = tree(classes=("c10", "c9"))
+    files = {name.replace("validation", "val"): content for name, content in files.items()}
+    data = load_data(data_dir=write_folder(tmp_path, files), in_chans=1, workers=0)
+    assert (data.class_names, data.img_size, len(data.mean)) == (("c9", "c10"), 224, 1)
+    assert next(iter(data.val_batches(2)))[0].shape == (2, 1, 224, 224)
+
+
+def test_a_timm_name_held_in_memory_by_torchvision(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    images = noise(20, 28, 1)
+    for prefix, count in (("train", 20), ("t10k", 10)):
+        head = struct.pack(">4i", 2051, count, 28, 28)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(head + images[:count].tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2i", 2049, count) + bytes(range(10)) * (count // 10)
+        )
+    data = load_data("torch/mnist", str(tmp_path), in_chans=1)
+    assert (data.name, data.img_size, data.num_train, data.num_val, data.num_classes) == ("torch/mnist", 28, 20, 10, 10)
+    normal, labels = epoch(data.val_batches(4))
+    assert (pixels(normal, data) == images[:10]).all() and labels.tolist() == list(range(10))
+    upright = windows(images, flip=False)
+    assert all(image.tobytes() in upright for image in pixels(epoch(data.train_batches(20, seed=0))[0], data))
+    assert load_data("torch/mnist", str(tmp_path), img_size=32).img_size == 32
+
+
+@pytest.mark.skipif(not CIFAR10, reason="DNAS_CIFAR10 does not name the CIFAR-10 tar")
+def test_cifar10():
+    data = load_data(data_dir=CIFAR10)
+    assert (data.num_train, data.num_val, data.num_classes, data.img_size) == (50_000, 10_000, 10, 32)
+    assert data.mean == pytest.approx((0.4913, 0.4821, 0.4465), abs=1e-3)
+    assert data.std == pytest.approx((0.2452, 0.2428, 0.2606), abs=1e-3)
+    rest, taken = data.split(0.2, seed=0)
+    assert (len(rest), len(taken)) == (40_000, 10_000) and len(data.train_batches(128, seed=0)) == 390
+
+
+# ---- what is refused ----
+
+GOOD, _ = tree()
+JPEG = encode(noise(1, 64)[0], "JPEG")
+
+
+def without(part):
+    return {name: content for name, content in GOOD.items() if part not in name}
+
+
+def tar_of(tmp_path, files, name="x.tar"):
+    return {"data_dir": write_tar(tmp_path / name, files, "w:gz" if name.endswith("gz") else "w")}
+
+
+def special_tar(tmp_path, kind, name="train/cat/link.png"):
+    path = write_tar(tmp_path / "x.tar", GOOD, "w")
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, "/etc/passwd"
+        tar.addfile(info)
+    return {"data_dir": path}
+
+
+def broken_tar(tmp_path, name, damage):
+    path = tmp_path / name
+    path.write_bytes(damage(Path(tar_of(tmp_path, GOOD, name)["data_dir"]).read_bytes()))
+    return {"data_dir": str(path)}
+
+
+def first_member_only(content):
+    return content[: 512 + -(-len(next(iter(GOOD.values()))) // 512) * 512]
+
+
+def bad_header(content):
+    start = len(first_member_only(content))
+    return content[:start] + b"\xff" * 512 + content[start + 512 :]
+
+
+def flipped(content):
+    return content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 255]) + content[len(content) // 2 + 1 :]
+
+
+def linked(tmp_path):
+    write_folder(tmp_path, without("validation"))
+    (tmp_path / "val").symlink_to(tmp_path / "train")
+    return {"data_dir": str(tmp_path)}
+
+
+def folder_of(tmp_path, files):
+    return {"data_dir": write_folder(tmp_path / "x", files)}
+
+
+def file_of(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    return {"data_dir": str(tmp_path / "notes.txt")}
+
+
+REFUSED = {
+    "size too small": (lambda p: {"img_size": 7}, "7"),
+    "size no integer": (lambda p: {"img_size": 32.0}, "32.0"),
+    "size a truth value": (lambda p: {"img_size": True}, "True"),
+    "channels": (lambda p: {"in_chans": 4}, "4"),
+    "workers": (lambda p: {"workers": -1}, "-1"),
+    "unknown name": (lambda p: {"dataset": "cifar10"}, "'cifar10'"),
+    "unknown torch name": (lambda p: {"dataset": "torch/nothing", "data_dir": str(p)}, "'torch/nothing'"),
+    "would download": (lambda p: {"dataset": "hfds/cifar10", "data_dir": str(p)}, "'hfds/cifar10'"),
+    "not downloaded": (lambda p: {"dataset": "torch/cifar10", "data_dir": str(p)}, "'torch/cifar10'"),
+    "name without folder": (lambda p: {"dataset": "torch/cifar10"}, "''"),
+    "digits in a folder": (lambda p: {"dataset": "digits", "data_dir": str(p)}, "'digits'"),
+    "name with a tar": (lambda p: tar_of(p, GOOD) | {"dataset": "torch/cifar10"}, "x.tar'"),
+    "no such folder": (lambda p: {"data_dir": str(p / "nowhere")}, "nowhere'"),
+    "neither folder nor tar": (file_of, "notes.txt'"),
+    "newline in a name": (lambda p: {"data_dir": "no\nwhere"}, "'no\\nwhere'"),
+    "no train folder": (lambda p: folder_of(p, without("train")), "'train'"),
+    "no validation folder": (lambda p: folder_of(p, without("validation")), "'val'"),
+    "torch folder without train": (
+        lambda p: folder_of(p, without("train")) | {"dataset": "torch/image_folder"},
+        "'train'",
+    ),
+    "two validation folders": (lambda p: folder_of(p, GOOD | {"val/cat/0.png": JPEG}), "'val'"),
+    "one folder twice": (linked, "/train'"),
+    "empty class folder": (lambda p: folder_of(p, GOOD | {"train/bird": None}), "'train/bird'"),
+    "class folder without images": (lambda p: folder_of(p, GOOD | {"validation/emu/x.txt": b"x"}), "'validation/emu'"),
+    "empty train folder": (lambda p: folder_of(p, without("train") | {"train": None}), "/train'"),
+    "classes differ": (lambda p: folder_of(p, without("validation/dog")), "'dog'"),
+    "classes timm confuses": (lambda p: folder_of(p, tree(classes=("a", "A"))[0]), "'A' and 'a'"),
+    "image outside a class": (lambda p: folder_of(p, GOOD | {"train/x.png": JPEG}), "''"),
+    "one class": (lambda p: folder_of(p, without("dog")), "'cat'"),
+    "no image at all": (lambda p: folder_of(p, GOOD | {"train/cat/5.png": b"no"}), "cat/5.png'"),
+    "half an image": (lambda p: folder_of(p, GOOD | {"train/cat/z.jpg": JPEG[:900]}), "cat/z.jpg'"),
+    "tar: half an image": (lambda p: tar_of(p, GOOD | {"train/cat/z.jpg": JPEG[:900]}), "'train/cat/z.jpg'"),
+    "tar: half a PNG": (lambda p: tar_of(p, GOOD | {"train/cat/z.png": encode(noise(1)[0])[:99]}), "'train/cat/z.png'"),
+    "tar: empty image": (lambda p: tar_of(p, GOOD | {"train/cat/z.png": b""}), "'train/cat/z.png'"),
+    "tar: no layout": (lambda p: tar_of(p, {"cat/0.png": JPEG, "dog/0.png": JPEG}), "x.tar'"),
+    "tar: no validation": (lambda p: tar_of(p, without("validation"), "x.tgz"), "x.tgz'"),
+    "tar: val and validation": (lambda p: tar_of(p, GOOD | {"val/cat/0.png": GOOD["train/cat/0.png"]}), "validation"),
+    "tar: two tops": (lambda p: tar_of(p, GOOD | {"b/train/cat/0.png": GOOD["train/cat/0.png"]}), "b/train"),
+    "tar: too deep": (lambda p: tar_of(p, GOOD | {"train/cat/a/0.png": JPEG}), "'train/cat/a/0.png'"),
+    "tar: image outside a class": (lambda p: tar_of(p, GOOD | {"train/0.png": JPEG}), "'train/0.png'"),
+    "tar: empty class": (lambda p: tar_of(p, GOOD | {"train/bird": None}), "'train/bird'"),
+    "tar: classes differ": (lambda p: tar_of(p, without("train/dog")), "'dog'"),
+    "tar: one class": (lambda p: tar_of(p, without("dog")), "'cat'"),
+    "tar: two sizes": (lambda p: tar_of(p, GOOD | {"train/cat/z.jpg": JPEG}), "16x16 and 64x64"),
+    "tar: not square": (lambda p: tar_of(p, {n: encode(noise(1)[0][:, :12]) for n in GOOD}), "12x16"),
+    "tar: tiny images": (lambda p: tar_of(p, tree(size=4)[0]), "4x4"),
+    "tar: climbs out": (lambda p: tar_of(p, GOOD | {"train/cat/../../../x.png": JPEG}), "'train/cat/../../../x.png'"),
+    "tar: absolute": (lambda p: tar_of(p, GOOD | {"/train/cat/x.png": JPEG}), "'/train/cat/x.png'"),
+    "tar: symbolic link": (lambda p: special_tar(p, tarfile.SYMTYPE), "'train/cat/link.png'"),
+    "tar: hard link": (lambda p: special_tar(p, tarfile.LNKTYPE), "'train/cat/link.png'"),
+    "tar: device": (lambda p: special_tar(p, tarfile.CHRTYPE, "dev"), "'dev'"),
+    "tar: no tar": (lambda p: broken_tar(p, "x.tar", lambda b: b"no tar" * 300), "x.tar'"),
+    "tar: no gzip": (lambda p: broken_tar(p, "x.tar.gz", lambda b: b"no tar"), "x.tar.gz'"),
+    "tar: empty": (lambda p: broken_tar(p, "x.tar", lambda b: b""), "x.tar'"),
+    "tar: cut": (lambda p: broken_tar(p, "x.tar", lambda b: b[: len(b) // 2 + 100]), "x.tar'"),
+    "tar: cut between members": (lambda p: broken_tar(p, "x.tar", first_member_only), "x.tar'"),
+    "tar: bad header": (lambda p: broken_tar(p, "x.tar", bad_header), "x.tar'"),
+    "tar: cut gzip": (lambda p: broken_tar(p, "x.tgz", lambda b: b[: len(b) // 2]), "x.tgz'"),
+    "tar: gzip without its end": (lambda p: broken_tar(p, "x.tgz", lambda b: b[:-4]), "x.tgz'"),
+    "tar: a bit flipped": (lambda p: broken_tar(p, "x.tgz", flipped), "x.tgz'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line_that_quotes_what_was_given(tmp_path, case):
+    arguments, quoted = REFUSED[case]
+    with pytest.raises(UserError) as error:
+        load_data(**arguments(tmp_path))
+    message = str(error.value)
+    assert quoted in message and "\n" not in message
+    assert any(word in message for word in ("expected", "must be", "not downloaded", "is no folder")), message
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.5, 1.5, float("nan")])
+def test_a_fraction_out_of_range_is_refused(fraction):
+    with pytest.raises(UserError, match=f"^fraction {fraction} of the train images must be above 0 and below 1$"):
+        load_data(img_size=8).split(fraction, seed=0)
+
+
+@pytest.mark.parametrize("size", [0, -3, 2.0])
+def test_a_batch_size_out_of_range_is_refused(size):
+    with pytest.raises(UserError, match=f"^batch size {size} must be a whole number of at least 1$"):
+        load_data(img_size=8).val_batches(size)
+    with pytest.raises(UserError, match="at least 1 is needed"):
+        load_data(img_size=8).train_batches(8, seed=0, indices=torch.tensor([], dtype=torch.int64))
