@@ -263,7 +263,7 @@ def _read_tar(path: Path, img_size: int | None, in_chans: int) -> tuple[Pair, Pa
             image = _decode(content, f"{where}: image {str(name)!r}", in_chans)
             images[split].append((_fit(image[None], img_size, in_chans)[0] if img_size else image, inside[0]))
     if sorted(_SPLITS[origin[-1]] for origin in origins) != ["train", "validation"]:
-        seen = ", ".join(sorted(map("/".join, origins))) or "none"
+        seen = ", ".join(sorted(repr("/".join(origin)) for origin in origins)) or "none"
         raise UserError(f"{where} has these folders of classes: {seen}; expected {_LAYOUT}")
     names = _class_names(path, *counts.values())
     sizes = sorted({image.shape[1:] for part in images.values() for image, _ in part})

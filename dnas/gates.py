@@ -45,11 +45,11 @@ class MarkovGate(nn.Module):
 
     ``alpha`` holds a logit a group beyond the first, which always stays. Deviations from the paper: widths lie on any
     ascending grid; ``alpha`` starts so that the last group has the marginal ``survival`` whatever the number of groups
-    (0.65 is alpha = +3 with the paper's 9 groups; alpha = 0 would start a search at 5 % of the dense FLOPs); a
+    (with the paper's 9 groups, 0.9 is alpha = +4.4; its alpha = 0 would start a search at 5 % of the dense FLOPs); a
     temperature sharpens the chain towards the end of a search.
     """
 
-    def __init__(self, widths: Sequence[int], survival: float = 0.65) -> None:
+    def __init__(self, widths: Sequence[int], survival: float = 0.9) -> None:
         super().__init__()
         self.widths = list(widths)  # the live ones; cutting shortens this list and alpha
         self.num_options = len(widths)

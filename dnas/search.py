@@ -15,7 +15,7 @@ from dnas.derive import in_band
 from dnas.gates import MarkovGate
 from dnas.objective import budget_penalty, ramp, target
 from dnas.prunode import PairGate
-from dnas.stochastic import SkipGate
+from dnas.stochastic import ChoiceGate, SkipGate
 from dnas.supernet import Supernet
 from dnas.surgery import shrink
 from dnas.train import Recipe, autocast, make_optimizer, make_scheduler, train_epoch
@@ -72,8 +72,11 @@ def cycle(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
 def check_gradients(net: Supernet, step: int) -> None:
     """RuntimeError if an open gate got no gradient: a search with dead gates would end as it began, in silence."""
     for name, gate in net.gates().items():
-        closed = isinstance(gate, SkipGate) and (not gate.is_open or gate.is_removed)
-        for p in () if closed else gate.parameters():
+        if isinstance(gate, SkipGate):
+            settled = gate.is_removed or not gate.is_open
+        else:
+            settled = isinstance(gate, ChoiceGate) and len(gate.live) == 1
+        for p in () if settled else gate.parameters():
             if p.numel() and (p.grad is None or not bool((p.grad != 0).all()) or not bool(p.grad.isfinite().all())):
                 raise RuntimeError(f"the gate of {name} gets no gradient at step {step}: nothing can be learnt about it")
 
