@@ -76,7 +76,13 @@ def _fused_params(*, kernel, size, size_in, se, mid, **width):
 
 
 CLOSED_FORMS: dict[str, dict[str, Form]] = {
-    "macs": {"conv": _conv_macs, "linear": _linear_macs, "ds": _separable_macs, "ir": _inverted_macs, "er": _fused_macs},
+    "macs": {
+        "conv": _conv_macs,
+        "linear": _linear_macs,
+        "ds": _separable_macs,
+        "ir": _inverted_macs,
+        "er": _fused_macs,
+    },
     "params": {
         "conv": _conv_params,
         "linear": _linear_params,
@@ -99,13 +105,13 @@ class _Entry:
 def _entry(site: Site, space: Space, form: Form) -> _Entry:
     # A decision in two slots (a convolution inside one stream) is one axis: the diagonal is taken by construction.
     axes = tuple(dict.fromkeys(w for w in site.widths.values() if isinstance(w, str)))
-    slots = {}
+    slots: dict[str, np.ndarray] = {}
     for slot, width in site.widths.items():
         if isinstance(width, str):
-            shape = [-1 if axis == width else 1 for axis in axes]
-            slots[slot] = np.array(space.by_name[width].options, dtype=np.int64).reshape(shape)
+            along = [-1 if axis == width else 1 for axis in axes]
+            slots[slot] = np.array(space.by_name[width].options, dtype=np.int64).reshape(along)
         else:
-            slots[slot] = np.int64(width)
+            slots[slot] = np.array(width, dtype=np.int64)
     shape = tuple(len(space.by_name[axis].options) for axis in axes)
     table = np.broadcast_to(np.asarray(form(**slots, **site.fixed)), shape)
     when = tuple((name, space.by_name[name].index(option)) for name, option in site.when)

@@ -5,22 +5,17 @@ whole batch at a time. Image folders go through worker processes, timm's transfo
 epoch's order and augmentation are a function of (seed, epoch) alone, so that a resumed run sees the same batches.
 """
 
-import gzip
 import hashlib
-import io
 import random
-import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -34,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+from dnas.archive import MODES, decode, members
 from dnas.units import UserError
 
 Pair = tuple[Tensor, Tensor]  # images and labels
@@ -44,7 +40,6 @@ _LAYOUT = "train/<class>/<image> and validation/<class>/<image> (or val/<class>/
 _SPLITS = {"train": "train", "validation": "validation", "val": "validation"}
 _FOLDERS = ("", "torch/image_folder", "torch/folder")
 _UPRIGHT = ("torch/mnist", "torch/kmnist", "torch/qmnist")  # characters: mirrored, they are others or none
-_MODES = {1: "L", 3: "RGB"}  # Pillow's, by number of channels
 _FULL_CHECK = 20_000  # decoding more images than this before a run would take too long
 _SMALL = 64  # up to this size a crop with a margin beats the random resized crop, which is made for photographs
 
@@ -155,7 +150,7 @@ def load_data(
     """
     _check_whole("image size", 8 if img_size is None else img_size, 8)
     _check_whole("number of workers", workers, 0)
-    if in_chans not in _MODES:
+    if in_chans not in MODES:
         raise UserError(f"in_chans {in_chans!r} must be 1 (grey) or 3 (colour)")
     kind, root, device = dataset.lower(), Path(data_dir), torch.device(device)
     if kind == "digits" and data_dir:
@@ -248,7 +243,7 @@ def _read_tar(path: Path, img_size: int | None, in_chans: int) -> tuple[Pair, Pa
     where, origins = repr(str(path)), set()
     images: dict[str, list[tuple[Tensor, str]]] = {"train": [], "validation": []}
     counts: dict[str, Counter[str]] = {"train": Counter(), "validation": Counter()}
-    for name, content in _members(path):
+    for name, content in members(path):
         top = int(len(name.parts) > 1 and name.parts[0] not in _SPLITS and name.parts[1] in _SPLITS)
         split, inside = _SPLITS.get("".join(name.parts[top : top + 1])), name.parts[top + 1 :]
         # A hidden file is a file system's note on an image, not an image.
@@ -260,7 +255,7 @@ def _read_tar(path: Path, img_size: int | None, in_chans: int) -> tuple[Pair, Pa
         origins.add(name.parts[: top + 1])
         counts[split][inside[0]] += content is not None
         if content is not None:
-            image = _decode(content, f"{where}: image {str(name)!r}", in_chans)
+            image = decode(content, f"{where}: image {str(name)!r}", in_chans)
             images[split].append((_fit(image[None], img_size, in_chans)[0] if img_size else image, inside[0]))
     if sorted(_SPLITS[origin[-1]] for origin in origins) != ["train", "validation"]:
         seen = ", ".join(sorted(repr("/".join(origin)) for origin in origins)) or "none"
@@ -275,40 +270,6 @@ def _read_tar(path: Path, img_size: int | None, in_chans: int) -> tuple[Pair, Pa
         for part in images.values()
     )
     return train, val, names
-
-
-def _members(path: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
-    """(name, content) of every file and (name, None) of every folder; any damage is a `UserError`."""
-    where, opened = repr(str(path)), gzip.open if path.name.lower().endswith("gz") else open
-    try:
-        with opened(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                name = PurePosixPath(member.name)
-                if name.is_absolute() or ".." in name.parts or not (member.isfile() or member.isdir()):
-                    raise UserError(f"{where}: member {member.name!r} is refused: expected files and folders within")
-                file = tar.extractfile(member)
-                yield name, file.read() if file else None
-            # tarfile takes a damaged header for the end and stops there: see that the end mark and the checksum follow.
-            stream.seek(tar.offset)
-            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("the end mark is missing")
-            while stream.read(1 << 20):
-                pass
-    except UserError:
-        raise
-    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{where} is no tar archive, or a damaged one: expected a whole one ({reason})") from error
-
-
-def _decode(content: bytes, what: str, in_chans: int) -> Tensor:
-    """A JPEG or PNG as uint8 [in_chans, H, W], decoded as timm does it with files."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            pixels = np.array(image if image.mode == _MODES[in_chans] else image.convert(_MODES[in_chans]))
-            return torch.from_numpy(pixels).view(*pixels.shape[:2], in_chans).permute(2, 0, 1)
-    except Exception as error:  # on damaged files PIL raises almost anything: OSError, SyntaxError, struct.error
-        raise UserError(f"{what} cannot be decoded: expected a whole JPEG or PNG file") from error
 
 
 def _open_folders(root: Path) -> tuple[Any, Any, tuple[str, ...]]:
@@ -396,7 +357,7 @@ class _Images(Dataset):
     """(image, label) by (index, dice), augmented by a transform that sees no randomness but ``dice``."""
 
     def __init__(self, images: Any, transform: Callable[[Image.Image], Tensor], in_chans: int):
-        self.images, self.transform, self.mode = images, transform, _MODES[in_chans]
+        self.images, self.transform, self.mode = images, transform, MODES[in_chans]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         image, label = self.images[key[0]]
@@ -415,7 +376,7 @@ def _is_broken(path: str, decode: bool) -> bool:
     try:
         with Image.open(path) as image:
             image.load() if decode else image.verify()
-    except Exception:  # see _decode
+    except Exception:  # see `decode`
         return True
     return False
 

@@ -10,13 +10,12 @@ import numpy as np
 
 from dnas.arch import KEEP, Arch, Decision, Space
 from dnas.cost import CostTable
-from dnas.gates import MarkovGate
 from dnas.prunode import PairGate
 from dnas.supernet import Supernet
 from dnas.units import Budget, UserError, show
 
 BAND = 0.98
-Likelihood = Mapping[str, np.ndarray]  # decision -> log-likelihood of each option, -inf: not to be had
+Likelihood = Mapping[str, np.ndarray]  # decision -> log-likelihood of each option
 
 
 class _Walker:
@@ -100,6 +99,7 @@ class _Walker:
 
 
 def in_band(ratio: float) -> bool:
+    """Whether cost over limit is what a derived network must have."""
     return BAND <= ratio <= 1.0
 
 
@@ -119,7 +119,11 @@ def enumerate_archs(space: Space) -> Iterator[Arch]:
 
 
 def derive(
-    space: Space, tables: Mapping[str, CostTable], budgets: Sequence[Budget], like: Likelihood, exact_below: int = 20_000
+    space: Space,
+    tables: Mapping[str, CostTable],
+    budgets: Sequence[Budget],
+    like: Likelihood,
+    exact_below: int = 20_000,
 ) -> Arch:
     """The likeliest `Arch` whose cost keeps every budget and reaches 98 % of at least one.
 
@@ -164,7 +168,9 @@ def derive(
     return walker.arch()
 
 
-def _exact(space: Space, tables: Sequence[CostTable], limits: Sequence[float], like: Likelihood, budgets: Sequence[Budget]) -> Arch:
+def _exact(
+    space: Space, tables: Sequence[CostTable], limits: Sequence[float], like: Likelihood, budgets: Sequence[Budget]
+) -> Arch:
     best: tuple[float, Arch | None] = (-np.inf, None)
     ratios = []
     for arch in enumerate_archs(space):
@@ -231,7 +237,7 @@ def _pair_into_band(walker: _Walker) -> bool:
 
 
 def _polish(walker: _Walker) -> None:
-    """Single moves, and pairs of neighbouring widths (one up, one down), while they raise the likelihood in the band."""
+    """Single moves, and pairs with a neighbouring width, while they raise the likelihood in the band."""
     for _ in range(30):
         best, moves = 1e-9, None
         for d in walker.active():
@@ -258,22 +264,20 @@ def _polish(walker: _Walker) -> None:
 
 
 def gate_likelihood(net: Supernet) -> dict[str, np.ndarray]:
-    """Log-probabilities of the gates; what was cut off is not to be had.
+    """Log-probabilities of the gates.
 
-    A pair of inner widths knows two widths only: widths near it are given likelihood that falls by e a grid step, so
-    that the budget can be met exactly.
+    A pair of inner widths knows two widths only: widths near it are given likelihood that falls by e a grid step. What
+    was cut off is a last resort, -1000: where the grid is so coarse that what is left misses the band, the band wins.
     """
     like = {d.name: np.zeros(len(d.options)) for d in net.space.decisions}
     live = net.live_options()
     for name, gate in net.gates().items():
         p = gate.probabilities().detach().double().cpu().numpy()
-        if isinstance(gate, PairGate):
-            steps = np.abs(np.arange(len(p))[:, None] - np.array([gate.low, gate.high])[None])
-            p = np.exp(-steps) @ p[[gate.low, gate.high]] / 2
+        if isinstance(gate, PairGate) and len(p) > 1:
+            steps = np.abs(np.arange(len(p))[:, None] - np.array([gate.low, gate.high]))
+            p = np.exp(-steps) @ p[[gate.low, gate.high]]
         like[name] = np.log(np.maximum(p, 1e-30))
-        if isinstance(gate, MarkovGate) or not isinstance(gate, PairGate):
-            dead = np.setdiff1d(np.arange(len(p)), live[name])
-            like[name][dead] = -np.inf
+        like[name][np.setdiff1d(np.arange(len(p)), live[name])] = -1000
     return like
 
 
@@ -288,7 +292,7 @@ def uniform_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequenc
         like = {}
         for d in space.decisions:
             if d.is_width:
-                like[d.name] = -np.log(np.array(d.options, dtype=float) / (scale * float(d.base))) ** 2
+                like[d.name] = -(np.log(np.array(d.options, dtype=float) / (scale * float(d.base))) ** 2)
             else:
                 like[d.name] = np.where(np.array(d.options) == (KEEP if KEEP in d.options else d.base), 0.0, -1e3)
         return like

@@ -154,11 +154,14 @@ def check_document(document: Any) -> None:
             _fail(f"arch.budget[{i}].reached", row["reached"], f"the {row['metric']} of the net")
 
 
-def build_net(net: dict[str, Any], *, num_classes: int, in_chans: int = 3) -> nn.Module:
+def build_net(
+    net: dict[str, Any], *, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0, drop_path_rate: float = 0.0
+) -> nn.Module:
     """The timm `EfficientNet` of ``net``, freshly initialised. Raises UserError where ``net`` is wrong."""
     check_net(net)
-    cfg = {"num_classes": num_classes, "input_size": (in_chans, 224, 224)}
-    return native.build(net, "dnas", pretrained_cfg={**cfg, "first_conv": "conv_stem", "classifier": "classifier"})
+    cfg: dict[str, Any] = {"num_classes": num_classes, "input_size": (in_chans, 224, 224)}
+    cfg |= {"first_conv": "conv_stem", "classifier": "classifier"}
+    return native.build(net, "dnas", pretrained_cfg=cfg, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
 
 
 @contextmanager

@@ -98,25 +98,26 @@ def share(blocks: Sequence[TimmBlock]) -> None:
     the projection (a fused one its prefix). A larger depthwise kernel starts as the smaller one with a rim of zeros, a
     fused convolution as the product of expansion and depthwise kernel.
     """
-    plain = [b for b in blocks if isinstance(b, InvertedResidual)]
-    fused = [b for b in blocks if isinstance(b, EdgeResidual)]
+    widest_first = sorted(blocks, key=lambda b: -parts(b)[1].in_channels)
+    plain = [b for b in widest_first if isinstance(b, InvertedResidual)]
     by_kernel: dict[int, InvertedResidual] = {}
     for b in plain:
-        b.conv_pw, b.bn1, b.conv_pwl = plain[0].conv_pw, plain[0].bn1, plain[0].conv_pwl
+        b.conv_pw, b.bn1 = plain[0].conv_pw, plain[0].bn1
         like = by_kernel.setdefault(b.conv_dw.kernel_size[0], b)
         b.conv_dw, b.bn2 = like.conv_dw, like.bn2
     for size, b in by_kernel.items():
-        rim = (size - min(by_kernel)) // 2
-        if rim:
-            b.conv_dw.weight.copy_(F.pad(by_kernel[min(by_kernel)].conv_dw.weight, (rim,) * 4))
-    widest = max(fused, key=lambda b: b.conv_pwl.in_channels, default=None)
-    for b in fused:
-        b.conv_pwl = (plain[0] if plain else widest).conv_pwl
-        if plain:
-            dw = by_kernel[min(by_kernel)].conv_dw.weight[: b.conv_exp.out_channels]
-            product = plain[0].conv_pw.weight[: b.conv_exp.out_channels] * dw
-            rim = (b.conv_exp.kernel_size[0] - dw.shape[-1]) // 2
-            b.conv_exp.weight.copy_(F.pad(product, (rim,) * 4) if rim > 0 else product)
+        smallest = by_kernel[min(by_kernel)].conv_dw.weight
+        if rim := (size - min(by_kernel)) // 2:
+            b.conv_dw.weight.copy_(F.pad(smallest, (rim,) * 4)[: b.conv_dw.out_channels])
+    for e in [b for b in widest_first if isinstance(b, EdgeResidual)] if plain else []:
+        width = min(e.conv_exp.out_channels, *(p.conv_dw.out_channels for p in plain))
+        product = plain[0].conv_pw.weight[:width] * by_kernel[min(by_kernel)].conv_dw.weight[:width]
+        rim = (e.conv_exp.kernel_size[0] - product.shape[-1]) // 2
+        if rim >= 0:
+            e.conv_exp.weight[:width] = F.pad(product, (rim,) * 4)
+    for b in widest_first:
+        if not isinstance(b, DepthwiseSeparableConv):
+            b.conv_pwl = widest_first[0].conv_pwl
 
 
 class PairGate(nn.Module):

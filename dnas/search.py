@@ -8,11 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dnas.arch import DROP, KEEP
 from dnas.cost import CostTable
 from dnas.data import Batches, Data
-from dnas.derive import in_band
-from dnas.gates import MarkovGate
 from dnas.objective import budget_penalty, ramp, target
 from dnas.prunode import PairGate
 from dnas.stochastic import ChoiceGate, SkipGate
@@ -43,6 +40,22 @@ class SearchConfig:
     temperature: float = 0.3  # at the end; 1 until the budget is reached half-way
     width_below: float = 0.05
     patience: int = 5
+
+
+def check_config(config: SearchConfig) -> SearchConfig:
+    """``config`` itself if every number makes sense. Raises UserError naming the flag."""
+    shares = ("warmup", "budget_from", "budget_by", "block_from", "block_by", "skip_at")
+    for name, low, high in (
+        ("gate_fraction", 0.01, 0.9), ("gate_every", 1, 10_000), ("gate_lr", 0, 10), ("paths", 1, 64),
+        ("patience", 1, 10**6), ("budget_weight", 0, 1e6), ("temperature", 0.01, 10), ("width_below", 0, 0.5),
+        *((name, 0, 1) for name in shares),
+    ):  # fmt: skip
+        if not low <= getattr(config, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is not between {low} and {high}")
+    for first, then in (("budget_from", "budget_by"), ("block_from", "block_by")):
+        if getattr(config, first) > getattr(config, then):
+            raise UserError(f"--{first.replace('_', '-')} must not come after --{then.replace('_', '-')}")
+    return config
 
 
 def live_tables(net: Supernet, tables: Mapping[str, CostTable]) -> dict[str, CostTable]:
@@ -78,7 +91,9 @@ def check_gradients(net: Supernet, step: int) -> None:
             settled = isinstance(gate, ChoiceGate) and len(gate.live) == 1
         for p in () if settled else gate.parameters():
             if p.numel() and (p.grad is None or not bool((p.grad != 0).all()) or not bool(p.grad.isfinite().all())):
-                raise RuntimeError(f"the gate of {name} gets no gradient at step {step}: nothing can be learnt about it")
+                raise RuntimeError(
+                    f"the gate of {name} gets no gradient at step {step}: nothing can be learnt about it"
+                )
 
 
 def search(
@@ -156,11 +171,15 @@ def search(
         if checking:  # all live blocks were mixed, so that every gate can show a gradient
             check_gradients(net, updates)
         gate_optimizer.step()
-        return {"gate_loss": float(loss.detach()), "expected": {m: float(e.detach()) for m, e in expected.items()}, "target": targets}
+        return {
+            "gate_loss": float(loss.detach()),
+            "expected": {m: float(e.detach()) for m, e in expected.items()},
+            "target": targets,
+        }
 
     def after_step(update: int, loss: Tensor) -> None:
         nonlocal updates, gates_taught, clock, live, current
-        row = {"step": update, "loss": float(loss)}
+        row: dict = {"step": update, "loss": float(loss)}
         t, weights_done = update / total, time.perf_counter()
         row["weight_ms"] = 1e3 * (weights_done - clock)
         if t >= config.warmup and update % config.gate_every == 0:
@@ -168,7 +187,8 @@ def search(
             row["events"] = shrink(
                 net, (optimizer, gate_optimizer), may_end_with,
                 move_above=0.9 - 0.2 * t, block_below=0.5 * ramp(t, config.block_from, config.block_by),
-                layer_below=0.5 * ramp(t, config.skip_at, 1.0), width_below=config.width_below, patience=config.patience,
+                layer_below=0.5 * ramp(t, config.skip_at, 1.0), width_below=config.width_below,
+                patience=config.patience,
             )  # fmt: skip
             gates_taught += 1
             if row["events"]:

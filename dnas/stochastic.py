@@ -1,4 +1,4 @@
-"""The stochastic layer: a choice among candidate blocks, the threshold that removes them, and the late skip (PruNet)."""
+"""The stochastic layer: a choice of candidate block, the threshold that removes some, the late skip (PruNet)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -93,7 +93,7 @@ class SkipGate(nn.Module):
         """Keep with probability s; a uniform draw leaves the layer in until the skip is open."""
         if self.is_removed or not self.is_open:
             return self.best()
-        s = 0.5 if uniform else float(self.coefficient())
+        s = 0.5 if uniform else float(self.coefficient().detach())
         return KEEP if float(torch.rand((), generator=generator)) < s else DROP
 
     def best(self) -> str:

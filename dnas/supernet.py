@@ -1,13 +1,14 @@
 """The supernet: timm's own blocks at full width, several to a layer, with their `Space` and gates.
 
-Its outline is that of timm's EfficientNet: stem, stages of layers, head. A `Macro` describes it as plain data; the space
-and the rows of a found network follow from that data alone, and the modules are built from it.
+Its outline is that of timm's EfficientNet: stem, stages of layers, head. A `Macro` describes it as plain data; the
+space and the rows of a found network follow from that data alone, and the modules are built from it.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d, SelectAdaptivePool2d, create_conv2d
@@ -90,6 +91,11 @@ def round_width(width: float, divisor: int) -> int:
     return max(divisor, round(width / divisor) * divisor)
 
 
+def nearest(grid: Sequence[int], width: float) -> int:
+    """The width of the grid nearest to ``width``."""
+    return min(grid, key=lambda w: abs(w - width))
+
+
 def fit_strides(img_size: int, strides: Sequence[int], smallest: int = 4) -> tuple[int, ...]:
     """Drop the earliest strides of 2 that would leave an image of up to 64 pixels a last map below ``smallest``."""
     halvings = sum(s == 2 for s in strides)
@@ -145,7 +151,7 @@ def space_of(macro: Macro) -> Space:
             widths: dict[str, Option] = {"in": before, "out": width}
             if c.kind != "ds":
                 mid, grid = f"{name}/{c.name}/mid", width_grid(hidden_top(c, tops[before]), macro.divisor)
-                base = min(grid, key=lambda w, want=c.base * tops[before]: abs(w - want))
+                base = nearest(grid, c.base * tops[before])
                 decisions.append(Decision(mid, grid, base, when))
                 widths["mid"], fixed["size_in"] = mid, side_in**2
             sites.append(Site(f"{name}/{c.name}", c.kind, widths, fixed, when))
@@ -212,7 +218,9 @@ class Supernet(nn.Module):
         self.macro, self.space = macro, space_of(macro)
         act = ACTS[macro.act]
         by_name = self.space.by_name
-        self.widths = nn.ModuleDict({d: MarkovGate(by_name[d].options) for d in by_name if by_name[d].is_width and not d.endswith("/mid")})
+        self.widths = nn.ModuleDict(
+            {d: MarkovGate(by_name[d].options) for d in by_name if by_name[d].is_width and not d.endswith("/mid")}
+        )
         top = {name: gate.widths[-1] for name, gate in self.widths.items()}
         self.conv_stem = create_conv2d(macro.in_chans, top["stem"], 3, stride=macro.stem_stride)
         self.bn1 = BatchNormAct2d(top["stem"], act_layer=act)
@@ -253,7 +261,7 @@ class Supernet(nn.Module):
 
     def gates(self) -> dict[str, Gate]:
         """Decision -> its gate, for every decision that is still part of the net."""
-        found: dict[str, Gate] = dict(self.widths.items())
+        found: dict[str, Any] = dict(self.widths.items())
         for layer in self.layers:
             if layer.skip is not None:
                 found[f"{layer.name}/keep"] = layer.skip

@@ -80,7 +80,7 @@ def fit(net: Supernet, optimizers: Sequence[Optimizer] = ()) -> None:
     modules: dict[tuple[int, str], nn.Module] = {}
     for name, places in net.slices().items():
         gate = gates[name]
-        width = gate.widths[-1] if isinstance(gate, MarkovGate) else gate.large
+        width: int = gate.widths[-1] if isinstance(gate, MarkovGate) else gate.large
         for module, side in places:
             key = (id(module), side)
             needs[key], modules[key] = max(width, needs.get(key, 0)), module
@@ -147,7 +147,7 @@ def _buffers_like(parameter: nn.Parameter, optimizers: Iterable[Optimizer]) -> l
 
 
 def remove_layer(layer: StochasticLayer) -> None:
-    """Drop a residual layer for good: its input is its output. ValueError if it may not be dropped. Call `fit` after."""
+    """Drop a residual layer for good: its input is its output. ValueError if it may not go. Call `fit` after."""
     if layer.skip is None:
         raise ValueError(f"{layer.name} cannot be dropped")
     layer.blocks.clear()
@@ -167,9 +167,9 @@ def shrink(
 ) -> list[dict]:
     """All three tiers of pruning after a step of the gates; returns what happened, one record an event.
 
-    Blocks whose clean softmax is under ``block_below`` and layers whose coefficient is under ``layer_below`` go; so does
-    every channel group of a Markov gate beyond the first whose marginal has been under ``width_below`` for ``patience``
-    steps in a row; pairs move as `PairGate.update` says. Nothing goes that the budget might still need:
+    Blocks whose clean softmax is under ``block_below`` and layers whose coefficient is under ``layer_below`` go, and every
+    channel group of a Markov gate beyond the first whose marginal has been under ``width_below`` for ``patience`` steps in
+    a row; pairs move as `PairGate.update` says. Nothing goes that the budget might still need:
     ``may_end_with(live options)`` is asked first.
     """
     events: list[dict] = []
@@ -179,7 +179,12 @@ def shrink(
 
     for layer in net.layers:
         skip, choice = layer.skip, layer.choice
-        if skip is not None and skip.is_open and not skip.is_removed and float(skip.coefficient()) < layer_below:
+        if (
+            skip is not None
+            and skip.is_open
+            and not skip.is_removed
+            and float(skip.coefficient().detach()) < layer_below
+        ):
             if allowed(f"{layer.name}/keep", [0]):
                 remove_layer(layer)
                 events.append({"layer": layer.name})
@@ -233,7 +238,11 @@ def extract(net: Supernet, arch: Mapping[str, Option]) -> Supernet:
 def plain_state(net: Supernet, arch: Arch) -> dict[str, Tensor]:
     """The weights of one architecture under timm's EfficientNet names, from a supernet."""
     net = extract(net, arch)
-    state = {n: t for n, t in net.state_dict().items() if n.split(".")[0] in {"conv_stem", "bn1", "conv_head", "bn2", "classifier"}}
+    state = {
+        n: t
+        for n, t in net.state_dict().items()
+        if n.split(".")[0] in {"conv_stem", "bn1", "conv_head", "bn2", "classifier"}
+    }
     position: dict[str, int] = {}
     for layer in net.layers:
         if not len(layer.blocks):

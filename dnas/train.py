@@ -20,12 +20,12 @@ from dnas.units import UserError
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights are trained; the flags of the tools, with timm's names and meanings. ``model_ema_decay`` 0: no EMA."""
+    """How weights are trained: the tools' flags, with timm's names and meanings. ``model_ema_decay`` 0: no EMA."""
 
-    epochs: int = 30
+    epochs: int = 12
     batch_size: int = 64
     opt: str = "adamw"
-    lr: float = 2e-3
+    lr: float = 5e-3
     weight_decay: float = 0.05
     sched: str = "cosine"
     warmup_epochs: int = 2
@@ -48,7 +48,8 @@ AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 def check_recipe(recipe: Recipe) -> Recipe:
     """``recipe`` itself if every number makes sense. Raises UserError naming the flag."""
     for name, low, high in (
-        ("epochs", 1, 100_000), ("batch_size", 2, 65536), ("lr", 1e-9, 1e3), ("weight_decay", 0, 10), ("min_lr", 0, 1e3),
+        ("epochs", 1, 100_000), ("batch_size", 2, 65536), ("lr", 1e-9, 1e3), ("weight_decay", 0, 10),
+        ("min_lr", 0, 1e3),
         ("smoothing", 0, 0.99), ("mixup", 0, 10), ("cutmix", 0, 10), ("drop", 0, 0.99), ("drop_path", 0, 0.99),
         ("model_ema_decay", 0, 0.999999), ("warmup_epochs", 0, 100_000), ("clip_grad", 0, 1e6),
     ):  # fmt: skip
@@ -175,7 +176,8 @@ def train_from_scratch(
     optimizer = make_optimizer(model.parameters(), recipe)
     scheduler = make_scheduler(optimizer, recipe, len(batches))
     ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=True) if recipe.model_ema_decay else None
-    mixup, criterion = None, LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing else nn.CrossEntropyLoss()
+    criterion: nn.Module = LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing else nn.CrossEntropyLoss()
+    mixup = None
     if recipe.mixup or recipe.cutmix:
         mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=data.num_classes)
         criterion = SoftTargetCrossEntropy()
@@ -198,3 +200,27 @@ def train_from_scratch(
     scores = evaluate(final, data.val_batches(max(recipe.batch_size, 256)), recipe)
     seconds = time.perf_counter() - started
     return final, {**scores, "train_loss": loss, "epochs": recipe.epochs, "seconds": round(seconds, 2), "seed": seed}
+
+
+def time_step(model: nn.Module, data: Data, recipe: Recipe, repeats: int = 3) -> float:
+    """Milliseconds of one plain training step of ``model`` (forward, backward, update): the median, after one more."""
+    device = next(model.parameters()).device
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)
+    optimizer, seconds = make_optimizer(model.parameters(), recipe), []
+    batches = iter(data.train_batches(recipe.batch_size, seed=0))
+    x, y = next(batches)
+    if recipe.channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    model.train()
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        with autocast(device, recipe):
+            loss = nn.functional.cross_entropy(model(x).float(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 1e3 * sorted(seconds[1:])[repeats // 2]

@@ -55,7 +55,9 @@ def parse_budget(text: str) -> tuple[Budget, ...]:
     for part in text.split(","):
         given = part.strip()
         if re.fullmatch(r"[\d.]+\s*(ms|us|s)", given, re.IGNORECASE):
-            raise UserError(f"budget {given!r}: a budget in time needs a latency table, which this version cannot use yet")
+            raise UserError(
+                f"budget {given!r}: a budget in time needs a latency table, which this version cannot use yet"
+            )
         match = _TEXT.fullmatch(given)
         if not match:
             raise UserError(f"budget {given!r} is not {ALLOWED}")

@@ -9,9 +9,7 @@ chosen so that their widest cost is of the order of the plain ones'; otherwise t
 from dnas.supernet import Candidate, Macro, Stage, fit_strides, round_width
 
 PLAIN = tuple(Candidate("ir", k, expand=6, base=4, se=se) for se in (0, 0.25) for k in (3, 5))
-FUSED = tuple(
-    Candidate("er", k, expand=e, base=b, se=se) for se in (0, 0.25) for k, e, b in ((3, 3, 2), (5, 1.5, 1))
-)
+FUSED = tuple(Candidate("er", k, expand=e, base=b, se=se) for se in (0, 0.25) for k, e, b in ((3, 3, 2), (5, 1.5, 1)))
 # (channels, layers, stride, candidates) before scaling; the first stage is the usual cheap one.
 ROWS = (
     (16, 1, 1, (Candidate("ds", 3),)),
@@ -36,7 +34,8 @@ def prunet(
 
     stem_stride, *strides = fit_strides(img_size, (2, *(row[2] for row in ROWS)))
     stages = tuple(
-        Stage(width(c), n, s, candidates, droppable=True) for (c, n, _, candidates), s in zip(ROWS, strides, strict=True)
+        Stage(width(c), n, s, candidates, droppable=True)
+        for (c, n, _, candidates), s in zip(ROWS, strides, strict=True)
     )
     return Macro(
         name="prunet",

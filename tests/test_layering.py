@@ -19,6 +19,7 @@ ORDER = [
     "channels",
     "supernet",
     "surgery",
+    "archive",
     "data",
     "native",
     "train",

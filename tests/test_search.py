@@ -1,0 +1,184 @@
+"""The search as a whole: planted answers, shrinking, gradients, determinism, and what it must not touch."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dnas.cost import CostTable, resolve_budgets
+from dnas.data import load_data
+from dnas.derive import derive, enumerate_archs, gate_likelihood
+from dnas.gates import MarkovGate
+from dnas.search import SearchConfig, check_config, check_gradients, live_cost, search
+from dnas.supernet import Supernet
+from dnas.train import Recipe
+from dnas.units import Budget, UserError, parse_budget
+from supernets import SUPERNETS
+from supernets.toy import BEST, plant, planted_data, toy
+
+FROZEN = Recipe(epochs=10, batch_size=64, lr=1e-9, min_lr=0.0, weight_decay=0.0, smoothing=0.0)
+FROM_THE_START = SearchConfig(gate_fraction=0.5, gate_every=1, warmup=0.0, budget_from=0.0)
+
+
+def tables_of(net):
+    return {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
+
+
+def planted_best(space):
+    return space.complete({d.name: d.options[-1] for d in space.decisions} | BEST)
+
+
+def run_toy(seed):
+    torch.manual_seed(seed)
+    data = planted_data(seed, num_train=2048, num_val=8)
+    net = plant(Supernet(toy()), seed)
+    tables, rows = tables_of(net), []
+    budgets = (Budget("macs", 1.005 * tables["macs"].of(planted_best(net.space))),)
+    search(net, tables, budgets, data, FROZEN, FROM_THE_START, seed=seed, on_row=rows.append)
+    return net, derive(net.space, tables, budgets, gate_likelihood(net)), rows
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_toy_finds_the_planted_width_block_and_depth(seed):
+    net, arch, _ = run_toy(seed)
+    assert arch == planted_best(net.space)
+
+
+def test_toy_budget_alone_does_not_give_the_answer():
+    """Many networks fit the budget of the planted one: the images have to tell them apart."""
+    net = Supernet(toy())
+    table = tables_of(net)["macs"]
+    limit = 1.005 * table.of(planted_best(net.space))
+    fitting = [a for a in enumerate_archs(net.space) if 0.98 * limit <= table.of(a) <= limit]
+    assert len(fitting) >= 5
+    assert len({(a["stage0/0/block"], a[f"stage0/0/{a['stage0/0/block']}/mid"]) for a in fitting}) >= 4
+
+
+def test_planted_answer_is_the_best_of_its_neighbours():
+    data = planted_data(3, num_train=1024)
+    net = plant(Supernet(toy()), 3).train()
+    x, y = next(iter(data.train_batches(512, seed=0)))
+    best = dict(planted_best(net.space))
+    other_layer = {"stage0/1/keep": "keep", "stage0/1/block": "ir-k3", "stage0/1/ir-k3/mid": 8}
+    changes = [{"stage0/0/ir-k5/mid": w} for w in (4, 8, 16, 24, 32)]
+    changes += [{"stage0/0/block": "ir-k3", "stage0/0/ir-k3/mid": 12}, other_layer]
+
+    def loss(answers):
+        with torch.no_grad():
+            return float(torch.nn.functional.cross_entropy(net(x, answers), y))
+
+    assert all(loss(best) < loss(best | change) for change in changes)
+
+
+@pytest.fixture(scope="module")
+def small_search():
+    """A short search of the default space on the digits, at 16 px to be quick."""
+    torch.manual_seed(0)
+    data = load_data(img_size=16)
+    net = Supernet(SUPERNETS["prunet"](num_classes=10, img_size=16, width_mult=0.4))
+    tables, rows = tables_of(net), []
+    budgets = resolve_budgets(tables, parse_budget("40%"))
+    recipe = Recipe(epochs=8, batch_size=32, smoothing=0.0)
+    search(net, tables, budgets, data, recipe, SearchConfig(), seed=0, on_row=rows.append)
+    return net, tables, budgets, rows
+
+
+def test_history_has_every_step_once_and_shows_the_shrinking(small_search):
+    net, tables, _, rows = small_search
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    assert rows[-1]["live_macs"] < 0.8 * rows[0]["live_macs"]
+    assert rows[-1]["live_macs"] == live_cost(net, tables["macs"])
+    assert any(row.get("events") for row in rows)
+
+
+def test_every_layer_ends_with_one_block_or_none(small_search):
+    net, *_ = small_search
+    assert all(len(layer.blocks) <= 1 for layer in net.layers)
+    for layer in net.layers:
+        assert (len(layer.blocks) == 0) == (layer.skip is not None and layer.skip.is_removed)
+
+
+def test_gates_follow_the_target_and_the_net_lands_in_the_band(small_search):
+    net, tables, budgets, rows = small_search
+    late = [row["expected"]["macs"] / row["target"]["macs"] for row in rows[-20:] if "expected" in row]
+    assert abs(np.mean(late) - 1) < 0.1
+    arch = derive(net.space, tables, budgets, gate_likelihood(net))
+    assert 0.98 <= tables["macs"].of(arch) / budgets[0].limit <= 1.0
+
+
+def test_nothing_dead_is_left_in_the_modules(small_search):
+    """Physically cut: no parameter is wider than the live gates need, and the weights' count shows it."""
+    net, *_ = small_search
+    for name, places in net.slices().items():
+        gate = net.gates()[name]
+        width = gate.widths[-1] if isinstance(gate, MarkovGate) else gate.large
+        sizes = {module.weight.shape[1 if side == "in" else 0] for module, side in places}
+        assert sizes == {width}, name
+    fresh = Supernet(net.macro)
+    assert sum(p.numel() for p in net.parameters()) < 0.6 * sum(p.numel() for p in fresh.parameters())
+
+
+def test_same_seed_same_search():
+    (first, arch, rows), (second, again, others) = run_toy(5), run_toy(5)
+    assert arch == again
+    keys = ("loss", "gate_loss", "expected", "events")
+    assert [[row.get(k) for k in keys] for row in rows] == [[row.get(k) for k in keys] for row in others]
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_search_never_opens_the_validation_images():
+    data = planted_data(0, num_train=256, num_val=8)
+
+    def poisoned(*_):
+        raise AssertionError("the search read validation images")
+
+    data = replace(data, _val=poisoned)
+    with pytest.raises(AssertionError):
+        next(iter(data.val_batches(4)))
+    net = plant(Supernet(toy()))
+    recipe = replace(FROZEN, epochs=2)
+    search(net, tables_of(net), parse_budget("0.3M"), data, recipe, FROM_THE_START, seed=0, on_row=lambda row: None)
+
+
+def test_weights_and_gates_learn_from_different_images():
+    data = load_data(img_size=8)
+    rest, held_out = data.split(0.3, seed=0)
+    assert not set(rest.tolist()) & set(held_out.tolist())
+
+
+def test_dead_gates_stop_the_search():
+    net = Supernet(toy())
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    check_gradients(net, 0)
+    pair = net.layers[0].blocks["ir-k3"].gate
+    pair.logits.grad.zero_()
+    with pytest.raises(RuntimeError, match="stage0/0/ir-k3/mid gets no gradient"):
+        check_gradients(net, 0)
+
+
+def test_nothing_to_search_is_an_error():
+    macro = replace(toy(), divisor=32)
+    stage = replace(macro.stages[0], depth=1, candidates=macro.stages[0].candidates[:1])
+    net = Supernet(replace(macro, stages=(stage,)))
+    data = planted_data(0, num_train=64, num_val=8)
+    with pytest.raises(UserError, match="nothing can be searched"):
+        search(net, tables_of(net), (Budget("macs", 1e9),), data, FROZEN, SearchConfig(), seed=0, on_row=print)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gate_fraction": 0.0},
+        {"gate_every": 0},
+        {"temperature": 0.0},
+        {"skip_at": 1.5},
+        {"budget_from": 0.8},
+        {"paths": 0},
+    ],
+)
+def test_bad_config_is_one_line(change):
+    with pytest.raises(UserError, match="--") as caught:
+        check_config(replace(SearchConfig(), **change))
+    assert "\n" not in str(caught.value)

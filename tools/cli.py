@@ -1,0 +1,111 @@
+"""What the tools share: flags, progress, and how a user's mistake is told."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dnas.data import Data, load_data
+from dnas.train import AMP_DTYPES, Recipe, check_recipe
+from dnas.units import UserError
+
+console = Console(highlight=False)
+# fvcore scripts its helpers when it is imported, which newer torch deprecates: nothing that a user could mend.
+warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags on the data and the machine, named as timm names them."""
+    group = parser.add_argument_group("data and machine")
+    group.add_argument("--data-dir", default="", help="image folder (train/ and validation/), or a .tar.gz of one")
+    group.add_argument(
+        "--dataset", default="", help="'digits' (embedded; the default) or one of timm's torch/... names"
+    )
+    group.add_argument("--img-size", type=int, help="image side in pixels (default: 32 for digits, else the data's)")
+    group.add_argument("--in-chans", type=int, default=3, help="image channels (default 3)")
+    group.add_argument("--num-classes", type=int, help="checked against the data")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.add_argument("--workers", "-j", type=int, default=2, help="processes that read image folders")
+    group.add_argument("--seed", type=int, default=0)
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the training recipe, named as timm names them."""
+    group = parser.add_argument_group("training recipe, of the found net and of those it is compared with alike")
+    defaults = Recipe()
+    choices = {"amp_dtype": list(AMP_DTYPES)}
+    short = {"batch_size": ["-b"], "opt": [], "epochs": []}
+    for field in fields(Recipe):
+        name, value = f"--{field.name.replace('_', '-')}", getattr(defaults, field.name)
+        text = f"(default {value})"
+        if isinstance(value, bool):
+            group.add_argument(name, action=argparse.BooleanOptionalAction, default=value)
+        else:
+            group.add_argument(
+                name,
+                *short.get(field.name, []),
+                type=type(value),
+                default=value,
+                help=text,
+                choices=choices.get(field.name),
+            )
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The recipe in the flags, checked."""
+    return check_recipe(Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)}))
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """The device asked for. Raises UserError if this machine lacks it."""
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {args.device!r} is not available here: expected cpu, or cuda with a GPU") from None
+    return device
+
+
+def data_of(args: argparse.Namespace, device: torch.device) -> Data:
+    """The data in the flags. Raises UserError for whatever is wrong with them."""
+    data = load_data(
+        args.dataset, args.data_dir, img_size=args.img_size, in_chans=args.in_chans, device=device, workers=args.workers
+    )
+    if args.num_classes not in (None, data.num_classes):
+        raise UserError(f"--num-classes {args.num_classes} does not fit the data, which has {data.num_classes} classes")
+    return data
+
+
+@contextmanager
+def progress_bar(text: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar with the time that remains; silent where the output is no terminal. Yields ``advance(note)``."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda note="": bar.update(task, advance=1, description=f"{text} {note}".rstrip())
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call ``main``: a user's mistake is one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse without the usage lines before an error."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        print(f"error: {message} (--help lists what is allowed)", file=sys.stderr)
+        sys.exit(2)

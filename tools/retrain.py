@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""Train a found net from scratch, by any recipe: a run folder in, a new run folder with weights and metrics out.
+
+python tools/retrain.py runs/my-run --epochs 100 --output runs/my-run-retrained
+"""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from cli import (
+    OneLineParser,
+    add_data_flags,
+    add_recipe_flags,
+    console,
+    data_of,
+    device_of,
+    progress_bar,
+    recipe_of,
+    run,
+)
+from timm.utils import random_seed
+
+from dnas.export import build_net, read_arch, save_weights, verify_export, write_export
+from dnas.runs import check_new_folder, provenance, write_json
+from dnas.train import train_from_scratch
+from dnas.units import UserError, show
+
+
+def main() -> None:
+    """Read arch.json, train, write everything beside the new weights."""
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("run", help="run folder with an arch.json, or the arch.json itself")
+    parser.add_argument("--output", required=True, help="new run folder")
+    add_data_flags(parser)
+    add_recipe_flags(parser)
+    args = parser.parse_args()
+    recipe, device = recipe_of(args), device_of(args)
+    folder = check_new_folder(args.output)
+    source = Path(args.run)
+    document = read_arch(source / "arch.json" if source.is_dir() else source)
+    if args.img_size is None and (args.data_dir or args.dataset):
+        args.img_size = document["img_size"]
+    data = data_of(args, device)
+    for key in ("num_classes", "in_chans", "img_size"):
+        if document[key] != getattr(data, key):
+            raise UserError(f"{source} was found for {key} {document[key]}, the data has {getattr(data, key)}")
+    random_seed(args.seed)
+    rates = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
+    model = build_net(document["net"], num_classes=data.num_classes, in_chans=data.in_chans, **rates).to(device)
+    steps = recipe.epochs * len(data.train_batches(recipe.batch_size, seed=args.seed))
+    with progress_bar(f"training {document['name']}", steps) as advance:
+        model, row = train_from_scratch(model, data, recipe, seed=args.seed, on_step=lambda update, loss: advance())
+    existed = folder.exists()
+    try:
+        write_export(folder, document)
+        save_weights(model, folder)
+        verify_export(folder)
+        write_json(
+            folder / "config.json", {"args": vars(args), "recipe": asdict(recipe), "provenance": provenance(device)}
+        )
+        costs = {metric: document[metric] for metric in ("macs", "params")}
+        write_json(folder / "metrics.json", {"budget": document["budget"], "found": costs | row})
+    except BaseException:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    console.print(
+        f"{document['name']}: {', '.join(show(m, cost) for m, cost in costs.items())}, top-1 {row['top1']:.2f} %"
+    )
+    console.print(f"files: {folder}/model.py, model.safetensors, arch.json, metrics.json, config.json", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run(main)

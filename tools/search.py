@@ -1,0 +1,263 @@
+#!/usr/bin/env python3
+"""From a budget to a trained timm model: search, derive, export, retrain from scratch, compare with the uniform net.
+
+python tools/search.py --budget 300MFLOPs
+"""
+
+import shutil
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from cli import (
+    OneLineParser,
+    add_data_flags,
+    add_recipe_flags,
+    console,
+    data_of,
+    device_of,
+    progress_bar,
+    recipe_of,
+    run,
+)
+from rich.table import Table
+from timm.utils import random_seed
+
+from dnas.arch import Arch
+from dnas.cost import CostTable, resolve_budgets
+from dnas.data import Data
+from dnas.derive import derive, gate_likelihood, random_arch, uniform_arch
+from dnas.export import arch_document, build_net, check_name, count_macs, save_weights, verify_export, write_export
+from dnas.runs import append_row, check_new_folder, peak_memory_mb, provenance, write_json
+from dnas.search import SearchConfig, check_config, search
+from dnas.supernet import Macro, Supernet, net_of, size_to, space_of
+from dnas.train import Recipe, time_step, train_from_scratch
+from dnas.units import Budget, UserError, parse_budget, show
+from supernets import SUPERNETS
+
+
+def parser() -> OneLineParser:
+    """All flags."""
+    p = OneLineParser(description=__doc__)
+    p.add_argument("--budget", required=True, help="300MFLOPs (= MMACs), 5MParams, 50%%; several joined by commas")
+    p.add_argument("--supernet", default="prunet", choices=list(SUPERNETS), help="search space (default prunet)")
+    p.add_argument("--width-mult", type=float, help="width of the widest net (default: the budget is half of its cost)")
+    p.add_argument("--divisor", type=int, help="widths are multiples of this (default 8; 4 for toy)")
+    p.add_argument("--search-epochs", type=int, default=12, help="epochs of the search (default 12)")
+    p.add_argument("--num-random", type=int, default=0, help="also train this many random nets at the same cost")
+    p.add_argument("--output", help="run folder (default runs/<supernet>-<budget>-<seed>)")
+    p.add_argument("--name", help="name of the exported model (default: dnas_ and the run folder's name)")
+    p.add_argument("--dry-run", action="store_true", help="do everything but train: export and check the uniform net")
+    add_data_flags(p)
+    add_recipe_flags(p)
+    group = p.add_argument_group("search (times are shares of the whole search)")
+    for field in fields(SearchConfig):
+        default = getattr(SearchConfig(), field.name)
+        group.add_argument(
+            f"--{field.name.replace('_', '-')}", type=type(default), default=default, help=f"({default})"
+        )
+    return p
+
+
+def plan_space(args, data: Data, budgets: tuple[Budget, ...]) -> Macro:
+    """The search space, sized so that the budget is about half of its widest net unless a width is given."""
+    fixed = {"num_classes": data.num_classes, "in_chans": data.in_chans, "img_size": data.img_size}
+    if args.divisor is not None:
+        if not 1 <= args.divisor <= 64:
+            raise UserError(f"--divisor {args.divisor} is not between 1 and 64")
+        fixed["divisor"] = args.divisor
+    if args.width_mult is not None and not 0.05 <= args.width_mult <= 32:
+        raise UserError(f"--width-mult {args.width_mult} is not between 0.05 and 32")
+
+    def outline(width_mult: float) -> Macro:
+        return SUPERNETS[args.supernet](**fixed, width_mult=width_mult)
+
+    absolute = [b for b in budgets if not b.percent]
+    if args.width_mult is not None or not absolute:
+        return outline(args.width_mult or 1.0)
+    return size_to(outline, absolute)
+
+
+def export_arch(folder: Path, name: str, macro: Macro, arch: Arch, data: Data, tables, budgets, info) -> dict:
+    """Write arch.json and model.py and check them: counted MACs equal the cost table's to the unit."""
+    shown = {key: getattr(data, key) for key in ("num_classes", "in_chans", "img_size", "mean", "std")}
+    rows = [{"metric": b.metric, "limit": int(b.limit), "reached": tables[b.metric].of(arch)} for b in budgets]
+    document = arch_document(
+        name, net_of(macro, arch), shown, supernet=macro.name, answers=arch, budget=rows, provenance=info
+    )
+    plain = build_net(document["net"], num_classes=data.num_classes, in_chans=data.in_chans)
+    counted = count_macs(plain, data.in_chans, data.img_size)
+    if not counted == document["macs"] == tables["macs"].of(arch) or document["params"] != tables["params"].of(arch):
+        raise RuntimeError(
+            f"the exported net has {counted} MACs by fvcore, the cost table says {tables['macs'].of(arch)}"
+        )
+    write_export(folder, document)
+    verify_export(folder)
+    return document
+
+
+def train_arch(macro: Macro, arch: Arch, data: Data, recipe: Recipe, seed: int, device: torch.device, text: str):
+    """Train one architecture from scratch. Returns (model, its row of metrics.json)."""
+    random_seed(seed)
+    rates = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
+    model = build_net(net_of(macro, arch), num_classes=data.num_classes, in_chans=data.in_chans, **rates).to(device)
+    tables = {metric: CostTable.build(space_of(macro), metric) for metric in ("macs", "params")}
+    steps = recipe.epochs * len(data.train_batches(recipe.batch_size, seed=seed))
+    with progress_bar(f"training {text}", steps) as advance:
+        model, row = train_from_scratch(model, data, recipe, seed=seed, on_step=lambda update, loss: advance())
+    return model, {metric: table.of(arch) for metric, table in tables.items()} | row
+
+
+def run_search(
+    net, tables, budgets, data: Data, recipe: Recipe, config: SearchConfig, folder: Path, seed: int
+) -> list[dict]:
+    """Search with a progress bar, writing history.jsonl. Returns its rows."""
+    rows: list[dict] = []
+    steps = search_steps(data, recipe, config)
+    with open(folder / "history.jsonl", "w") as history, progress_bar("searching", steps) as advance:
+
+        def on_row(row: dict) -> None:
+            rows.append(row)
+            append_row(history, row)
+            advance(f"{show('macs', row['live_macs'])} alive")
+
+        search(net, tables, budgets, data, recipe, config, seed=seed, on_row=on_row)
+    return rows
+
+
+def search_steps(data: Data, recipe: Recipe, config: SearchConfig) -> int:
+    """Weight steps of a search: its epochs over the images that are not held out for the gates."""
+    return recipe.epochs * max(1, round(data.num_train * (1 - config.gate_fraction)) // recipe.batch_size)
+
+
+def search_figures(rows: list[dict], recipe: Recipe, seconds: float, plain_ms: float, device: torch.device) -> dict:
+    """The ``search`` part of metrics.json.
+
+    A first and a last step are medians over up to ten steps that taught both weights and gates; the very first of them
+    mixes all blocks once, to see that every gate is alive, and does not count.
+    """
+    both = [row["weight_ms"] + row["gate_ms"] for row in rows if "gate_ms" in row]
+    images = (len(rows) + len(both)) * recipe.batch_size
+    some = both[1:] or both
+    last = next(row for row in reversed(rows) if "expected" in row)
+    return {
+        "seconds": seconds,
+        "steps": len(rows),
+        "images": images,
+        "peak_memory_mb": peak_memory_mb(device),
+        "first_step_ms": median(some[:10]),
+        "last_step_ms": median(some[-10:]),
+        "relative_cost": (1e3 * seconds / images) / (plain_ms / recipe.batch_size),
+        "plain_step_ms": plain_ms,
+        "expected": last["expected"],
+    }
+
+
+def print_table(folder: Path, name: str, metrics: dict) -> None:
+    """What the run came to, and what to do next."""
+    table = Table(title=str(folder), title_justify="left", show_header=True)
+    for column in ("", "budget", "expected", "found", "uniform"):
+        table.add_column(column, justify="left" if not column else "right")
+    found, uniform, figures = metrics["found"], metrics["uniform"], metrics["search"]
+    for row in metrics["budget"]:
+        metric = row["metric"]
+        values = (row["limit"], figures["expected"][metric], found[metric], uniform[metric])
+        table.add_row({"macs": "MACs", "params": "parameters"}[metric], *(show(metric, v) for v in values))
+    if "params" not in {row["metric"] for row in metrics["budget"]}:
+        table.add_row("parameters", "", "", show("params", found["params"]), show("params", uniform["params"]))
+    table.add_row("top-1", "", "", f"{found['top1']:.2f} %", f"{uniform['top1']:.2f} %")
+    console.print(table)
+    if metrics["random"]:
+        tops = [row["top1"] for row in metrics["random"]]
+        console.print(f"random nets at the same cost, top-1: {', '.join(f'{t:.2f}' for t in tops)} %")
+    for line in (
+        f"search: {figures['seconds']:.0f} s, an image {figures['relative_cost']:.2f} x training the widest net; "
+        f"a step went from {figures['first_step_ms']:.0f} to {figures['last_step_ms']:.0f} ms",
+        f"files: {folder}/model.py (import it, then timm.create_model({name!r}, pretrained=True)), "
+        f"model.safetensors, arch.json, metrics.json, history.jsonl, config.json",
+        f"next: python tools/retrain.py {folder} --epochs 100 --output {folder}-retrained",
+    ):
+        console.print(line, soft_wrap=True)
+
+
+def main() -> None:
+    """The whole flow, on one screen."""
+    args = parser().parse_args()
+    budgets = parse_budget(args.budget)
+    recipe, device = recipe_of(args), device_of(args)
+    config = check_config(SearchConfig(**{field.name: getattr(args, field.name) for field in fields(SearchConfig)}))
+    if args.search_epochs < 1 or args.num_random < 0:
+        given = f"--search-epochs {args.search_epochs} --num-random {args.num_random}"
+        raise UserError(f"{given}: at least 1 epoch and no negative number is allowed")
+    default = f"runs/{args.supernet}-{args.budget.replace('%', 'pc').replace(',', '-')}-{args.seed}"
+    folder = check_new_folder(args.output or default)
+    name = args.name or "dnas_" + "".join(c if c.isalnum() else "_" for c in folder.name.lower())
+    check_name(name)
+    data = data_of(args, device)
+    macro = plan_space(args, data, budgets)
+    random_seed(args.seed)
+    net = Supernet(macro)
+    tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
+    budgets = resolve_budgets(tables, budgets)
+    uniform = uniform_arch(net.space, tables, budgets)  # also shows that this grid of widths can meet the budget
+    cheapest, dearest = tables["macs"].extremes()
+    reach = " to ".join(show("macs", tables["macs"].of(arch)) for arch in (cheapest, dearest))
+    images = f"{data.num_train} images of {data.img_size} px"
+    console.print(f"{macro.name} on {data.name}, {images}: {net.space.num_archs():.0e} nets of {reach}")
+    info = provenance(device)
+
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        write_json(folder / "config.json", {"args": vars(args), "macro": asdict(macro), "provenance": info})
+        if args.dry_run:
+            document = export_arch(folder, name, macro, uniform, data, tables, budgets, info)
+            costs = {metric: document[metric] for metric in tables}
+            write_json(folder / "metrics.json", {"budget": document["budget"], "uniform": costs})
+            reached = ", ".join(show(metric, cost) for metric, cost in costs.items())
+            console.print(f"dry run: the uniform net at {', '.join(map(str, budgets))} is in {folder} ({reached})")
+            return
+        widest = build_net(net_of(macro, dearest), num_classes=data.num_classes, in_chans=data.in_chans).to(device)
+        plain_ms = time_step(widest, data, recipe)
+        del widest
+        search_recipe = replace(recipe, epochs=args.search_epochs, mixup=0.0, cutmix=0.0, drop=0.0, drop_path=0.0)
+        # A weight step is about one step of the widest net, a gate step about two; training the found net less.
+        share = min(1.0, budgets[0].limit / tables[budgets[0].metric].of(tables[budgets[0].metric].extremes()[1]))
+        work = search_steps(data, search_recipe, config) * (1 + 2 * (1 - config.warmup) / config.gate_every)
+        work += share * (2 + args.num_random) * recipe.epochs * data.num_train / recipe.batch_size
+        console.print(f"about {max(1, round(work * plain_ms / 6e4))} min on this machine, at {plain_ms:.0f} ms a step")
+
+        net = net.to(
+            device=device, memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format
+        )
+        started = time.perf_counter()
+        rows = run_search(net, tables, budgets, data, search_recipe, config, folder, args.seed)
+        figures = search_figures(rows, recipe, time.perf_counter() - started, plain_ms, device)
+        found = derive(net.space, tables, budgets, gate_likelihood(net))
+        document = export_arch(folder, name, macro, found, data, tables, budgets, info)
+        model, found_row = train_arch(macro, found, data, recipe, args.seed, device, "found")
+        save_weights(model, folder)
+        verify_export(folder)
+        _, uniform_row = train_arch(macro, uniform, data, recipe, args.seed, device, "uniform")
+        metrics = {
+            "budget": document["budget"],
+            "search": figures,
+            "found": found_row,
+            "uniform": uniform_row,
+            "random": [],
+        }
+        for k in range(args.num_random):
+            arch = random_arch(net.space, tables, budgets, seed=1000 * args.seed + k)
+            metrics["random"].append(train_arch(macro, arch, data, recipe, args.seed, device, f"random {k}")[1])
+        write_json(folder / "metrics.json", metrics)
+    except UserError:
+        if not existed and not (folder / "history.jsonl").exists():
+            shutil.rmtree(folder)
+        raise
+    print_table(folder, name, metrics)
+
+
+if __name__ == "__main__":
+    run(main)
