@@ -156,7 +156,7 @@ def derive(
     for at in starts[-6:] if not found else []:
         walker.at = dict(at)
         walker.refresh()
-        if _enter_band(walker):
+        if _enter_band(walker) or _walk_into_band(walker, np.random.default_rng(0)):
             found.append((walker.log_likelihood(), dict(walker.at)))
     if not found:
         b = budgets[0]
@@ -304,7 +304,7 @@ def uniform_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequenc
         arch = space.complete({d.name: d.options[int(np.argmax(like[d.name]))] for d in space.decisions})
         fits = all(tables[b.metric].of(arch) <= b.limit for b in budgets)
         low, high = (middle, high) if fits else (low, middle)
-    return derive(space, tables, budgets, likelihood(low), exact_below=0)
+    return derive(space, tables, budgets, likelihood(low))
 
 
 def random_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequence[Budget], seed: int) -> Arch:
@@ -319,14 +319,28 @@ def random_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequence
     for _ in range(100):
         walker.at = {d.name: int(rng.integers(len(d.options))) for d in space.decisions}
         walker.refresh()
-        for _ in range(2000):
-            if in_band(walker.ratio):
-                return walker.arch()
-            active = walker.active()
-            d = active[rng.integers(len(active))]
-            ratios, here = walker.ratios(d), walker.ratio
-            towards = np.flatnonzero(ratios < here if here > 1 else (ratios > here) & (ratios <= 1))
-            if len(towards):
-                walker.move(d, int(rng.choice(towards)))
-                walker.refresh()
+        if _walk_into_band(walker, rng):
+            return walker.arch()
     raise UserError(f"no random network of this space costs 98 to 100 % of {budgets[0]}")
+
+
+def _walk_into_band(walker: _Walker, rng: np.random.Generator, most: int = 3000) -> bool:
+    """Redraw random decisions towards the band, without crossing it from below, until the net is in it.
+
+    Where nothing moves any more (a local optimum on a coarse grid), one decision is redrawn at will.
+    """
+    stuck = 0
+    for _ in range(most):
+        if in_band(walker.ratio):
+            return True
+        active = walker.active()
+        d = active[rng.integers(len(active))]
+        ratios, here = walker.ratios(d), walker.ratio
+        towards = np.flatnonzero(ratios < here if here > 1 else (ratios > here) & (ratios <= 1))
+        stuck = 0 if len(towards) else stuck + 1
+        if stuck > 3 * len(active):
+            towards, stuck = np.arange(len(d.options)), 0
+        if len(towards):
+            walker.move(d, int(rng.choice(towards)))
+            walker.refresh()
+    return False

@@ -113,7 +113,7 @@ def search(
     warm-up, every ``gate_every`` times a gate step (soft gates, held-out images, cross entropy plus budget penalty)
     followed by shrinking.
     """
-    if all(len(gate.probabilities()) < 2 for gate in net.gates().values()):
+    if net.space.num_archs() < 2:
         raise UserError(f"nothing can be searched: every decision of the space {net.macro.name} has one option only")
     device = next(net.parameters()).device
     rest, held_out = data.split(config.gate_fraction, seed)

@@ -180,7 +180,7 @@ def net_of(macro: Macro, arch: Mapping[str, Option]) -> dict:
 def size_to(outline: Callable[[float], Macro], budgets: Sequence[Budget], share: float = 0.5) -> Macro:
     """The macro whose widest net costs about 1 / ``share`` of the tightest absolute budget.
 
-    ``outline`` maps a width multiplier in [1/16, 16] to a macro. Found by bisection on the multiplier's logarithm.
+    ``outline`` maps a width multiplier in [1/4, 16] to a macro. Found by bisection on the multiplier's logarithm.
     """
 
     def too_big(mult: float) -> bool:
@@ -188,7 +188,7 @@ def size_to(outline: Callable[[float], Macro], budgets: Sequence[Budget], share:
         tables = {b.metric: CostTable.build(space, b.metric) for b in budgets}
         return any(t.of(t.extremes()[1]) * share > b.limit for b in budgets for t in [tables[b.metric]])
 
-    low, high = math.log(1 / 16), math.log(16)
+    low, high = math.log(1 / 4), math.log(16)
     for _ in range(10):
         middle = (low + high) / 2
         low, high = (low, middle) if too_big(math.exp(middle)) else (middle, high)

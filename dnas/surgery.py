@@ -80,7 +80,7 @@ def fit(net: Supernet, optimizers: Sequence[Optimizer] = ()) -> None:
     modules: dict[tuple[int, str], nn.Module] = {}
     for name, places in net.slices().items():
         gate = gates[name]
-        width: int = gate.widths[-1] if isinstance(gate, MarkovGate) else gate.large
+        width = int(gate.widths[-1] if isinstance(gate, MarkovGate) else gate.large)
         for module, side in places:
             key = (id(module), side)
             needs[key], modules[key] = max(width, needs.get(key, 0)), module
@@ -167,9 +167,9 @@ def shrink(
 ) -> list[dict]:
     """All three tiers of pruning after a step of the gates; returns what happened, one record an event.
 
-    Blocks whose clean softmax is under ``block_below`` and layers whose coefficient is under ``layer_below`` go, and every
-    channel group of a Markov gate beyond the first whose marginal has been under ``width_below`` for ``patience`` steps in
-    a row; pairs move as `PairGate.update` says. Nothing goes that the budget might still need:
+    Blocks whose clean softmax is under ``block_below`` and layers whose coefficient is under ``layer_below`` go, and
+    every channel group of a Markov gate beyond the first whose marginal has been under ``width_below`` for
+    ``patience`` steps in a row; pairs move as `PairGate.update` says. Nothing goes that the budget might still need:
     ``may_end_with(live options)`` is asked first.
     """
     events: list[dict] = []

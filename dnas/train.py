@@ -58,6 +58,7 @@ def check_recipe(recipe: Recipe) -> Recipe:
             raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
     if recipe.amp_dtype not in AMP_DTYPES:
         raise UserError(f"--amp-dtype {recipe.amp_dtype!r} is not one of {', '.join(AMP_DTYPES)}")
+    make_scheduler(make_optimizer([nn.Parameter(torch.zeros(1))], recipe), recipe, 1)  # do their names exist?
     return recipe
 
 
@@ -68,6 +69,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> Optimi
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     try:
         return create_optimizer_v2(groups, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
     except (ValueError, AssertionError, KeyError):
@@ -76,7 +78,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> Optimi
 
 def make_scheduler(optimizer: Optimizer, recipe: Recipe, updates_per_epoch: int) -> Scheduler:
     """timm's schedule over exactly ``recipe.epochs``, stepped after every update. Raises UserError for its name."""
-    if recipe.sched not in ("cosine", "tanh", "step", "poly", "plateau", "none") or recipe.sched == "plateau":
+    if recipe.sched not in ("cosine", "tanh", "step", "poly"):
         raise UserError(f"--sched {recipe.sched!r} is not one of cosine, tanh, step, poly")
     warmup = min(recipe.warmup_epochs, recipe.epochs - 1)
     scheduler, _ = create_scheduler_v2(

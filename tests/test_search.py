@@ -11,7 +11,7 @@ from dnas.data import load_data
 from dnas.derive import derive, enumerate_archs, gate_likelihood
 from dnas.gates import MarkovGate
 from dnas.search import SearchConfig, check_config, check_gradients, live_cost, search
-from dnas.supernet import Supernet
+from dnas.supernet import Candidate, Supernet
 from dnas.train import Recipe
 from dnas.units import Budget, UserError, parse_budget
 from supernets import SUPERNETS
@@ -159,9 +159,10 @@ def test_dead_gates_stop_the_search():
 
 
 def test_nothing_to_search_is_an_error():
-    macro = replace(toy(), divisor=32)
-    stage = replace(macro.stages[0], depth=1, candidates=macro.stages[0].candidates[:1])
-    net = Supernet(replace(macro, stages=(stage,)))
+    only = Candidate("ir", 3, expand=1, base=1)
+    stage = replace(toy().stages[0], depth=1, width=8, candidates=(only,))
+    net = Supernet(replace(toy(), stages=(stage,), divisor=8, stem=8, head=8))
+    assert net.space.num_archs() == 1
     data = planted_data(0, num_train=64, num_val=8)
     with pytest.raises(UserError, match="nothing can be searched"):
         search(net, tables_of(net), (Budget("macs", 1e9),), data, FROZEN, SearchConfig(), seed=0, on_row=print)

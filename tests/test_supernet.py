@@ -121,7 +121,7 @@ def test_the_macros_under_test_hold_every_kind_of_block_and_answer():
 
 @pytest.mark.parametrize("name", [*SUPERNETS, "mixed-bipath"])
 def test_tables_count_what_fvcore_and_torch_count(name):
-    shapes = ((16, 3, 8), (28, 1, 4), (72, 3, 8)) if name in SUPERNETS else ((16, 2, 8),)
+    shapes = ((16, 3, 8), (28, 1, 4), (66, 3, 8)) if name in SUPERNETS else ((16, 2, 8),)
     for k, (img_size, in_chans, divisor) in enumerate(shapes):
         data = {"num_classes": 3 + k, "in_chans": in_chans, "img_size": img_size}
         macro = mixed(True) if name == "mixed-bipath" else SUPERNETS[name](**data, width_mult=0.25, divisor=divisor)
@@ -134,7 +134,7 @@ def test_tables_count_what_fvcore_and_torch_count(name):
             model = build_net(net_of(macro, arch), num_classes=macro.num_classes, in_chans=macro.in_chans)
             assert count_params(model) == params.of(arch)
             assert count_macs_torch(model, macro.in_chans, macro.img_size) == macs.of(arch)
-            if j % 8 == 0:
+            if j % 10 == 0:
                 assert count_macs(model, macro.in_chans, macro.img_size) == macs.of(arch)
 
 
@@ -179,7 +179,7 @@ def test_at_full_width_the_supernet_is_the_plain_net_bit_for_bit(name):
 def test_masked_equals_exported_for_any_architecture(name):
     macro = MACROS[name]()
     net = settled(macro)
-    for seed in range(8):
+    for seed in range(6):
         arch = random_arch(net.space, seed)
         model, x = plain(net, arch), images(macro, seed)
         with torch.no_grad():
@@ -477,7 +477,7 @@ def test_opening_a_skip_hardly_moves_the_layer(name):
 def test_a_skip_coefficient_of_zero_is_the_net_without_the_layer(name):
     macro = MACROS[name]()
     net, x = settled(macro).eval(), images(macro)
-    for k, layer in enumerate(layer for layer in net.layers if layer.skip):
+    for k, layer in enumerate([layer for layer in net.layers if layer.skip][:3]):
         answers = net.widest(torch.Generator().manual_seed(k))
         layer.skip.is_open = True
         layer.skip.kappa.fill_(-200.0)
@@ -532,7 +532,7 @@ def test_soft_and_hard_nets_run_in_bfloat16():
 @pytest.mark.parametrize("open_skips", [False, True])
 @every_macro
 def test_every_gate_has_a_gradient_from_the_task_at_the_first_step(name, open_skips):
-    for seed in range(2):
+    for seed in range(2 - open_skips):
         torch.manual_seed(seed)
         macro = MACROS[name]()
         net = Supernet(macro).train()

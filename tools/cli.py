@@ -104,7 +104,17 @@ def run(main: Callable[[], None]) -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse without the usage lines before an error."""
+    """argparse without the usage lines before an error, and with negative budgets read as what they are."""
+
+    def parse_args(self) -> argparse.Namespace:  # type: ignore[override]
+        """The command line; ``--budget -3MFLOPs`` is a wrong budget, not a missing one."""
+        joined: list[str] = []
+        for given in sys.argv[1:]:
+            if joined and joined[-1] == "--budget":
+                joined[-1] += f"={given}"
+            else:
+                joined.append(given)
+        return super().parse_args(joined)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         print(f"error: {message} (--help lists what is allowed)", file=sys.stderr)

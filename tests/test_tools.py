@@ -1,0 +1,221 @@
+"""The command lines: a table of wrong inputs, a dry run, and one small run from budget to trained model."""
+
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import cli  # noqa: E402
+import export as export_tool  # noqa: E402
+import retrain as retrain_tool  # noqa: E402
+import search as search_tool  # noqa: E402
+
+from dnas.cost import CostTable  # noqa: E402
+from dnas.export import read_arch, verify_export  # noqa: E402
+from dnas.supernet import space_of  # noqa: E402
+from supernets import SUPERNETS  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
+
+def call(tool, monkeypatch, *args):
+    """Exit code of a tool, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["tool", *map(str, args)])
+    try:
+        cli.run(tool.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Six small images a class and split, in a folder of their own."""
+    root = tmp_path / "images"
+    for split in ("train", "validation"):
+        for c, colour in enumerate(("red", "blue")):
+            folder = root / split / f"class{c}"
+            folder.mkdir(parents=True)
+            for k in range(6):
+                Image.new("RGB", (16, 16), colour).save(folder / f"{k}.png")
+    return root
+
+
+SEARCH_ERRORS = [
+    (["--budget", "-3MFLOPs"], "-3MFLOPs"),
+    (["--budget=-3MFLOPs"], "-3MFLOPs"),
+    (["--budget", "300"], "'300'"),
+    (["--budget", "300MB"], "'300MB'"),
+    (["--budget", "nanFLOPs"], "'nanFLOPs'"),
+    (["--budget", "infFLOPs"], "'infFLOPs'"),
+    (["--budget", ""], "''"),
+    (["--budget", "1.2ms"], "latency table"),
+    (["--budget", "0%"], "'0%'"),
+    (["--budget", "1kFLOPs"], "1kFLOPs"),
+    (["--budget", "1TFLOPs", "--width-mult", "0.25"], "1TFLOPs"),
+    (["--budget", "1MFLOPs,10Params"], "10Params"),
+    ([], "--budget"),
+    (["--budget", "50%", "--supernet", "resnet"], "'resnet'"),
+    (["--budget", "50%", "--nonsense", "1"], "--nonsense"),
+    (["--budget", "50%", "--epochs", "0"], "--epochs 0"),
+    (["--budget", "50%", "--epochs", "many"], "'many'"),
+    (["--budget", "50%", "--search-epochs", "0"], "--search-epochs 0"),
+    (["--budget", "50%", "--num-random", "-1"], "--num-random -1"),
+    (["--budget", "50%", "--batch-size", "1"], "--batch-size 1"),
+    (["--budget", "50%", "--lr", "nan"], "--lr nan"),
+    (["--budget", "50%", "--opt", "nothing"], "'nothing'"),
+    (["--budget", "50%", "--sched", "nothing"], "'nothing'"),
+    (["--budget", "50%", "--amp-dtype", "int8"], "'int8'"),
+    (["--budget", "50%", "--device", "tpu9"], "'tpu9'"),
+    (["--budget", "50%", "--divisor", "0"], "--divisor 0"),
+    (["--budget", "50%", "--width-mult", "0"], "--width-mult 0"),
+    (["--budget", "50%", "--img-size", "4"], "4"),
+    (["--budget", "50%", "--in-chans", "2"], "2"),
+    (["--budget", "50%", "--num-classes", "7"], "--num-classes 7"),
+    (["--budget", "50%", "--data-dir", "no/such/folder"], "no/such/folder"),
+    (["--budget", "50%", "--dataset", "no-such-data"], "no-such-data"),
+    (["--budget", "50%", "--name", "no name"], "no name"),
+    (["--budget", "50%", "--name", "resnet50"], "resnet50"),
+    (["--budget", "50%", "--skip-at", "2"], "--skip-at 2"),
+    (["--budget", "50%", "--gate-fraction", "0"], "--gate-fraction 0"),
+]
+
+
+def check_refused(code, capsys, quoted):
+    captured = capsys.readouterr()
+    assert code == 2, captured.err
+    assert quoted in captured.err
+    assert captured.err.count("\n") == 1, captured.err
+
+
+@pytest.mark.parametrize(("flags", "quoted"), SEARCH_ERRORS, ids=lambda value: " ".join(value) if value else None)
+def test_wrong_flags_are_one_line_and_leave_nothing(flags, quoted, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    check_refused(call(search_tool, monkeypatch, *flags), capsys, quoted)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["empty class", "broken image", "no validation"])
+def test_wrong_image_folder(damage, image_folder, tmp_path, monkeypatch, capsys):
+    if damage == "empty class":
+        (image_folder / "train" / "class2").mkdir()
+        quoted = "class2"
+    elif damage == "broken image":
+        victim = image_folder / "train" / "class1" / "3.png"
+        victim.write_bytes(victim.read_bytes()[:40])
+        quoted = "3.png"
+    else:
+        (image_folder / "validation").rename(image_folder / "elsewhere")
+        quoted = "validation"
+    out = tmp_path / "run"
+    flags = ("--budget", "50%", "--data-dir", image_folder, "--img-size", "16", "--output", out)
+    check_refused(call(search_tool, monkeypatch, *flags), capsys, quoted)
+    assert not out.exists()
+
+
+def test_output_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("a file")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "something").write_text("")
+    for out in (tmp_path / "file" / "run", full, "/proc/run"):
+        check_refused(call(search_tool, monkeypatch, "--budget", "50%", "--output", out), capsys, str(out))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
+
+
+@pytest.mark.parametrize(
+    ("supernet", "percent"),
+    [(name, percent) for name in ("prunet", "mobilenet_v2") for percent in (10, 20, 30, 40, 50, 60, 70, 80, 90)]
+    + [("toy", percent) for percent in (10, 30, 50, 70, 80)],
+)
+def test_dry_run_reaches_every_budget(supernet, percent, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    monkeypatch.setattr(search_tool, "verify_export", lambda folder: None)  # once below is enough: it starts a process
+    flags = ("--budget", f"{percent}%", "--supernet", supernet, "--dry-run", "--output", out)
+    assert call(search_tool, monkeypatch, *flags) == 0, capsys.readouterr().err
+    document = read_arch(out / "arch.json")
+    table = CostTable.build(space_of(SUPERNETS[supernet](num_classes=10, img_size=32)), "macs")
+    full = table.of(table.extremes()[1])
+    assert 0.98 * full * percent / 100 <= document["macs"] <= full * percent / 100
+    assert sorted(p.name for p in out.iterdir()) == ["arch.json", "config.json", "metrics.json", "model.py"]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The smallest whole run: search, derive, export, train found, uniform and one random net."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    flags = [
+        "--budget",
+        "1.5MFLOPs,60kParams",
+        "--img-size",
+        "16",
+        "--search-epochs",
+        "2",
+        "--epochs",
+        "1",
+        "-b",
+        "128",
+    ]
+    flags += ["--num-random", "1", "--model-ema-decay", "0.9", "--mixup", "0.2", "--divisor", "4", "--output", str(out)]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert call(search_tool, monkeypatch, *flags) == 0
+    return out
+
+
+def test_a_run_ends_with_all_its_files(finished_run):
+    names = {"config.json", "history.jsonl", "arch.json", "model.py", "model.safetensors", "metrics.json"}
+    assert {p.name for p in finished_run.iterdir()} == names
+    metrics = json.loads((finished_run / "metrics.json").read_text())
+    assert {"seconds", "steps", "images", "peak_memory_mb", "first_step_ms", "last_step_ms", "relative_cost"} <= set(
+        metrics["search"]
+    )
+    for net in (metrics["found"], metrics["uniform"], *metrics["random"]):
+        assert {"macs", "params", "top1", "epochs"} <= set(net)
+        ratios = [net[row["metric"]] / row["limit"] for row in metrics["budget"]]
+        assert 0.98 <= max(ratios) <= 1.0
+    history = [json.loads(line) for line in (finished_run / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in history] == list(range(metrics["search"]["steps"]))
+
+
+def test_a_run_loads_without_dnas(finished_run):
+    figures = verify_export(finished_run)
+    assert figures["macs"] == read_arch(finished_run / "arch.json")["macs"]
+    assert figures["weights"]
+
+
+def test_retrain_and_export_from_a_run(finished_run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "again"
+    flags = (finished_run, "--img-size", "16", "--epochs", "1", "-b", "256", "--output", out)
+    assert call(retrain_tool, monkeypatch, *flags) == 0
+    assert json.loads((out / "metrics.json").read_text())["found"]["epochs"] == 1
+    assert (out / "model.safetensors").exists()
+    assert call(export_tool, monkeypatch, finished_run, "--output", tmp_path / "named", "--name", "my_net") == 0
+    assert "def my_net(" in (tmp_path / "named" / "model.py").read_text()
+    assert call(export_tool, monkeypatch, tmp_path / "named", "--check") == 0
+    check_refused(call(retrain_tool, monkeypatch, finished_run, "--output", out), capsys, str(out))
+    wrong = call(retrain_tool, monkeypatch, finished_run, "--output", tmp_path / "other")
+    check_refused(wrong, capsys, "img_size")  # the digits come at 32 pixels by default
+    check_refused(call(retrain_tool, monkeypatch, tmp_path, "--output", tmp_path / "o"), capsys, "arch.json")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_changed_arch_file_is_refused(finished_run, tmp_path, monkeypatch, capsys):
+    document = json.loads((finished_run / "arch.json").read_text())
+    document["macs"] += 1
+    (tmp_path / "arch.json").write_text(json.dumps(document))
+    check_refused(call(export_tool, monkeypatch, tmp_path, "--output", tmp_path / "out"), capsys, "macs")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tar_of_images_is_read(image_folder, tmp_path, monkeypatch):
+    path = tmp_path / "images.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(image_folder, ".")
+    out = tmp_path / "run"
+    flags = ("--budget", "50%", "--data-dir", path, "--dry-run", "--width-mult", "0.25", "--output", out)
+    assert call(search_tool, monkeypatch, *flags) == 0
+    assert read_arch(out / "arch.json")["num_classes"] == 2
