@@ -17,7 +17,7 @@ from dnas.units import Budget, UserError, parse_budget
 from supernets import SUPERNETS
 from supernets.toy import BEST, plant, planted_data, toy
 
-FROZEN = Recipe(epochs=10, batch_size=64, lr=1e-9, min_lr=0.0, weight_decay=0.0, smoothing=0.0)
+FROZEN = Recipe(epochs=15, batch_size=64, lr=1e-9, min_lr=0.0, weight_decay=0.0, smoothing=0.0)
 FROM_THE_START = SearchConfig(gate_fraction=0.5, gate_every=1, warmup=0.0, budget_from=0.0)
 
 
@@ -34,7 +34,7 @@ def run_toy(seed):
     data = planted_data(seed, num_train=2048, num_val=8)
     net = plant(Supernet(toy()), seed)
     tables, rows = tables_of(net), []
-    budgets = (Budget("macs", 1.005 * tables["macs"].of(planted_best(net.space))),)
+    budgets = (Budget("macs", 1.02 * tables["macs"].of(planted_best(net.space))),)
     search(net, tables, budgets, data, FROZEN, FROM_THE_START, seed=seed, on_row=rows.append)
     return net, derive(net.space, tables, budgets, gate_likelihood(net)), rows
 
@@ -49,10 +49,10 @@ def test_toy_budget_alone_does_not_give_the_answer():
     """Many networks fit the budget of the planted one: the images have to tell them apart."""
     net = Supernet(toy())
     table = tables_of(net)["macs"]
-    limit = 1.005 * table.of(planted_best(net.space))
+    limit = 1.02 * table.of(planted_best(net.space))
     fitting = [a for a in enumerate_archs(net.space) if 0.98 * limit <= table.of(a) <= limit]
-    assert len(fitting) >= 5
-    assert len({(a["stage0/0/block"], a[f"stage0/0/{a['stage0/0/block']}/mid"]) for a in fitting}) >= 4
+    assert len(fitting) >= 20
+    assert len({(a["stage0/0/block"], a[f"stage0/0/{a['stage0/0/block']}/mid"]) for a in fitting}) >= 6
 
 
 def test_planted_answer_is_the_best_of_its_neighbours():

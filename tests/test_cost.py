@@ -1,0 +1,501 @@
+"""Costs: closed forms against modules that are counted, and the one formula against brute force, draws and papers."""
+
+import dataclasses
+import itertools
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from timm.layers import BatchNormAct2d, create_conv2d
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidual, InvertedResidual, SqueezeExcite
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dnas.arch import DROP, KEEP, Arch, Decision, Site, Space
+from dnas.cost import CLOSED_FORMS, CostTable, resolve_budgets
+from dnas.derive import enumerate_archs
+from dnas.supernet import Candidate, Macro, Stage, fit_strides, space_of
+from dnas.units import Budget, UserError, parse_budget, show
+from supernets import SUPERNETS
+
+METRICS = ("macs", "params")
+
+
+def supernet_space(name, img_size=32):
+    return space_of(SUPERNETS[name](num_classes=10, img_size=img_size, width_mult=0.5))
+
+
+def small_macro():
+    """Three layers with everything that a layer can have: choice, drop, squeeze-excite, fused, depthwise, stride."""
+    stages = (
+        Stage(16, 1, 1, (Candidate("ds", 3),)),
+        Stage(
+            24, 2, 2, (Candidate("ir", 3, 2, 2, se=0.25), Candidate("er", 3, 1, 1), Candidate("ds", 5)), droppable=True
+        ),
+    )
+    return Macro("small", 16, 1, stages, 16, "relu", True, 5, img_size=9)
+
+
+def random_arch(space, rng):
+    return space.complete({d.name: d.options[rng.integers(len(d.options))] for d in space.decisions})
+
+
+def random_probabilities(space, rng):
+    return {d.name: torch.from_numpy(rng.dirichlet(np.ones(len(d.options)))) for d in space.decisions}
+
+
+def one_hot(space, arch, rng):
+    """Certainty about the answers of ``arch``; anything about those that do not matter."""
+    p = random_probabilities(space, rng)
+    for name, option in arch.items():
+        p[name] = torch.zeros_like(p[name])
+        p[name][space.by_name[name].index(option)] = 1
+    return p
+
+
+# Closed forms against timm's modules, counted
+
+
+def counted(module, *shape):
+    """(MACs of convolution and linear layers, parameters) of a module on the meta device."""
+    x = torch.empty(1, *shape, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        module.eval()(x)
+    flops = counter.get_total_flops()
+    assert flops % 2 == 0
+    return flops // 2, sum(p.numel() for p in module.parameters())
+
+
+def closed_form(op, widths, fixed):
+    space = Space((), (Site("it", op, widths, fixed),))
+    return tuple(CostTable.build(space, metric).of(Arch({})) for metric in METRICS)
+
+
+def grid(**choices):
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+@pytest.mark.parametrize("kernel, stride, side", itertools.product((1, 3, 5, 7), (1, 2), (8, 9)))
+def test_a_convolution_with_its_norm(kernel, stride, side):
+    with torch.device("meta"):
+        module = nn.Sequential(create_conv2d(13, 22, kernel, stride=stride), BatchNormAct2d(22))
+    fixed = {"kernel": kernel, "size": math.ceil(side / stride) ** 2}
+    assert closed_form("conv", {"in": 13, "out": 22}, fixed) == counted(module, 13, side, side)
+
+
+def test_a_linear_layer():
+    with torch.device("meta"):
+        module = nn.Linear(37, 11)
+    assert closed_form("linear", {"in": 37, "out": 11}, {}) == counted(module, 37)
+
+
+BLOCKS = grid(kernel=(3, 5, 7), stride=(1, 2), side=(8, 9), se=(0, 4, 6))
+
+
+@pytest.mark.parametrize("kind", ["ds", "ir", "er"])
+def test_timms_blocks(kind):
+    chs_in, mid, chs_out = 20, 56, 28
+    for case in BLOCKS:
+        kernel, stride, side, se = case.values()
+        squeeze = partial(SqueezeExcite, rd_channels=se) if se else None
+        with torch.device("meta"):
+            if kind == "ds":
+                block = DepthwiseSeparableConv(chs_in, chs_out, kernel, stride=stride, se_layer=squeeze)
+            else:
+                make = InvertedResidual if kind == "ir" else EdgeResidual
+                block = make(chs_in, chs_out, kernel, stride=stride, exp_ratio=mid / chs_in, se_layer=squeeze)
+        assert isinstance(block.se, nn.Identity) == (se == 0)
+        widths = {"in": chs_in, "out": chs_out} | ({} if kind == "ds" else {"mid": mid})
+        fixed = {"kernel": kernel, "size": math.ceil(side / stride) ** 2, "se": se}
+        if kind != "ds":
+            assert block.conv_pwl.in_channels == mid
+            fixed["size_in"] = side**2
+        assert closed_form(kind, widths, fixed) == counted(block, chs_in, side, side), case
+
+
+def test_a_whole_table_is_its_closed_form_at_every_width():
+    widths = {"in": "in", "mid": "mid", "out": "out"}
+    fixed = {"kernel": 3, "size": 16, "size_in": 64, "se": 2}
+    grids = {"in": (3, 8), "mid": (2, 5, 9), "out": (1, 4, 6, 7)}
+    space = Space(tuple(Decision(n, g, g[0]) for n, g in grids.items()), (Site("it", "ir", widths, fixed),))
+    for metric in METRICS:
+        table, form = CostTable.build(space, metric), CLOSED_FORMS[metric]["ir"]
+        for values in itertools.product(*grids.values()):
+            slots = dict(zip(grids, values, strict=True))
+            assert table.of(slots) == form(**slots, **fixed)
+
+
+def test_unknown_metrics_and_operations_are_key_errors():
+    space = Space((), (Site("it", "attention", {"in": 1, "out": 1}, {}),))
+    with pytest.raises(KeyError):
+        CostTable.build(space, "macs")
+    with pytest.raises(KeyError):
+        CostTable.build(Space((), ()), "joules")
+
+
+# Published numbers
+
+
+def resnet50(pruned):
+    """Sites of ResNet-50 at 224 pixels with the stride in the 3x3 convolutions; the options are (pruned, dense) widths.
+
+    ``pruned`` is (stem, [per stage (stream, [(inner, inner) per block])]).
+    """
+    decisions, sites = [], []
+
+    def width(name, narrow, wide):
+        decisions.append(Decision(name, tuple(sorted({narrow, wide})), wide))
+        return name
+
+    def conv(name, chs_in, chs_out, kernel, side):
+        sites.append(Site(name, "conv", {"in": chs_in, "out": chs_out}, {"kernel": kernel, "size": side**2}))
+
+    stem, stages = pruned
+    before, side = width("conv1", stem, 64), 56
+    conv("conv1", 3, before, 7, 112)
+    for k, (stream, blocks) in enumerate(stages, 1):
+        after = width(f"layer{k}", stream, 128 * 2**k)
+        for i, (first, second) in enumerate(blocks):
+            name, side_in = f"layer{k}.{i}", side
+            side = side // 2 if k > 1 and i == 0 else side
+            a = width(f"{name}.conv1", first, 32 * 2**k)
+            b = width(f"{name}.conv2", second, 32 * 2**k)
+            conv(f"{name}.conv1", before, a, 1, side_in)
+            conv(f"{name}.conv2", a, b, 3, side)
+            conv(f"{name}.conv3", b, after, 1, side)
+            if i == 0:
+                conv(f"{name}.downsample", before, after, 1, side)
+            before = after
+    sites.append(Site("fc", "linear", {"in": before, "out": 1000}, {}))
+    return Space(tuple(decisions), tuple(sites))
+
+
+# The "2G" network of DMCP (Guo et al., CVPR 2020), as its authors published it: each residual stream has one width.
+DMCP_2G = (
+    52,
+    [
+        (106, [(22, 22), (16, 16), (40, 16)]),
+        (155, [(68, 56), (32, 68), (56, 56), (80, 92)]),
+        (1024, [(256, 256), (106, 106), (131, 256), (131, 256), (256, 256), (256, 256)]),
+        (2048, [(512, 512), (512, 461), (512, 512)]),
+    ],
+)
+
+
+@pytest.mark.parametrize("which, gmacs, mega_weights", [("narrow", 2.194, 21.92), ("wide", 4.089, 25.50)])
+def test_dmcps_resnet50_and_the_dense_one(which, gmacs, mega_weights):
+    space = resnet50(DMCP_2G)
+    arch = Arch({d.name: d.options[0] if which == "narrow" else d.base for d in space.decisions})
+    macs, params = (CostTable.build(space, metric).of(arch) for metric in METRICS)
+    # The published count is of convolution and linear weights only. Ours has two more for each channel of a norm, one
+    # after every convolution, and the classifier's bias: take both away.
+    convs = [site for site in space.sites if site.op == "conv"]
+    weights = params - 2 * sum(arch[site.widths["out"]] for site in convs) - 1000
+    assert round(macs / 1e9, 3) == gmacs
+    assert round(weights / 1e6, 2) == mega_weights
+    if which == "wide":
+        assert (macs, params) == (4_089_184_256, 25_557_032)  # torchvision's and timm's resnet50, to the unit
+
+
+# expected() and of() are one sum
+
+
+@pytest.mark.parametrize("name", SUPERNETS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_expected_at_certainty_is_the_exact_cost(name, metric):
+    space, rng = supernet_space(name), np.random.default_rng(0)
+    table = CostTable.build(space, metric)
+    for _ in range(50):
+        arch = random_arch(space, rng)
+        expected = table.expected(one_hot(space, arch, rng))
+        assert expected.dtype == torch.float64 and expected.shape == ()
+        assert float(expected) == pytest.approx(table.of(arch), rel=1e-12)
+        assert isinstance(table.of(arch), int)
+
+
+def test_expected_takes_half_precision_probabilities_and_sums_in_double():
+    space, rng = supernet_space("toy"), np.random.default_rng(0)
+    table = CostTable.build(space, "macs")
+    p = random_probabilities(space, rng)
+    for dtype, rel in ((torch.float32, 1e-6), (torch.bfloat16, 0.05)):
+        rough = {n: v.to(dtype).requires_grad_() for n, v in p.items()}
+        expected = table.expected(rough)
+        assert expected.dtype == torch.float64
+        assert float(expected.detach()) == pytest.approx(float(table.expected(p)), rel=rel)
+        expected.backward()
+        assert all(v.grad is not None and v.grad.dtype == dtype for v in rough.values())
+
+
+def draw(space, probabilities, rng, count):
+    """``count`` independent draws of every decision: decision -> [count] option indices."""
+    return {n: rng.choice(len(p), size=count, p=p.numpy() / p.numpy().sum()) for n, p in probabilities.items()}
+
+
+def assert_means_agree(samples, expected):
+    error = samples.std(ddof=1) / math.sqrt(len(samples))
+    assert abs(samples.mean() - expected) < 4 * error
+    assert error < 0.01 * expected  # or the test would say little
+
+
+def test_expected_mobilenet_v2_is_the_mean_of_independent_draws():
+    img, mult, count = 32, 0.5, 100_000
+    space, rng = supernet_space("mobilenet_v2", img), np.random.default_rng(1)
+    p = random_probabilities(space, rng)
+    index = draw(space, p, rng, count)
+    width = {d.name: np.array(d.options)[index[d.name]] for d in space.decisions}
+    # Table 2 of the MobileNetV2 paper, counted again from nothing: (expansion, layers, stride) of each stage.
+    rows = ((1, 1, 1), (6, 2, 2), (6, 3, 2), (6, 4, 2), (6, 3, 1), (6, 3, 2), (6, 1, 1))
+    stem_stride, *strides = fit_strides(img, (2, *(stride for *_, stride in rows)))
+    side = img // stem_stride
+    macs, params = 27 * width["stem"] * side**2, 27 * width["stem"] + 2 * width["stem"]
+    before = width["stem"]
+    for s, (expansion, layers, _) in enumerate(rows):
+        after = width[f"stage{s}/width"]
+        for i in range(layers):
+            hidden = before
+            if expansion > 1:
+                hidden = width[f"stage{s}/{i}/ir-k3/mid"]
+                macs, params = macs + before * hidden * side**2, params + before * hidden + 2 * hidden
+            side = side // strides[s] if i == 0 else side
+            macs = macs + 9 * hidden * side**2 + hidden * after * side**2
+            params = params + 9 * hidden + 2 * hidden + hidden * after + 2 * after
+            before = after
+    head = width["head"]
+    macs, params = macs + before * head * side**2 + head * 10, params + before * head + 2 * head + head * 10 + 10
+    full = CostTable.build(space, "macs").extremes()[1]
+    assert full["stem"] == 32 * mult and full["head"] == 1280 * mult
+    for metric, samples in (("macs", macs), ("params", params)):
+        assert_means_agree(samples, float(CostTable.build(space, metric).expected(p)))
+
+
+def test_expected_choices_and_drops_are_the_mean_of_independent_draws():
+    space, rng, count = space_of(small_macro()), np.random.default_rng(2), 100_000
+    p = random_probabilities(space, rng)
+    index = draw(space, p, rng, count)
+    value = {d.name: np.array(d.options)[index[d.name]] for d in space.decisions}
+    stem, one, two, head = (value[n] for n in ("stem", "stage0/width", "stage1/width", "head"))
+    macs = 27 * stem * 81 + 81 * (9 * stem + stem * one)
+    for i, (before, area_in) in enumerate(((one, 81), (two, 25))):  # 9 pixels at stride 2 are 5
+        name, se = f"stage1/{i}", round(0.25 * (16, 24)[i])
+        fused, plain = value[f"{name}/er-k3/mid"], value[f"{name}/ir-k3-se/mid"]
+        cost = {
+            "ir-k3-se": before * plain * area_in + 25 * 9 * plain + 2 * se * plain + 25 * plain * two,
+            "er-k3": 9 * before * fused * 25 + 25 * fused * two,
+            "ds-k5": 25 * 25 * before + 25 * before * two,
+        }
+        macs = macs + np.select([value[f"{name}/block"] == b for b in cost], list(cost.values())) * (
+            (value[f"{name}/keep"] == KEEP) if i else 1
+        )
+    macs = macs + 25 * two * head + 5 * head
+    assert_means_agree(macs, float(CostTable.build(space, "macs").expected(p)))
+
+
+def test_a_width_that_is_both_input_and_output_is_one_variable():
+    """E[w * w], not E[w] * E[w]: the convolution inside one stream."""
+    options, p = (8, 16, 40), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64, requires_grad=True)
+    site = Site("it", "conv", {"in": "w", "out": "w"}, {"kernel": 3, "size": 7})
+    table = CostTable.build(Space((Decision("w", options, 40),), (site,)), "macs")
+    w = torch.tensor(options, dtype=torch.float64)
+    expected = table.expected({"w": p})
+    assert float(expected) == pytest.approx(63 * float(p.detach() @ w**2), rel=1e-12)
+    assert float(expected) > 1.5 * 63 * float(p.detach() @ w) ** 2
+    (gradient,) = torch.autograd.grad(expected, p)
+    assert torch.allclose(gradient, 63 * w**2)
+    assert [table.of({"w": o}) for o in options] == [63 * o**2 for o in options]
+    block = Site("it", "ir", {"in": "w", "mid": "w", "out": "w"}, {"kernel": 3, "size": 1, "size_in": 1, "se": 0})
+    table = CostTable.build(Space((Decision("w", options, 40),), (block,)), "macs")
+    assert [table.of({"w": o}) for o in options] == [2 * o**2 + 9 * o for o in options]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_gradient_is_the_finite_difference(metric):
+    """The cost is linear in each probability, so a central difference of any step is exact."""
+    space, rng = space_of(small_macro()), np.random.default_rng(3)
+    table = CostTable.build(space, metric)
+    p = {n: v.requires_grad_() for n, v in random_probabilities(space, rng).items()}
+    table.expected(p).backward()
+    for name, value in p.items():
+        for k in range(len(value)):
+            ends = []
+            for step in (0.25, -0.25):
+                moved = value.detach().clone()
+                moved[k] += step
+                ends.append(float(table.expected({n: v.detach() for n, v in p.items()} | {name: moved})))
+            assert float(value.grad[k]) == pytest.approx((ends[0] - ends[1]) / 0.5, rel=1e-9, abs=1e-6)
+
+
+# along, extremes, without
+
+
+@pytest.mark.parametrize("name", [*SUPERNETS, "small"])
+def test_along_is_the_cost_of_the_sites_that_a_decision_touches(name):
+    space = space_of(small_macro()) if name == "small" else supernet_space(name)
+    rng, forms = np.random.default_rng(4), CLOSED_FORMS["macs"]
+    table = CostTable.build(space, "macs")
+    for d in space.decisions:
+        at = {e.name: int(rng.integers(len(e.options))) for e in space.decisions}
+        costs, brute = table.along(d, at), []
+        for k in range(len(d.options)):
+            value = {e.name: e.options[k if e is d else at[e.name]] for e in space.decisions}
+            total = 0
+            for site in space.sites:
+                touched = d.name in (*site.widths.values(), *(n for n, _ in site.when))
+                if touched and all(value[n] == option for n, option in site.when):
+                    slots = {slot: value.get(w, w) for slot, w in site.widths.items()}
+                    total += int(forms[site.op](**slots, **site.fixed))
+            brute.append(total)
+        assert costs.tolist() == brute
+
+
+@pytest.mark.parametrize("name", [*SUPERNETS, "small"])
+def test_along_differs_between_options_as_whole_networks_do(name):
+    space = space_of(small_macro()) if name == "small" else supernet_space(name)
+    rng, table = np.random.default_rng(5), CostTable.build(space, "params")
+    for d in space.decisions:
+        at = {e.name: int(rng.integers(len(e.options))) for e in space.decisions}
+        costs = table.along(d, at)
+        whole = []
+        for k in range(len(d.options)):
+            whole.append(
+                table.of(space.complete({e.name: e.options[(at | {d.name: k})[e.name]] for e in space.decisions}))
+            )
+        if all(space.by_name[n].options[at[n]] == option for n, option in d.when):
+            assert (costs - costs[0]).tolist() == [cost - whole[0] for cost in whole]
+        else:
+            assert len(set(whole)) == 1
+
+
+def tiny_macro():
+    """Like `small_macro`, but it can be enumerated."""
+    stage = Stage(16, 2, 2, (Candidate("ir", 3, 1.5, 1, se=0.25), Candidate("er", 3, 1, 1), Candidate("ds", 5)), True)
+    return Macro("tiny", 16, 1, (Stage(16, 1, 1, (Candidate("ds", 3),)), stage), 16, "relu", True, 5, img_size=9)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_extremes_are_those_of_all_networks(metric):
+    space, rng = space_of(tiny_macro()), np.random.default_rng(6)
+    table, archs = CostTable.build(space, metric), list(enumerate_archs(space))
+    assert 500 < len(archs) <= 5000
+    costs = np.array([table.of(arch) for arch in archs])
+    low, high = table.extremes()
+    assert (table.of(low), table.of(high)) == (costs.min(), costs.max())
+    for _ in range(20):  # of the options that are still alive
+        live = {}
+        for d in space.decisions:
+            kept = rng.random(len(d.options)) < 0.6
+            kept[rng.integers(len(kept))] = True
+            live[d.name] = np.flatnonzero(kept).tolist()
+        alive = [all(space.by_name[n].index(o) in live[n] for n, o in arch.items()) for arch in archs]
+        low, high = table.extremes(live)
+        assert (table.of(low), table.of(high)) == (costs[alive].min(), costs[alive].max())
+        for arch in (low, high):
+            assert all(space.by_name[n].index(o) in live[n] for n, o in arch.items())
+
+
+@pytest.mark.parametrize("name", SUPERNETS)
+def test_no_random_network_is_outside_the_extremes(name):
+    space, rng = supernet_space(name), np.random.default_rng(7)
+    for metric in METRICS:
+        table = CostTable.build(space, metric)
+        low, high = (table.of(arch) for arch in table.extremes())
+        assert all(low <= table.of(random_arch(space, rng)) <= high for _ in range(100))
+        assert float(table.expected(random_probabilities(space, rng))) < high
+
+
+def gone_with(space, prefix):
+    """All decisions of a layer but whether it stays, as when it was removed."""
+    return {d.name for d in space.decisions if d.name.startswith(prefix) and not d.name.endswith("/keep")}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_without_removed_blocks_costs_what_is_left(metric):
+    space, rng = supernet_space("prunet"), np.random.default_rng(8)
+    table, p = CostTable.build(space, metric), random_probabilities(space, rng)
+    choice = space.by_name["stage1/1/block"]
+    removed = choice.options[2]
+    mid = f"stage1/1/{removed}/mid"
+    p[choice.name][2] = 0  # a removed block is never drawn
+    less = table.without({mid})
+    assert float(less.expected(p)) == pytest.approx(float(table.expected(p)), rel=1e-12)
+    del p[mid]
+    assert float(less.expected(p)) > 0
+    # Without the decisions of a whole layer, which is dropped for certain.
+    p["stage2/1/keep"] = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    gone = gone_with(space, "stage2/1/")
+    assert len(gone) == 7
+    full = float(less.expected(p))
+    rest = {n: v for n, v in p.items() if n not in gone}
+    assert float(less.without(gone).expected(rest)) == pytest.approx(full, rel=1e-12)
+    arch = random_arch(space, rng) | {"stage2/1/keep": DROP, choice.name: choice.options[0]}
+    arch = space.complete({d.name: d.base for d in space.decisions} | arch)
+    assert less.without(gone).of(arch) == table.of(arch)
+    assert table.without(set()).of(arch) == table.of(arch)
+
+
+def test_without_a_removed_layer_that_had_a_depthwise_separable_candidate():
+    space, rng = space_of(small_macro()), np.random.default_rng(9)
+    table, p = CostTable.build(space, "macs"), random_probabilities(space, rng)
+    p["stage1/1/keep"] = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    gone = gone_with(space, "stage1/1/")
+    rest = {n: v for n, v in p.items() if n not in gone}
+    assert float(table.without(gone).expected(rest)) == pytest.approx(float(table.expected(p)), rel=1e-12)
+
+
+# Budgets against the range of a space
+
+
+def tables_of(space):
+    return {metric: CostTable.build(space, metric) for metric in METRICS}
+
+
+def range_of(table):
+    return tuple(table.of(arch) for arch in table.extremes())
+
+
+def test_budgets_inside_the_range_are_resolved():
+    tables = tables_of(supernet_space("prunet"))
+    low, high = range_of(tables["macs"])
+    assert resolve_budgets(tables, parse_budget("50%")) == (Budget("macs", high / 2),)
+    assert resolve_budgets(tables, parse_budget("100%")) == (Budget("macs", high),)
+    for limit in (low, low + 1, high):
+        assert resolve_budgets(tables, (Budget("macs", limit),)) == (Budget("macs", limit),)
+    small = range_of(tables["params"])[0]
+    both = (Budget("macs", 50.0, percent=True), Budget("params", small))
+    assert resolve_budgets(tables, both) == (Budget("macs", high / 2), Budget("params", small))
+    # One limit that cannot bind is no error as long as another can.
+    loose = (Budget("macs", 10 * high), Budget("params", 2 * small))
+    assert resolve_budgets(tables, loose) == loose
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("side", ["below", "above"])
+def test_budgets_out_of_reach_name_the_range(metric, side):
+    tables = tables_of(supernet_space("mobilenet_v2"))
+    low, high = range_of(tables[metric])
+    budget = Budget(metric, low * 0.999 if side == "below" else high * 1.001)
+    with pytest.raises(UserError) as caught:
+        resolve_budgets(tables, (budget,))
+    message = str(caught.value)
+    assert all(part in message for part in (str(budget), show(metric, low), show(metric, high))) and "\n" not in message
+
+
+def test_two_budgets_of_which_none_can_bind_or_one_cannot_be_kept():
+    tables = tables_of(supernet_space("mobilenet_v2"))
+    (low, high), (fewest, most) = range_of(tables["macs"]), range_of(tables["params"])
+    with pytest.raises(UserError, match="out of reach"):
+        resolve_budgets(tables, (Budget("macs", 2 * high), Budget("params", 2 * most)))
+    with pytest.raises(UserError, match=show("params", fewest)):
+        resolve_budgets(tables, (Budget("macs", (low + high) / 2), Budget("params", fewest / 2)))
+    with pytest.raises(UserError, match="1% is out of reach"):
+        resolve_budgets(tables, parse_budget("1%"))
+
+
+def test_the_macros_of_these_tests_hold_what_they_say():
+    for macro in (small_macro(), tiny_macro()):
+        space = space_of(macro)
+        assert {site.op for site in space.sites} == set(CLOSED_FORMS["macs"])
+        assert any(site.fixed.get("se") for site in space.sites)
+        assert any(site.fixed.get("size_in", 0) > site.fixed["size"] for site in space.sites if site.fixed)
+        assert dataclasses.replace(macro, name="other").stages == macro.stages
