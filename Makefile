@@ -4,10 +4,10 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-BUDGET ?= 3MFLOPs
+BUDGET ?= 6MFLOPs
 ARGS ?=
-PYTEST_ARGS ?=
-SEARCH_FLAGS = --budget $(BUDGET) $(ARGS)
+PYTEST_ARGS ?= -n 2 --dist loadfile
+SEARCH_FLAGS = --budget $(BUDGET) --search-epochs 18 --epochs 18 $(ARGS)
 
 PY = $(VENV)/bin/python
 

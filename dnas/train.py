@@ -22,7 +22,7 @@ from dnas.units import UserError
 class Recipe:
     """How weights are trained: the tools' flags, with timm's names and meanings. ``model_ema_decay`` 0: no EMA."""
 
-    epochs: int = 12
+    epochs: int = 10
     batch_size: int = 64
     opt: str = "adamw"
     lr: float = 5e-3

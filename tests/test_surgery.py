@@ -151,6 +151,14 @@ def schedule_of(net, count=5, seed=0, **fixed):
         return [dict(a) | fixed for a in [net.widest(draws), *drawn]]
 
 
+@torch.no_grad()
+def set_coefficient(skip, s):
+    """Give a skip the coefficient ``s``, whatever the slope of its sigmoid."""
+    skip.kappa.fill_(1.0)
+    skip.kappa.fill_(math.log(s / (1 - s)) / float(torch.logit(skip.coefficient())))
+    assert math.isclose(float(skip.coefficient()), s, rel_tol=1e-4)
+
+
 # Single cuts.
 
 
@@ -420,8 +428,8 @@ def test_thresholds_on_blocks_and_layers_are_kept_to():
     first, second = net.layers[1], net.layers[2]
     for layer, p in ((first, (0.5, 0.28, 0.12, 0.1)), (second, (0.25, 0.25, 0.25, 0.25))):
         layer.choice.logits.data.copy_(torch.tensor(p).log())
-    net.layers[2].skip.kappa.data.fill_(math.log(0.31 / 0.69))
-    net.layers[3].skip.kappa.data.fill_(math.log(0.29 / 0.71))
+    set_coefficient(net.layers[2].skip, 0.31)
+    set_coefficient(net.layers[3].skip, 0.29)
 
     def always(options):
         return True

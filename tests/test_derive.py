@@ -1,0 +1,443 @@
+"""From probabilities to one network inside the budget: against brute force where it can be had, in the band always."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dnas.arch import DROP, KEEP, Decision, Site, Space
+from dnas.cost import CostTable
+from dnas.derive import BAND, derive, enumerate_archs, gate_likelihood, in_band, random_arch, uniform_arch
+from dnas.objective import budget_penalty, ramp, target
+from dnas.prunode import PairGate
+from dnas.supernet import Candidate, Macro, Stage, Supernet, space_of
+from dnas.surgery import cut_width, fit, remove_block
+from dnas.units import Budget, UserError, show
+from supernets import SUPERNETS
+
+METRICS = ("macs", "params")
+
+
+def ir(kernel, expand, se=0.0):
+    return Candidate("ir", kernel, expand, expand, se)
+
+
+# Spaces of up to 10^4 networks: widths alone; choices of block and depth; depth.
+SMALL = {
+    "widths": Macro(
+        *("widths", 32, 1, (Stage(32, 1, 2, (ir(3, 2),)), Stage(40, 1, 1, (ir(3, 1),))), 32, "relu", False, 4),
+        img_size=8,
+    ),
+    "blocks": Macro(
+        *("blocks", 8, 1),
+        (
+            Stage(16, 2, 1, (ir(3, 2), ir(5, 1, 0.25), Candidate("er", 3, 1)), droppable=True),
+            Stage(24, 2, 2, (ir(3, 1), Candidate("ds", 5)), droppable=True),
+        ),
+        *(16, "relu", True, 4),
+        img_size=8,
+    ),
+    "depth": Macro("depth", 8, 1, (Stage(16, 5, 1, (ir(3, 2),), droppable=True),), 8, "relu", True, 4, img_size=8),
+}
+LARGE = [("mobilenet_v2", 0.5), ("mobilenet_v2", 1.0), ("prunet", 0.5), ("prunet", 1.0)]
+
+
+def tables_of(space):
+    return {metric: CostTable.build(space, metric) for metric in METRICS}
+
+
+def widest_cost(table):
+    return table.of(table.extremes()[1])
+
+
+def large(name, width_mult):
+    space = space_of(SUPERNETS[name](num_classes=10, img_size=32, width_mult=width_mult))
+    return space, tables_of(space)
+
+
+class Brute:
+    """All networks of a small space: their costs, and their answers as one-hot rows, for every likelihood at once."""
+
+    def __init__(self, name):
+        self.space = space_of(SMALL[name])
+        self.tables = tables_of(self.space)
+        self.archs = list(enumerate_archs(self.space))
+        self.costs = {m: np.array([t.of(a) for a in self.archs]) for m, t in self.tables.items()}
+        column = {pair: k for k, pair in enumerate((d.name, o) for d in self.space.decisions for o in d.options)}
+        self.answers = np.zeros((len(self.archs), len(column)))
+        for row, arch in enumerate(self.archs):
+            self.answers[row, [column[pair] for pair in arch.items()]] = 1
+
+    def scores(self, like):
+        """Log-likelihood of every network."""
+        values = np.concatenate([like[d.name] for d in self.space.decisions])
+        dead = np.isinf(values)
+        return np.where(self.answers @ dead > 0, -np.inf, self.answers @ np.where(dead, 0, values))
+
+    def score(self, like, arch):
+        return sum(float(like[n][self.space.by_name[n].index(o)]) for n, o in arch.items())
+
+    def band(self, budgets):
+        """Which networks keep all budgets and reach 98 % of one."""
+        ratios = np.max([self.costs[b.metric] / b.limit for b in budgets], axis=0)
+        return (ratios >= 0.98) & (ratios <= 1)
+
+
+@pytest.fixture(scope="module")
+def brute():
+    return {name: Brute(name) for name in SMALL}
+
+
+def random_budgets(brute, rng, both):
+    budgets = [Budget("macs", rng.uniform(0.05, 0.95) * brute.costs["macs"].max())]
+    return [*budgets, Budget("params", rng.uniform(0.1, 0.9) * brute.costs["params"].max())] if both else budgets
+
+
+LIKELIHOODS = {
+    "flat": lambda n, rng: rng.normal(size=n) * 0.01,
+    "normal": lambda n, rng: rng.normal(size=n),
+    "sharp": lambda n, rng: rng.normal(size=n) * 4,
+    "gates": lambda n, rng: np.log(rng.dirichlet(np.ones(n))),
+    "dead options": lambda n, rng: np.where((np.arange(n) > 0) & (rng.random(n) < 0.4), -np.inf, rng.normal(size=n)),
+}
+
+
+def random_likelihood(space, rng, kind):
+    return {d.name: LIKELIHOODS[kind](len(d.options), rng) for d in space.decisions}
+
+
+def assert_in_band(tables, budgets, arch):
+    ratios = [tables[b.metric].of(arch) / b.limit for b in budgets]
+    assert max(ratios) <= 1.0 and max(ratios) >= 0.98
+
+
+# Against brute force
+
+
+def test_the_small_spaces_are_small_and_different(brute):
+    assert BAND == 0.98 and not in_band(1.0000001) and in_band(1.0) and in_band(0.98) and not in_band(0.9799)
+    for b in brute.values():
+        assert 2000 < len(b.archs) == b.space.num_archs() <= 20_000
+    assert {d.name.split("/")[-1] for d in brute["blocks"].space.decisions} >= {"mid", "keep", "block", "width", "head"}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_exact_path_gives_the_likeliest_network_of_the_band(brute, name):
+    b, rng = brute[name], np.random.default_rng(0)
+    for trial, kind in enumerate(LIKELIHOODS):
+        best = -np.inf
+        while not np.isfinite(best):
+            like, budgets = random_likelihood(b.space, rng, kind), random_budgets(b, rng, both=trial % 2 == 1)
+            best = np.where(b.band(budgets), b.scores(like), -np.inf).max()
+        arch = derive(b.space, b.tables, budgets, like)
+        assert_in_band(b.tables, budgets, arch)
+        assert b.score(like, arch) == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_without_enumeration_the_network_is_in_the_band_and_nearly_the_likeliest(brute, name):
+    """How near: the gap to the best network is measured in its lead over the average network of the band."""
+    b, rng = brute[name], np.random.default_rng(1)
+    gaps, given_up = [], 0
+    for kind in ("flat", "normal", "sharp", "gates"):
+        trials = 0
+        while trials < 10:
+            like, budgets = random_likelihood(b.space, rng, kind), random_budgets(b, rng, both=trials % 3 == 0)
+            scores = b.scores(like)[b.band(budgets)]
+            if len(scores) < 10:  # a needle in a haystack is not what coordinate ascent is for
+                continue
+            trials += 1
+            try:
+                arch = derive(b.space, b.tables, budgets, like, exact_below=0)
+            except UserError:
+                given_up += 1
+                continue
+            assert_in_band(b.tables, budgets, arch)
+            gaps.append((scores.max() - b.score(like, arch)) / (scores.max() - scores.mean()))
+    gaps = np.array(gaps)
+    print(name, given_up, np.mean(gaps < 1e-9), gaps.mean(), np.quantile(gaps, 0.9), gaps.max())
+    assert given_up <= 2
+    assert gaps.min() > -1e-9
+    assert np.mean(gaps < 1e-9) >= 0.5
+    assert gaps.mean() < 0.1
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_options_that_were_cut_off_are_never_taken(brute, name):
+    b, rng = brute[name], np.random.default_rng(2)
+    for exact_below, most in ((0, 40), (20_000, 3)):
+        trials = 0
+        while trials < most:
+            like, budgets = random_likelihood(b.space, rng, "dead options"), random_budgets(b, rng, both=False)
+            if not np.isfinite(b.scores(like)[b.band(budgets)]).any():
+                continue
+            trials += 1
+            try:
+                arch = derive(b.space, b.tables, budgets, like, exact_below=exact_below)
+            except UserError:
+                assert exact_below == 0
+                continue
+            assert np.isfinite(b.score(like, arch))
+
+
+@pytest.mark.parametrize("exact_below", [0, 20_000])
+def test_a_budget_that_no_network_meets_is_an_error_that_names_the_nearest_costs(exact_below):
+    """Three networks, of 100, 200 and 400 MACs."""
+    space = Space(
+        (Decision("w", (1, 2, 4), 4),), (Site("it", "conv", {"in": 10, "out": "w"}, {"kernel": 1, "size": 10}),)
+    )
+    tables, like = tables_of(space), {"w": np.zeros(3)}
+    assert [tables["macs"].of({"w": w}) for w in (1, 2, 4)] == [100, 200, 400]
+    for limit, near in ((150, (100, 200)), (250, (200, 400)), (300, (200, 400)), (50, (100,)), (500, (400,))):
+        with pytest.raises(UserError) as caught:
+            derive(space, tables, (Budget("macs", limit),), like, exact_below)
+        message = str(caught.value)
+        assert all(show("macs", cost) in message for cost in (limit, *near)) and "\n" not in message
+        for other in {100, 200, 400} - set(near):
+            assert show("macs", other) not in message
+    for limit in (200, 204):
+        assert dict(derive(space, tables, (Budget("macs", limit),), like, exact_below)) == {"w": 2}
+    with pytest.raises(UserError, match="300FLOPs"):
+        random_arch(space, tables, (Budget("macs", 300),), seed=0)
+    with pytest.raises(UserError, match="300FLOPs"):
+        uniform_arch(space, tables, (Budget("macs", 300),))
+
+
+# In the band, whatever the space and the budget
+
+
+@pytest.mark.parametrize("name, width_mult", LARGE)
+def test_the_supernets_networks_are_in_the_band_at_every_budget(name, width_mult):
+    space, tables = large(name, width_mult)
+    rng = np.random.default_rng(3)
+    for k, percent in enumerate((10, 30, 50, 70, 90)):
+        metric = METRICS[k % 2]
+        budgets = (Budget(metric, percent / 100 * widest_cost(tables[metric])),)
+        like = random_likelihood(space, rng, "gates")
+        for arch in (
+            derive(space, tables, budgets, like),
+            uniform_arch(space, tables, budgets),
+            *(random_arch(space, tables, budgets, seed) for seed in range(3)),
+        ):
+            assert_in_band(tables, budgets, arch)
+            assert space.check(dict(arch)) == arch
+
+
+@pytest.mark.parametrize("name, width_mult", LARGE[::3])
+def test_two_budgets_at_once(name, width_mult):
+    """Both are kept; the one that binds is reached. Which one that is changes."""
+    space, tables = large(name, width_mult)
+    rng, binding = np.random.default_rng(4), set()
+    for macs, params in ((0.3, 0.5), (0.6, 0.2), (0.4, 0.4)):
+        shares = {"macs": macs, "params": params}
+        budgets = tuple(Budget(m, share * widest_cost(tables[m])) for m, share in shares.items())
+        for arch in (
+            derive(space, tables, budgets, random_likelihood(space, rng, "gates")),
+            uniform_arch(space, tables, budgets),
+            random_arch(space, tables, budgets, seed=0),
+        ):
+            assert_in_band(tables, budgets, arch)
+            binding |= {b.metric for b in budgets if tables[b.metric].of(arch) >= 0.98 * b.limit}
+    assert binding == set(METRICS)
+
+
+@pytest.mark.parametrize("name, width_mult", [("mobilenet_v2", 0.5), ("prunet", 0.5)])
+def test_the_derived_network_is_likelier_than_random_ones(name, width_mult):
+    space, tables = large(name, width_mult)
+    rng = np.random.default_rng(5)
+    budgets = (Budget("macs", 0.4 * widest_cost(tables["macs"])),)
+    like = random_likelihood(space, rng, "gates")
+
+    def score(arch):
+        return sum(float(like[n][space.by_name[n].index(o)]) for n, o in arch.items())
+
+    best = derive(space, tables, budgets, like)
+    assert score(best) > max(score(random_arch(space, tables, budgets, seed)) for seed in range(20)) + 10
+    assert derive(space, tables, budgets, like) == best
+
+
+def test_certain_gates_are_obeyed_when_their_network_is_in_the_band():
+    space, tables = large("prunet", 0.5)
+    rng = np.random.default_rng(6)
+    for seed in range(5):
+        budget = Budget("macs", rng.uniform(0.2, 0.8) * widest_cost(tables["macs"]))
+        arch = random_arch(space, tables, (budget,), seed)
+        like = {d.name: np.full(len(d.options), -20.0) for d in space.decisions}
+        for name, option in arch.items():
+            like[name][space.by_name[name].index(option)] = 0.0
+        assert derive(space, tables, (budget,), like) == arch
+
+
+# The uniform net
+
+
+def log_ratios(space, arch, least=0):
+    widths = [d for d in space.decisions if d.is_width and d.name in arch and d.base >= least]
+    return np.array([math.log(arch[d.name] / d.base) for d in widths])
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "prunet"])
+def test_the_uniform_net_is_the_base_net_with_all_widths_scaled_alike(name):
+    """Widths of 96 and more, which the grid does not force apart, all shrink by the same factor to a few percent."""
+    space, tables = large(name, 1.0)
+    full = tables["macs"].of(space.complete({d.name: d.base for d in space.decisions}))
+    factors = []
+    for share in (0.25, 0.5, 0.75, 1.0):
+        budgets = (Budget("macs", share * full),)
+        arch = uniform_arch(space, tables, budgets)
+        assert_in_band(tables, budgets, arch)
+        for d in space.decisions:
+            if not d.is_width and d.name in arch:
+                assert arch[d.name] == (KEEP if KEEP in d.options else d.base)
+        ratios, wide = log_ratios(space, arch), log_ratios(space, arch, least=96)
+        assert len(wide) >= 10 and wide.std() < 0.06 and ratios.std() < 0.12
+        others = [log_ratios(space, random_arch(space, tables, budgets, seed)).std() for seed in range(5)]
+        assert ratios.std() < min(others)
+        factors.append(math.exp(np.median(wide)))
+        assert uniform_arch(space, tables, budgets) == arch
+    # The cost goes with the square of the width, nearly.
+    assert factors == pytest.approx([0.5, 0.5**0.5, 0.75**0.5, 1.0], abs=0.05)
+
+
+def test_the_whole_base_net_is_the_uniform_net_of_its_own_cost():
+    for name in ("mobilenet_v2", "prunet"):
+        space, tables = large(name, 0.5)
+        base = space.complete({d.name: d.base for d in space.decisions})
+        assert uniform_arch(space, tables, (Budget("macs", tables["macs"].of(base)),)) == base
+
+
+def test_in_a_small_space_hardly_any_network_is_more_uniform(brute):
+    b = brute["widths"]
+    base = np.array([d.base for d in b.space.decisions])
+    spread = np.array([np.std(np.log(np.array(list(arch.values())) / base)) for arch in b.archs])
+    for share in np.linspace(0.15, 0.95, 9):
+        budgets = (Budget("macs", share * b.costs["macs"].max()),)
+        inside = spread[b.band(budgets)]
+        mine = spread[b.archs.index(uniform_arch(b.space, b.tables, budgets))]
+        assert np.mean(inside < mine - 1e-12) <= 0.1
+
+
+def test_beyond_the_base_net_some_layers_take_dearer_blocks_and_none_is_dropped():
+    space, tables = large("prunet", 0.5)
+    budgets = (Budget("macs", 0.95 * widest_cost(tables["macs"])),)
+    arch = uniform_arch(space, tables, budgets)
+    assert_in_band(tables, budgets, arch)
+    assert DROP not in arch.values()
+    assert any(arch[d.name] != d.base for d in space.decisions if d.name.endswith("/block"))
+
+
+# Random nets
+
+
+@pytest.mark.parametrize("name, width_mult", [("mobilenet_v2", 0.5), ("prunet", 0.5)])
+def test_random_nets_depend_on_the_seed_and_on_nothing_else(name, width_mult):
+    space, tables = large(name, width_mult)
+    budgets = (Budget("macs", 0.5 * widest_cost(tables["macs"])),)
+    state = np.random.get_state()[1].tolist()
+    archs = [random_arch(space, tables, budgets, seed) for seed in range(20)]
+    assert archs == [random_arch(space, tables, budgets, seed) for seed in range(20)]
+    assert len(set(archs)) == 20
+    assert np.random.get_state()[1].tolist() == state
+    for arch in archs:
+        assert_in_band(tables, budgets, arch)
+
+
+def test_random_nets_use_the_whole_space():
+    space, tables = large("prunet", 0.5)
+    budgets = (Budget("macs", 0.3 * widest_cost(tables["macs"])),)
+    archs = [random_arch(space, tables, budgets, seed) for seed in range(60)]
+    for d in space.decisions:
+        if not d.is_width:
+            answers = [arch[d.name] for arch in archs if d.name in arch]
+            assert set(answers) == set(d.options)
+    for name in ("stem", "head", "stage2/width"):
+        seen = [space.by_name[name].index(arch[name]) for arch in archs]
+        assert len(set(seen)) > len(space.by_name[name].options) / 2
+
+
+# What the gates know
+
+
+def test_likelihood_of_the_gates():
+    torch.manual_seed(0)
+    net = Supernet(SUPERNETS["prunet"](num_classes=4, img_size=16, width_mult=0.25))
+    cut = net.widths["stage2/width"]
+    cut_width(net, "stage2/width", cut.widths[1])
+    layer = next(layer for layer in net.layers if layer.choice)
+    removed = layer.choice.options[1]
+    remove_block(layer, removed)
+    fit(net)
+    like = gate_likelihood(net)
+    assert list(like) == [d.name for d in net.space.decisions]
+    assert all(len(like[d.name]) == len(d.options) for d in net.space.decisions)
+    for name, gate in net.gates().items():
+        p = gate.probabilities().detach().double().numpy()
+        if isinstance(gate, PairGate):
+            pair = [gate.low, gate.high]
+            assert np.isfinite(like[name]).all()
+            # Certain as far as the pair goes, then falling by e a grid step away from it.
+            assert like[name].argmax() in pair
+            assert np.diff(like[name][: gate.low + 1]) == pytest.approx(np.ones(gate.low), abs=1e-6)
+            middle = like[name][gate.low : gate.high + 1]
+            assert (np.diff(middle, 2) >= -1e-9).all()  # a valley between the two
+        else:
+            assert np.exp(like[name]) == pytest.approx(p, abs=1e-12)
+    assert like["stage2/width"][2:].tolist() == [-math.inf] * (len(like["stage2/width"]) - 2)
+    assert like[f"{layer.name}/block"][1] == -math.inf
+    tables = tables_of(net.space)
+    for percent in (20, 35):
+        budgets = (Budget("macs", percent / 100 * widest_cost(tables["macs"])),)
+        arch = derive(net.space, tables, budgets, like)
+        assert_in_band(tables, budgets, arch)
+        assert arch["stage2/width"] in cut.widths and arch.get(f"{layer.name}/block") != removed
+
+
+# The budget term
+
+
+def test_ramp_is_linear_between_two_flat_ends():
+    assert [ramp(t, 0.2, 0.7) for t in (0, 0.2, 0.325, 0.45, 0.7, 1)] == pytest.approx([0, 0, 0.25, 0.5, 1, 1])
+    assert ramp(0.4, 0.5, 0.5) == 0 and ramp(0.6, 0.5, 0.5) == 1
+
+
+def test_target_goes_geometrically_from_the_start_to_the_limit():
+    steps = [target(800.0, 100.0, k / 3) for k in range(4)]
+    assert steps == pytest.approx([800, 400, 200, 100])
+    assert target(50.0, 200.0, 0.5) == pytest.approx(100)
+
+
+def penalty(**ratios):
+    """(value, gradient with respect to the logarithm of each ratio)."""
+    logs = {m: torch.tensor(math.log(r), dtype=torch.float64, requires_grad=True) for m, r in ratios.items()}
+    value = budget_penalty({m: 7e6 * x.exp() for m, x in logs.items()}, dict.fromkeys(ratios, 7e6))
+    value.backward()
+    return float(value.detach()), [float(x.grad) for x in logs.values()]
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.9, 1.1, 4.0])
+def test_one_budget_is_pulled_from_both_sides_alike(ratio):
+    value, (gradient,) = penalty(macs=ratio)
+    assert value == pytest.approx(math.log(ratio) ** 2)
+    assert gradient == pytest.approx(2 * math.log(ratio))
+    assert penalty(macs=1 / ratio)[0] == pytest.approx(value)
+
+
+def test_at_the_budget_there_is_no_penalty_and_no_pull():
+    assert penalty(macs=1.0) == (0.0, [0.0])
+    assert penalty(macs=1.0, params=0.4) == (0.0, [0.0, 0.0])
+
+
+def test_of_two_budgets_only_the_one_that_binds_pulls_up():
+    for macs, params in itertools.product((0.5, 0.8, 1.2, 2.0), repeat=2):
+        value, gradients = penalty(macs=macs, params=params)
+        logs = np.log([macs, params])
+        if logs.max() > 0:  # over a limit: only what is over counts
+            assert value == pytest.approx((np.maximum(logs, 0) ** 2).sum())
+            assert gradients == pytest.approx((2 * np.maximum(logs, 0)).tolist())
+        else:
+            assert value == pytest.approx(logs.max() ** 2)
+            assert sum(gradients) == pytest.approx(2 * logs.max())
+            if macs != params:
+                assert gradients[int(logs.argmin())] == 0

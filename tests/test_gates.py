@@ -1,0 +1,499 @@
+"""Gates: DMCP's formulas against their definition, autograd and draws; limits, half precision, and where pairs end."""
+
+import math
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dnas.arch import DROP, KEEP
+from dnas.gates import MarkovGate, chain_distribution, draw_index, gumbel_softmax, marginals
+from dnas.prunode import PairGate
+from dnas.stochastic import ChoiceGate, SkipGate
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def dmcp_grid(channels, least=0.1, most=1.0, step=0.1):
+    """DMCP's own widths: groups of int(step * C / most) below the top, down to about ``least`` of it."""
+    size, groups = int(step * channels / most), int((most - least) / step + 1e-4)
+    return [channels - size * k for k in range(groups, -1, -1)]
+
+
+def chain_gate(widths, alpha, temperature=1.0):
+    """A gate with these logits, in double precision."""
+    gate = MarkovGate(widths).double()
+    gate.alpha.data = torch.as_tensor(alpha, dtype=torch.float64).expand(len(widths) - 1).clone()
+    gate.temperature = temperature
+    return gate
+
+
+def expected_width(gate):
+    widths = torch.tensor(gate.widths, dtype=torch.float64)
+    return chain_distribution(gate.keep()) @ widths
+
+
+def assert_frequencies(counts, probabilities, sigmas=4.5):
+    """Counts of draws agree with the probabilities, each within its binomial standard error."""
+    total = sum(counts)
+    for count, p in zip(counts, probabilities, strict=True):
+        error = math.sqrt(max(p * (1 - p), 0) / total)
+        assert abs(count / total - p) <= sigmas * error + 1e-12, (counts, probabilities)
+
+
+def frequencies(gate, options, count=4000, seed=0, **how):
+    draws, g = [], generator(seed)
+    for _ in range(count):
+        draws.append(gate.draw(g, **how))
+    assert set(draws) <= set(options)
+    return [draws.count(option) for option in options]
+
+
+# The Markov chain
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 2.5])
+def test_marginals_are_the_products_of_the_definition(temperature):
+    logits = torch.randn(12, generator=generator(), dtype=torch.float64) * 2
+    keep, product = [1.0], 1.0
+    for alpha in logits.tolist():
+        product *= 1 / (1 + math.exp(-alpha / temperature))
+        keep.append(product)
+    assert marginals(logits, temperature).tolist() == pytest.approx(keep, rel=1e-12)
+    stops = [keep[k] * (1 - keep[k + 1] / keep[k]) for k in range(12)] + [keep[12]]
+    assert chain_distribution(marginals(logits, temperature)).tolist() == pytest.approx(stops, rel=1e-9)
+
+
+def test_a_chain_without_groups_is_certain():
+    assert marginals(torch.zeros(0)).tolist() == [1.0] == chain_distribution(torch.ones(1)).tolist()
+    gate = MarkovGate([24])
+    assert gate.probabilities().tolist() == [1.0] and gate.draw(generator()) == gate.best() == 24
+    assert gate.soft().tolist() == [1.0] * 24
+
+
+def test_chain_distribution_is_where_a_walk_stops():
+    """Direct sampling, word by word: go on while the next group is kept, stop at the first that is not."""
+    logits = torch.tensor([1.5, -0.5, 0.0, 2.0, 0.7], dtype=torch.float64)
+    kept = torch.rand(200_000, 5, generator=generator(), dtype=torch.float64) < torch.sigmoid(logits)
+    stops = kept.long().cumprod(1).sum(1).bincount(minlength=6).tolist()
+    p = chain_distribution(marginals(logits))
+    assert float(p.sum()) == pytest.approx(1, abs=1e-12) and bool((p >= 0).all())
+    assert_frequencies(stops, p.tolist())
+
+
+@pytest.mark.parametrize("channels, expected", [(64, 15.988), (256, 55.951)])
+def test_dmcps_own_grid_at_alpha_zero(channels, expected):
+    grid = dmcp_grid(channels)
+    assert len(grid) == 10 and grid[0] == {64: 10, 256: 31}[channels]
+    assert float(expected_width(chain_gate(grid, 0.0)).detach()) == pytest.approx(expected, abs=5e-4)
+
+
+@pytest.mark.parametrize("channels, group, first", [(64, 6, 10), (128, 12, 20), (512, 51, 53), (2048, 204, 212)])
+def test_expected_width_and_its_gradient_are_dmcps(channels, group, first):
+    """``E = first + group * sum P(s_k)`` and ``dE / d alpha_k = group * (1 - p_k) * sum_{j >= k} P(s_j)``."""
+    grid = dmcp_grid(channels)
+    assert grid[0] == first and {b - a for a, b in zip(grid, grid[1:], strict=False)} == {group}
+    gate = chain_gate(grid, torch.randn(9, generator=generator(channels), dtype=torch.float64))
+    expected, keep = expected_width(gate), gate.keep().detach()
+    assert float(expected.detach()) == pytest.approx(first + group * float(keep[1:].sum()), rel=1e-12)
+    (gradient,) = torch.autograd.grad(expected, gate.alpha)
+    p = torch.sigmoid(gate.alpha.detach())
+    closed = [group * float((1 - p[k]) * keep[k + 1 :].sum()) for k in range(9)]
+    assert gradient.tolist() == pytest.approx(closed, rel=1e-10)
+
+
+def test_mean_of_drawn_widths_is_the_expected_width():
+    gate = chain_gate(dmcp_grid(64), torch.randn(9, generator=generator(5), dtype=torch.float64) + 0.5)
+    g = generator(6)
+    widths = torch.tensor([gate.draw(g) for _ in range(4000)], dtype=torch.float64)
+    error = float(widths.std()) / math.sqrt(len(widths))
+    assert abs(float(widths.mean()) - float(expected_width(gate).detach())) < 4 * error
+
+
+def test_soft_is_the_marginal_of_each_channels_group():
+    gate = chain_gate([3, 5, 10, 11], torch.tensor([1.0, -0.3, 0.4]), temperature=0.7)
+    soft, widths = gate.soft(), torch.arange(11)
+    # A channel is there if the width is above its index: the probability of that, from the distribution of widths.
+    p = chain_distribution(gate.keep()).detach()
+    there = (torch.tensor(gate.widths)[None] > widths[:, None]).double() @ p
+    assert soft.shape == (11,) and torch.allclose(soft.detach(), there, atol=1e-12)
+    assert soft[:3].tolist() == [1.0] * 3
+    assert float(soft.sum().detach()) == pytest.approx(float(expected_width(gate).detach()), rel=1e-12)
+
+
+def test_cut_options_have_no_probability_and_no_channels():
+    gate = chain_gate([8, 16, 24, 32], torch.tensor([0.5, 0.2, -0.1]))
+    gate.widths = gate.widths[:2]  # as surgery does it
+    gate.alpha.data = gate.alpha.data[:1].clone()
+    p = gate.probabilities()
+    assert p.shape == (4,) and p[2:].tolist() == [0, 0] and float(p.sum().detach()) == pytest.approx(1)
+    assert gate.soft().shape == (16,) and gate.best() == 16
+    assert_frequencies(frequencies(gate, [8, 16], count=1000), p[:2].tolist())
+
+
+@pytest.mark.parametrize("groups", [1, 9, 31])
+@pytest.mark.parametrize("survival", [0.5, 0.9])
+def test_the_last_group_starts_with_the_given_marginal(groups, survival):
+    gate = MarkovGate(list(range(8, 8 * (groups + 2), 8)), survival)
+    assert len(gate.alpha) == groups and len(set(gate.alpha.tolist())) == 1
+    assert float(gate.keep()[-1].detach()) == pytest.approx(survival, rel=1e-5)
+    if groups == 9 and survival == 0.9:
+        assert gate.alpha.tolist() == pytest.approx([4.44] * 9, abs=0.01)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+def test_limits_are_exact_and_finite_in_every_precision(dtype, temperature):
+    """+100: the widest net bit for bit. -100: the first group alone. And no NaN on the way back."""
+    for sign, keep, best in ((1, [1.0] * 33, 264), (-1, [1.0] + [0.0] * 32, 8)):
+        gate = MarkovGate(list(range(8, 265, 8))).to(dtype)
+        gate.alpha.data.fill_(100.0 * sign)
+        gate.temperature = temperature
+        assert gate.keep().dtype == dtype
+        assert gate.keep().tolist() == pytest.approx(keep, abs=1e-40)
+        assert gate.best() == best and gate.draw(generator()) == best
+        assert gate.soft().tolist()[: len(gate.soft()) if sign > 0 else 8] == [1.0] * (264 if sign > 0 else 8)
+        p = gate.probabilities()
+        assert bool(p.isfinite().all()) and float(p.sum().detach()) == 1
+        (gate.soft().sum() + (p * torch.arange(33, dtype=dtype)).sum()).backward()
+        assert bool(gate.alpha.grad.isfinite().all())
+    infinite = torch.tensor([math.inf, math.inf, -math.inf], dtype=dtype)
+    assert marginals(infinite).tolist() == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_mixed_logits_stay_finite_in_half_precision(dtype):
+    logits = (torch.rand(40, generator=generator()) * 200 - 100).to(dtype).requires_grad_()
+    keep = marginals(logits, 0.3)
+    chain = chain_distribution(keep)
+    assert bool(keep.isfinite().all()) and bool((keep[1:] <= keep[:-1]).all()) and bool((chain >= 0).all())
+    chain.float().square().sum().backward()
+    assert bool(logits.grad.isfinite().all())
+    # Forty factors of 0.6: a running product in half precision loses its digits, the sum of logarithms does not.
+    many = marginals(torch.full((40,), math.log(1.5)).to(torch.float16)).double()
+    assert many[20].item() == pytest.approx(0.6**20, rel=0.03)
+
+
+# Gradients at the start: no gate may be dead from the beginning
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("seed", range(5))
+def test_every_logit_has_a_gradient_at_the_start(seed, temperature):
+    g = generator(seed)
+    markov, choice = MarkovGate(list(range(8, 265, 8))), ChoiceGate(["a", "b", "c", "d"])
+    pair, skip = PairGate(list(range(8, 265, 8))), SkipGate()
+    skip.is_open = True
+    for gate in (markov, choice, pair, skip):
+        gate.temperature = temperature
+    through = {
+        "soft": lambda: (
+            (markov.soft() * torch.randn(264, generator=g)).sum()
+            + sum(w * k for k, w in enumerate(choice.soft(g).values()))
+            + 3 * pair.soft(g)[1]
+            + 5 * skip.soft(g)
+        ),
+        "cost": lambda: sum((p := gate.probabilities()) @ torch.arange(len(p)).float() for gate in gates),
+    }
+    gates = (markov, choice, pair, skip)
+    for loss in through.values():
+        for gate in gates:
+            gate.zero_grad()
+        loss().backward()
+        for gate in gates:
+            for p in gate.parameters():
+                assert bool((p.grad != 0).all()) and bool(p.grad.isfinite().all()), type(gate).__name__
+
+
+# The relaxed one-hot sample
+
+
+def test_argmax_of_a_gumbel_sample_is_distributed_as_the_softmax():
+    logits, g = torch.tensor([1.0, 0.0, -1.0, 2.0]), generator()
+    for temperature in (0.1, 1.0, 10.0):  # the temperature does not change which is largest
+        counts = [0] * 4
+        for _ in range(5000):
+            sample = gumbel_softmax(logits, temperature, g)
+            counts[int(sample.argmax())] += 1
+        assert float(sample.sum()) == pytest.approx(1, abs=1e-6)
+        assert_frequencies(counts, torch.softmax(logits.double(), 0).tolist())
+
+
+def test_gumbel_softmax_at_both_ends_of_the_temperature():
+    logits = torch.tensor([0.5, -0.2, 0.1])
+    for seed in range(50):
+        cold = gumbel_softmax(logits, 1e-6, generator(seed))
+        hot = gumbel_softmax(logits, 1e6, generator(seed))
+        assert sorted(cold.tolist()) == pytest.approx([0, 0, 1], abs=1e-6)
+        assert hot.tolist() == pytest.approx([1 / 3] * 3, abs=1e-4)
+        assert int(cold.argmax()) == int(hot.argmax())
+
+
+def test_gumbel_softmax_is_torchs():
+    """The mean and the variance of many samples agree with torch's own function."""
+    logits, g = torch.tensor([1.0, -1.0, 0.3]), generator()
+    ours = torch.stack([gumbel_softmax(logits, 0.7, g) for _ in range(8000)])
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        theirs = F.gumbel_softmax(logits.expand(100_000, 3), tau=0.7)
+    error = ours.std(0) / math.sqrt(len(ours)) + theirs.std(0) / math.sqrt(len(theirs))
+    assert bool(((ours.mean(0) - theirs.mean(0)).abs() < 4 * error).all())
+    assert torch.allclose(ours.std(0), theirs.std(0), rtol=0.04)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_gumbel_softmax_is_finite_in_half_precision(dtype):
+    for logits in ([100.0, -100.0, 0.0], [-100.0, -100.0, -100.0]):
+        for temperature in (0.1, 1.0):
+            x = torch.tensor(logits, dtype=dtype, requires_grad=True)
+            sample = gumbel_softmax(x, temperature, generator())
+            assert sample.dtype == dtype and bool(sample.isfinite().all())
+            sample[0].backward()
+            assert bool(x.grad.isfinite().all())
+
+
+def all_gates():
+    markov, pair, choice, skip = MarkovGate([8, 16, 24]), PairGate([8, 16, 24, 32]), ChoiceGate(["a", "b"]), SkipGate()
+    skip.is_open = True
+    skip.kappa.data.zero_()
+    markov.alpha.data.zero_()
+    return markov, pair, choice, skip
+
+
+def test_a_generator_repeats_everything_and_leaves_the_global_one_alone():
+    def sequence(seed):
+        g, found = generator(seed), []
+        for _ in range(10):
+            found.append(gumbel_softmax(torch.zeros(3), 1.0, g).tolist())
+            found.append(draw_index(torch.ones(5), g))
+            for gate in all_gates():
+                found += [gate.draw(g), gate.draw(g, uniform=True)]
+            _, pair, choice, skip = all_gates()
+            found += [pair.soft(g).tolist(), {n: float(w.detach()) for n, w in choice.soft(g, 2).items()}]
+            found.append(float(skip.soft(g).detach()))
+        return found
+
+    state = torch.get_rng_state()
+    first = sequence(3)
+    assert sequence(3) == first and sequence(4) != first
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Draws follow the probabilities
+
+
+def test_draws_follow_the_probabilities_of_every_gate():
+    markov, pair, choice, skip = all_gates()
+    markov.alpha.data = torch.tensor([0.8, -0.4])
+    pair.logits.data = torch.tensor([0.3, -0.5])
+    choice = ChoiceGate(["a", "b", "c"])
+    choice.logits.data = torch.tensor([0.2, -1.0, 0.5])
+    skip.kappa.data.fill_(-0.2)
+    cases = [(markov, markov.widths), (pair, pair.widths), (choice, choice.options), (skip, [DROP, KEEP])]
+    for temperature in (1.0, 0.5):
+        for gate, options in cases:
+            gate.temperature = temperature
+            p = gate.probabilities().detach()
+            assert p.shape == (len(options),) and float(p.sum()) == pytest.approx(1, abs=1e-6)
+            assert_frequencies(frequencies(gate, options), p.tolist())
+            assert gate.best() == options[int(p.argmax())]
+
+
+def test_uniform_draws_are_even_over_what_is_alive():
+    markov, pair, choice, skip = all_gates()
+    markov.alpha.data.fill_(4.0)
+    pair.logits.data = torch.tensor([5.0, 0.0])
+    choice.logits.data = torch.tensor([0.0, 5.0])
+    skip.kappa.data.fill_(7.0)
+    assert_frequencies(frequencies(markov, markov.widths, uniform=True), [1 / 3] * 3)
+    assert_frequencies(frequencies(pair, [pair.small, pair.large], uniform=True), [0.5] * 2)
+    assert_frequencies(frequencies(choice, choice.options, uniform=True), [0.5] * 2)
+    assert_frequencies(frequencies(skip, [DROP, KEEP], uniform=True), [0.5] * 2)
+
+
+# The choice among blocks
+
+
+@pytest.mark.parametrize("paths", [0, 1, 2, 3, 5, 9])
+def test_a_soft_choice_takes_the_largest_of_one_sample(paths):
+    options = ["a", "b", "c", "d", "e"]
+    choice = ChoiceGate(options)
+    choice.logits.data = torch.tensor([0.1, -0.3, 0.7, 0.0, 0.2])
+    choice.temperature = 0.8
+    for seed in range(30):
+        picks = choice.soft(generator(seed), paths)
+        sample = gumbel_softmax(choice.logits, 0.8, generator(seed)).detach()
+        taken = sample.topk(min(paths or 5, 5)).indices.sort().values.tolist()
+        assert list(picks) == [options[k] for k in taken]
+        weights = [float(w.detach()) for w in picks.values()]
+        assert sum(weights) == pytest.approx(1, abs=1e-6)
+        assert weights == pytest.approx((sample[taken] / sample[taken].sum()).tolist(), abs=1e-6)
+
+
+def removed(choice, name):
+    """What surgery does to the gate when it removes a block."""
+    gone = choice.live.index(choice.options.index(name))
+    keep = [k for k in range(len(choice.live)) if k != gone]
+    choice.live, choice.logits.data = [choice.live[k] for k in keep], choice.logits.data[keep].clone()
+
+
+def test_removed_blocks_are_gone_from_every_answer():
+    choice = ChoiceGate(["a", "b", "c", "d"])
+    choice.logits.data = torch.tensor([3.0, 0.2, 2.0, 0.1])
+    removed(choice, "a")
+    removed(choice, "c")
+    p = choice.probabilities().detach()
+    assert p[[0, 2]].tolist() == [0, 0] and p[[1, 3]].tolist() == pytest.approx(
+        torch.softmax(torch.tensor([0.2, 0.1]), 0).tolist()
+    )
+    assert_frequencies(frequencies(choice, ["b", "d"], count=1000), p[[1, 3]].tolist())
+    assert choice.best() == "b" and set(choice.soft(generator())) == {"b", "d"}
+    removed(choice, "b")
+    assert choice.soft(generator()) == choice.best() == choice.draw(generator()) == "d"
+    assert choice.probabilities().tolist() == [0, 0, 0, 1] and choice.below(1.1) == []
+
+
+def test_below_names_the_least_likely_first_and_never_the_best():
+    rng = random.Random(0)
+    for _ in range(200):
+        options = [f"block{k}" for k in range(rng.randint(1, 8))]
+        choice = ChoiceGate(options)
+        choice.logits.data = torch.tensor([rng.gauss(0, 2) for _ in options])
+        choice.temperature = rng.choice([1.0, 0.3])
+        p = dict(zip(options, choice.clean().tolist(), strict=True))
+        threshold = rng.random() * 1.2
+        names = choice.below(threshold)
+        assert choice.best() not in names
+        assert names == sorted(names, key=p.get)
+        assert set(names) == {n for n in options if p[n] < threshold} - {choice.best()}
+    assert ChoiceGate(["a", "b", "c"]).below(0.0) == []
+    assert len(ChoiceGate(["a", "b", "c"]).below(1.0)) == 2  # a tie: all but one
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_threshold_that_rises_to_one_half_leaves_the_best_block(seed):
+    """Eight blocks of fixed quality, gradient descent on the expected loss, blocks under the threshold removed."""
+    g = generator(seed)
+    loss = torch.rand(8, generator=g)
+    choice = ChoiceGate([str(k) for k in range(8)])
+    for step in range(300):
+        choice.logits.grad = None
+        (choice.probabilities() @ loss).backward()
+        gradient = choice.logits.grad + 0.003 * torch.randn(choice.logits.shape, generator=g)
+        choice.logits.data -= 2.0 * gradient
+        for name in choice.below(0.5 * step / 299):
+            removed(choice, name)
+    assert choice.live == [int(loss.argmin())]
+
+
+# The late skip
+
+
+def test_a_skip_is_closed_then_open_then_removed():
+    skip, g = SkipGate(), generator()
+    for temperature in (1.0, 0.3):
+        skip.temperature = temperature
+        assert skip.probabilities().tolist() == [0.0, 1.0] and skip.soft(g) == skip.best() == KEEP
+        assert all(skip.draw(g, uniform) == KEEP for uniform in (False, True) for _ in range(50))
+    skip.is_open = True
+    for temperature in (1.0, 0.7):
+        skip.temperature = temperature
+        s = skip.soft(g)
+        assert s.shape == () and s.requires_grad and 0.999 < float(s.detach()) < 1
+        assert skip.probabilities().tolist() == pytest.approx([1 - float(s.detach()), float(s.detach())], abs=1e-6)
+        assert skip.best() == KEEP
+    assert float(skip.soft().detach()) > float(SkipGate().coefficient().detach())  # cooler is sharper
+    for kappa in (2.0, 0.01, -0.01, -2.0):
+        skip.kappa.data.fill_(kappa)
+        s = float(skip.soft().detach())
+        assert (s > 0.5) == (kappa > 0) and skip.best() == (KEEP if s > 0.5 else DROP)
+        skip.kappa.data.fill_(-kappa)
+        assert float(skip.soft().detach()) == pytest.approx(1 - s, abs=1e-6)
+    skip.kappa.data.fill_(5.0)
+    skip.is_removed = True
+    assert skip.probabilities().tolist() == [1.0, 0.0] and skip.soft(g) == skip.best() == DROP
+    assert all(skip.draw(g, uniform) == DROP for uniform in (False, True) for _ in range(20))
+
+
+# The pair of inner widths
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 31, 32])
+def test_a_pair_starts_at_the_top_and_at_a_quarter(count):
+    widths = [8 * (k + 1) for k in range(count)]
+    pair = PairGate(widths)
+    assert pair.large == widths[-1] and pair.small == max(8, 8 * (count // 4))
+    p = pair.probabilities().detach()
+    assert p.shape == (count,)
+    if count == 1:
+        assert p.tolist() == [1.0] and pair.soft() == pair.draw() == pair.best() == 8
+        assert pair.update(0.0) is None and not list(pair.logits)
+    else:
+        assert p[[pair.low, pair.high]].tolist() == [0.5, 0.5] and int((p > 0).sum()) == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_moves_of_a_pair_keep_their_promises(seed):
+    rng = random.Random(seed)
+    count = rng.choice([2, 3, 4, 7, 16, 32])
+    pair = PairGate([8 * (k + 1) for k in range(count)])
+    moves = 0
+    for _ in range(300):
+        pair.logits.data = torch.tensor([rng.gauss(0, 3), rng.gauss(0, 3)])
+        threshold, decay = rng.uniform(0.6, 0.95), rng.choice([0.0, 0.5, 0.8])
+        average, low, high = float(pair.p_large), pair.low, pair.high
+        moved = pair.update(threshold, decay)
+        p_large = decay * average + (1 - decay) * float(torch.softmax(pair.logits.detach(), 0)[1])
+        assert float(pair.p_large) == pytest.approx(p_large, abs=1e-5)
+        assert (pair.low, pair.high) == (low, high)  # update only proposes
+        gap, up, down = high - low, p_large > threshold, 1 - p_large > threshold
+        if moved is None:
+            assert not (up or down) or (gap == 1 and (high == count - 1 if up else low == 0))
+            continue
+        moves += 1
+        assert up or down
+        new_low, new_high = moved
+        assert 0 <= new_low < new_high < count and new_high - new_low == max(1, gap // 2)
+        if gap > 1:  # the winner stays where it is
+            assert new_high == high if up else new_low == low
+        else:
+            assert moved == ((low + 1, high + 1) if up else (low - 1, high - 1))
+        pair.move(*moved)
+        assert pair.logits.tolist() == [0, 0] and float(pair.p_large) == 0.5
+    assert moves or count == 2
+
+
+def ending(target, seed, top=256, step=8, steps=800):
+    """The inner width that a pair ends with under the loss ((d - target) / top)^2, with noise, by Adam on its logits.
+
+    The gradient of the expected loss on the logits is exact; the threshold falls from 0.9 to 0.7.
+    """
+    rng = random.Random(seed)
+    pair = PairGate(list(range(step, top + 1, step)))
+    start = (pair.low, pair.high)
+    mean = square = 0.0  # Adam's state, of the difference of the logits
+    since = 0
+    for k in range(steps):
+        q = float(torch.softmax(pair.logits.detach(), 0)[1])
+        small, large = (((d - target) / top) ** 2 + rng.gauss(0, 1e-4) for d in (pair.small, pair.large))
+        gradient = q * (1 - q) * (large - small)  # of the larger one's logit; the other's is its negative
+        since += 1
+        mean, square = 0.5 * mean + 0.5 * gradient, 0.99 * square + 0.01 * gradient**2
+        step_size = 0.1 * (mean / (1 - 0.5**since)) / (math.sqrt(square / (1 - 0.99**since)) + 1e-8)
+        pair.logits.data += torch.tensor([step_size, -step_size])
+        moved = pair.update(0.9 - 0.2 * k / steps)
+        if moved:
+            pair.move(*moved)
+            mean, square, since = 0.0, 0.0, 0
+    assert (pair.low, pair.high) != start and pair.high - pair.low == 1
+    return pair.best()
+
+
+@pytest.mark.parametrize("target", [8, 40, 100, 128, 200, 256])
+def test_a_pair_ends_within_two_steps_of_the_best_width(target):
+    assert all(abs(ending(target, seed) - target) <= 2 * 8 for seed in range(4))
