@@ -63,22 +63,28 @@ class Space:
 
     def __post_init__(self) -> None:
         seen: dict[str, Decision] = {}
+
+        def check_chain(what: str, when: When) -> None:
+            for k, (name, option) in enumerate(when):
+                if name not in seen or option not in seen[name].options or seen[name].when != when[:k]:
+                    raise ValueError(f"{what}: `when` is not the whole chain of answers that it depends on")
+
         for d in self.decisions:
-            if d.name in seen or not d.options or len(set(d.options)) != len(d.options):
-                raise ValueError(f"decision {d.name!r}: a name used twice, or options that are not distinct")
+            if d.name in seen or not d.options or len(set(d.options)) != len(d.options) or d.base not in d.options:
+                raise ValueError(
+                    f"decision {d.name!r}: a name used twice, or options not distinct, or base not of them"
+                )
             if d.is_width and list(d.options) != sorted(d.options):
                 raise ValueError(f"decision {d.name!r}: widths must ascend")
-            if d.when and d.when[:-1] != seen[d.when[-1][0]].when:
-                raise ValueError(f"decision {d.name!r}: `when` is not the whole chain")
+            check_chain(f"decision {d.name!r}", d.when)
             seen[d.name] = d
-            for name, option in (*d.when, (d.name, d.base)):
-                seen[name].index(option)
         for site in self.sites:
-            for name, option in site.when:
-                seen[name].index(option)
+            check_chain(f"site {site.name!r}", site.when)
             for width in site.widths.values():
-                if isinstance(width, str) and not seen[width].is_width:
+                if isinstance(width, str) and not (width in seen and seen[width].is_width):
                     raise ValueError(f"site {site.name!r}: {width!r} is no width")
+                if isinstance(width, str) and site.when[: len(seen[width].when)] != seen[width].when:
+                    raise ValueError(f"site {site.name!r}: its width {width!r} does not matter wherever it exists")
         object.__setattr__(self, "by_name", seen)
 
     def complete(self, answers: Mapping[str, Option]) -> "Arch":
@@ -147,7 +153,7 @@ class Arch(Mapping[str, Option]):
         """Read and check against ``space``. Raises UserError on anything that is not one of its architectures."""
         try:
             answers = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"the architecture is not JSON: {error}") from None
         if not isinstance(answers, dict):
             raise UserError(f"the architecture must be an object of answers, not {type(answers).__name__}")

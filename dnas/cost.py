@@ -197,7 +197,11 @@ class CostTable:
 
     def without(self, gone: set[str]) -> "CostTable":
         """The table of what is left when these decisions are no more, because the blocks they are in were removed."""
-        return CostTable(self.space, self.metric, tuple(e for e in self._entries if gone.isdisjoint(e.axes)))
+        return CostTable(
+            self.space,
+            self.metric,
+            tuple(e for e in self._entries if gone.isdisjoint((*e.axes, *(name for name, _ in e.when)))),
+        )
 
 
 def resolve_budgets(tables: Mapping[str, CostTable], budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:

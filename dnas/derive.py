@@ -337,9 +337,11 @@ def _walk_into_band(walker: _Walker, rng: np.random.Generator, most: int = 3000)
         d = active[rng.integers(len(active))]
         ratios, here = walker.ratios(d), walker.ratio
         towards = np.flatnonzero(ratios < here if here > 1 else (ratios > here) & (ratios <= 1))
+        possible = np.flatnonzero(np.isfinite(walker.likes(d)))
+        towards = np.intersect1d(towards, possible)
         stuck = 0 if len(towards) else stuck + 1
         if stuck > 3 * len(active):
-            towards, stuck = np.arange(len(d.options)), 0
+            towards, stuck = possible, 0
         if len(towards):
             walker.move(d, int(rng.choice(towards)))
             walker.refresh()

@@ -108,7 +108,8 @@ def share(blocks: Sequence[TimmBlock]) -> None:
     for size, b in by_kernel.items():
         smallest = by_kernel[min(by_kernel)].conv_dw.weight
         if rim := (size - min(by_kernel)) // 2:
-            b.conv_dw.weight.copy_(F.pad(smallest, (rim,) * 4)[: b.conv_dw.out_channels])
+            width = min(len(smallest), b.conv_dw.out_channels)
+            b.conv_dw.weight[:width] = F.pad(smallest[:width], (rim,) * 4)
     for e in [b for b in widest_first if isinstance(b, EdgeResidual)] if plain else []:
         width = min(e.conv_exp.out_channels, *(p.conv_dw.out_channels for p in plain))
         product = plain[0].conv_pw.weight[:width] * by_kernel[min(by_kernel)].conv_dw.weight[:width]
@@ -149,7 +150,7 @@ class PairGate(nn.Module):
             return self.logits.new_ones(1)
         pair = torch.softmax(self.logits / self.temperature, 0)
         index = torch.tensor([self.low, self.high], device=pair.device)
-        return pair.new_zeros(len(self.widths)).index_put((index,), pair)
+        return pair.new_zeros(len(self.widths)).index_put((index,), pair, accumulate=True)
 
     def soft(self, generator: torch.Generator | None = None) -> Tensor | int:
         """A relaxed sample (q_small, q_large); the width itself where there is only one."""

@@ -13,7 +13,7 @@ from typing import IO, Any
 import timm
 import torch
 
-import dnas
+from dnas import __version__
 from dnas.units import UserError
 
 
@@ -60,10 +60,10 @@ def _short(value: Any) -> Any:
 def provenance(device: torch.device) -> dict[str, Any]:
     """Versions, machine and git revision, for ``config.json``."""
     git = subprocess.run(
-        ["git", "-C", str(Path(dnas.__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
     return {
-        "dnas": dnas.__version__,
+        "dnas": __version__,
         "revision": git.stdout.strip() or None,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -65,8 +65,9 @@ class SkipGate(nn.Module):
     """Whether a residual layer stays: a coefficient ``s = sigmoid(3 kappa)`` on its branch, introduced late.
 
     Before ``open()`` the layer is simply there. A skip that competes from the start, averaged with the candidates, is
-    what makes searches of this kind collapse; here it enters with s = 0.9991, so that the layer's output hardly moves. The factor 3
-    lets it cross 1/2 in a third of the steps that a logit of 7 would take: a late gate has little time.
+    what makes searches of this kind collapse; here it enters with s = 0.9991, so that the layer's output hardly
+    moves. The factor 3 lets it cross 1/2 in a third of the steps that a logit of 7 would take: a late gate has little
+    time.
     """
 
     def __init__(self) -> None:
@@ -128,7 +129,7 @@ class StochasticLayer(nn.Module):
         super().__init__()
         self.name, self.out, self.residual = name, out, residual
         self.blocks = nn.ModuleDict(blocks)
-        self.choice = ChoiceGate(list(blocks)) if len(blocks) > 1 else None
+        self.choice: ChoiceGate | None = ChoiceGate(list(blocks)) if len(blocks) > 1 else None
         self.skip = SkipGate() if droppable else None
 
     @property

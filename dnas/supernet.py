@@ -265,7 +265,7 @@ class Supernet(nn.Module):
         for layer in self.layers:
             if layer.skip is not None:
                 found[f"{layer.name}/keep"] = layer.skip
-            if layer.choice is not None and len(layer.blocks):
+            if layer.choice is not None:
                 found[f"{layer.name}/block"] = layer.choice
             found |= {block.mid: block.gate for block in layer.blocks.values() if block.gate is not None}
         return found

@@ -102,14 +102,21 @@ def cut_width(net: Supernet, name: str, width: int, optimizers: Sequence[Optimiz
 def move_pair(block: Prunode, low: int, high: int, optimizers: Sequence[Optimizer] = ()) -> None:
     """Set a bi-path block's pair to the grid indices ``low <= high``. Call `fit` after.
 
-    A copy that slid into the other one's width takes over its last norm; the logits' optimizer state starts anew.
+    A copy that slid into the other one's width takes over its last norm, optimizer state included; the copy that is new
+    there starts as the other one does. The logits' optimizer state starts anew.
     """
-    gate = block.gate
-    last = getattr(block.block, parts(block.block)[2])
-    if gate.widths[high] == gate.small < gate.large:
-        last.load_state_dict(block.norm_small.state_dict())  # down: the small copy is the large one now
-    elif gate.widths[low] == gate.large > gate.small:
-        block.norm_small.load_state_dict(last.state_dict())  # up
+    gate, (_, _, name) = block.gate, parts(block.block)
+    down = gate.widths[high] == gate.small < gate.large
+    up = gate.widths[low] == gate.large < gate.widths[high]
+    if up or down:
+        large = getattr(block.block, name)
+        setattr(block.block, name, block.norm_small)
+        block.norm_small = large
+        kept, fresh = (getattr(block.block, name), large) if down else (large, getattr(block.block, name))
+        fresh.load_state_dict(kept.state_dict())
+        for optimizer in optimizers:
+            for p in fresh.parameters():
+                optimizer.state.pop(p, None)
     gate.move(low, high)
     for optimizer in optimizers:
         optimizer.state.pop(gate.logits, None)
@@ -151,6 +158,7 @@ def remove_layer(layer: StochasticLayer) -> None:
     if layer.skip is None:
         raise ValueError(f"{layer.name} cannot be dropped")
     layer.blocks.clear()
+    layer.choice = None
     layer.skip.is_removed = True
 
 
@@ -179,17 +187,13 @@ def shrink(
 
     for layer in net.layers:
         skip, choice = layer.skip, layer.choice
-        if (
-            skip is not None
-            and skip.is_open
-            and not skip.is_removed
-            and float(skip.coefficient().detach()) < layer_below
-        ):
-            if allowed(f"{layer.name}/keep", [0]):
-                remove_layer(layer)
-                events.append({"layer": layer.name})
+        open_skip = skip is not None and skip.is_open and not skip.is_removed
+        low = open_skip and float(skip.coefficient().detach()) < layer_below
+        if low and allowed(f"{layer.name}/keep", [0]):
+            remove_layer(layer)
+            events.append({"layer": layer.name})
             continue
-        if choice is not None and len(layer.blocks):
+        if choice is not None:
             for name in choice.below(block_below):
                 rest = [k for k in choice.live if choice.options[k] != name]
                 if allowed(f"{layer.name}/block", rest):
@@ -225,8 +229,6 @@ def extract(net: Supernet, arch: Mapping[str, Option]) -> Supernet:
         for block in layer.blocks.values():
             if isinstance(block, Prunode):
                 width = block.gate.widths.index(arch[block.mid])
-                if arch[block.mid] == block.gate.small < block.gate.large:
-                    getattr(block.block, parts(block.block)[2]).load_state_dict(block.norm_small.state_dict())
                 move_pair(block, width, width)
     for name, gate in net.gates().items():
         if isinstance(gate, MarkovGate):
