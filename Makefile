@@ -10,6 +10,8 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 SEARCH_FLAGS = --budget $(BUDGET) --search-epochs 18 --epochs 18 $(ARGS)
 
 PY = $(VENV)/bin/python
+# Threads that wait let others run: on a busy machine spinning ones make every step several times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help search test lint format check wheel clean

@@ -56,7 +56,8 @@ class MarkovGate(nn.Module):
         self.temperature = 1.0
         p = torch.tensor(survival, dtype=torch.float64) ** (1 / max(1, len(widths) - 1))
         self.alpha = nn.Parameter(torch.logit(p).float().repeat(len(widths) - 1))
-        self.register_buffer("idle", torch.zeros((), dtype=torch.long))  # arch steps for which the last group was dead
+        # for how many gate steps in a row the marginal of each group beyond the first has been too low to live
+        self.register_buffer("idle", torch.zeros(len(widths) - 1, dtype=torch.long))
 
     def keep(self) -> Tensor:
         """Marginal keep-probability of every live group, [live]."""

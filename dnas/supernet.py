@@ -81,9 +81,12 @@ class Macro:
 
 
 def width_grid(top: int, divisor: int, most: int = 32) -> tuple[int, ...]:
-    """At most ``most`` widths down from ``top`` to a tenth of it (DMCP's range), in steps that ``divisor`` divides."""
+    """At most ``most`` widths down from ``top`` to a tenth of it (DMCP's range), in steps that ``divisor`` divides.
+
+    A ``top`` below ``divisor`` is the only width.
+    """
     step = divisor * math.ceil(top / (divisor * most))
-    return tuple(range(top, max(divisor, math.ceil(top / 10)) - 1, -step))[::-1]
+    return tuple(range(top, min(top, max(divisor, math.ceil(top / 10))) - 1, -step))[::-1]
 
 
 def round_width(width: float, divisor: int) -> int:
@@ -99,7 +102,8 @@ def nearest(grid: Sequence[int], width: float) -> int:
 def fit_strides(img_size: int, strides: Sequence[int], smallest: int = 4) -> tuple[int, ...]:
     """Drop the earliest strides of 2 that would leave an image of up to 64 pixels a last map below ``smallest``."""
     halvings = sum(s == 2 for s in strides)
-    allowed = halvings if img_size > 64 else max(0, min(halvings, int(math.log2(max(1, img_size // smallest)))))
+    allowed = sum(math.ceil(img_size / 2**n) >= smallest for n in range(1, halvings + 1))  # each halving rounds up
+    allowed = halvings if img_size > 64 else allowed
     fitted = []
     for s in strides:
         drop = s == 2 and halvings > allowed

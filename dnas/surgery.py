@@ -96,7 +96,7 @@ def cut_width(net: Supernet, name: str, width: int, optimizers: Sequence[Optimiz
         raise ValueError(f"{name} has the live widths {gate.widths}, not {width}")
     gate.widths = gate.widths[: gate.widths.index(width) + 1]
     resize_tensor(gate, "alpha", 0, len(gate.widths) - 1, optimizers)
-    gate.idle.zero_()
+    gate.idle = gate.idle[: len(gate.widths) - 1].clone()
 
 
 def move_pair(block: Prunode, low: int, high: int, optimizers: Sequence[Optimizer] = ()) -> None:
@@ -206,9 +206,10 @@ def shrink(
                 events.append({"pair": block.mid, "widths": [block.gate.small, block.gate.large]})
     for name, gate in net.gates().items():
         if isinstance(gate, MarkovGate) and len(gate.widths) > 1:
-            alive = int((gate.keep().detach() >= width_below).sum())
-            gate.idle.copy_(gate.idle + 1 if alive < len(gate.widths) else torch.zeros_like(gate.idle))
-            if int(gate.idle) >= patience and allowed(name, range(alive)):
+            low = gate.keep().detach()[1:] < width_below  # marginals only fall along the chain: the dead are its tail
+            gate.idle = torch.where(low, gate.idle + 1, 0)
+            alive = 1 + int((gate.idle < patience).sum())
+            if alive < len(gate.widths) and allowed(name, range(alive)):
                 cut_width(net, name, gate.widths[alive - 1], optimizers)
                 events.append({"width": name, "channels": gate.widths[-1]})
     if events:

@@ -110,6 +110,15 @@ def test_references_that_lead_nowhere_are_value_errors(decisions, sites):
         Space(decisions, sites)
 
 
+def test_an_option_is_found_by_value_and_a_truth_value_is_no_width():
+    decision = Decision("w", (0, 1, 4), 1)
+    assert [decision.index(o) for o in (0, 1, 4)] == [0, 1, 2] and decision.is_width
+    assert not DECISIONS[1].is_width
+    for wrong in (True, False, 2, "1", None):
+        with pytest.raises(UserError, match=f"w = {wrong!r} is not one of 0, 1, 4"):
+            decision.index(wrong)
+
+
 # Space: complete and check
 
 

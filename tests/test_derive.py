@@ -143,7 +143,7 @@ def test_without_enumeration_the_network_is_in_the_band_and_nearly_the_likeliest
     gaps, given_up = [], 0
     for kind in ("flat", "normal", "sharp", "gates"):
         trials = 0
-        while trials < 7:
+        while trials < 5:
             like, budgets = random_likelihood(b.space, rng, kind), random_budgets(b, rng, both=trials % 3 == 0)
             scores = b.scores(like)[b.band(budgets)]
             if len(scores) < 10:  # a needle in a haystack is not what coordinate ascent is for
@@ -157,7 +157,7 @@ def test_without_enumeration_the_network_is_in_the_band_and_nearly_the_likeliest
             assert_in_band(b.tables, budgets, arch)
             gaps.append((scores.max() - b.score(like, arch)) / (scores.max() - scores.mean()))
     gaps = np.array(gaps)
-    assert given_up <= 2
+    assert given_up <= 1
     assert gaps.min() > -1e-9
     assert np.mean(gaps < 1e-9) >= 0.4
     assert gaps.mean() < 0.2
@@ -166,7 +166,7 @@ def test_without_enumeration_the_network_is_in_the_band_and_nearly_the_likeliest
 @pytest.mark.parametrize("name", SMALL)
 def test_options_that_were_cut_off_are_never_taken(brute, name):
     b, rng = brute[name], np.random.default_rng(11)
-    for exact_below, most in ((0, 8), (20_000, 2)):
+    for exact_below, most in ((0, 6), (20_000, 1)):
         trials = 0
         while trials < most:
             like, budgets = random_likelihood(b.space, rng, "dead options"), random_budgets(b, rng, both=False)
@@ -227,7 +227,7 @@ def test_the_band_ends_at_the_limit_and_at_98_percent(exact_below):
 def test_the_supernets_networks_are_in_the_band_at_every_budget(name, width_mult):
     space, tables = large(name, width_mult)
     rng = np.random.default_rng(3)
-    for k, percent in enumerate((10, 30, 50, 70, 90)):
+    for k, percent in enumerate((10, 50, 90) if name == "prunet" else (10, 30, 50, 70, 90)):
         metric = METRICS[k % 2]
         budgets = (Budget(metric, percent / 100 * widest_cost(tables[metric])),)
         like = random_likelihood(space, rng, "gates")
@@ -273,10 +273,33 @@ def test_the_derived_network_is_likelier_than_random_ones(name, width_mult):
     assert derive(space, tables, budgets, like) == best
 
 
+def test_no_other_width_and_no_pair_of_neighbouring_widths_would_be_likelier():
+    space, tables = large("mobilenet_v2", 0.5)
+    rng = np.random.default_rng(7)
+    for _ in range(6):
+        budget = Budget("macs", rng.uniform(0.2, 0.9) * widest_cost(tables["macs"]))
+        like = random_likelihood(space, rng, "gates")
+        arch = derive(space, tables, (budget,), like)
+        at = {n: space.by_name[n].index(o) for n, o in arch.items()}
+
+        def gain(changes, at=at, like=like, arch=arch, limit=budget.limit):
+            """What moving to these option indices adds to the log-likelihood, nothing if that leaves the band."""
+            answers = dict(arch) | {n: space.by_name[n].options[k] for n, k in changes.items()}
+            more = sum(like[n][k] - like[n][at[n]] for n, k in changes.items())
+            return more if more > 0 and in_band(tables["macs"].of(answers) / limit) else 0
+
+        singles = [{d.name: k} for d in space.decisions for k in range(len(d.options))]
+        steps = {
+            d.name: [k for k in (at[d.name] - 1, at[d.name] + 1) if 0 <= k < len(d.options)] for d in space.decisions
+        }
+        pairs = [{a: j, b: k} for a, b in itertools.combinations(steps, 2) for j in steps[a] for k in steps[b]]
+        assert max(map(gain, [*singles, *pairs])) < 1e-8
+
+
 def test_certain_gates_are_obeyed_when_their_network_is_in_the_band():
     space, tables = large("prunet", 0.5)
     rng = np.random.default_rng(6)
-    for seed in range(5):
+    for seed in range(3):
         budget = Budget("macs", rng.uniform(0.2, 0.8) * widest_cost(tables["macs"]))
         arch = random_arch(space, tables, (budget,), seed)
         like = {d.name: np.full(len(d.options), -20.0) for d in space.decisions}
@@ -326,7 +349,7 @@ def test_in_a_small_space_hardly_any_network_is_more_uniform(brute):
     b = brute["widths"]
     base = np.array([d.base for d in b.space.decisions])
     spread = np.array([np.std(np.log(np.array(list(arch.values())) / base)) for arch in b.archs])
-    for share in np.linspace(0.15, 0.95, 9):
+    for share in np.linspace(0.15, 0.95, 5):
         budgets = (Budget("macs", share * b.costs["macs"].max()),)
         inside = spread[b.band(budgets)]
         mine = spread[b.archs.index(uniform_arch(b.space, b.tables, budgets))]
