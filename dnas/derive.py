@@ -159,9 +159,7 @@ def derive(
         if _enter_band(walker) or _walk_into_band(walker, np.random.default_rng(0)):
             found.append((walker.log_likelihood(), dict(walker.at)))
     if not found:
-        b = budgets[0]
-        costs = ", ".join(show(b.metric, r * b.limit) for r in nearest.values() if 0 < r < np.inf)
-        raise UserError(f"no network of this space costs 98 to 100 % of {b}; the nearest found cost {costs}")
+        raise _out_of_band(budgets, [r for r in nearest.values() if 0 < r < np.inf])
     walker.at = max(found, key=lambda f: f[0])[1]
     walker.refresh()
     _polish(walker)
@@ -180,12 +178,18 @@ def _exact(
             score = sum(float(like[n][space.by_name[n].index(o)]) for n, o in arch.items())
             best = max(best, (score, arch), key=lambda b: b[0])
     if best[1] is None:
-        b = budgets[0]
         below = max((r for r in ratios if r <= 1), default=None)
         above = min((r for r in ratios if r > 1), default=None)
-        costs = " and ".join(show(b.metric, r * b.limit) for r in (below, above) if r)
-        raise UserError(f"no network of this space costs 98 to 100 % of {b}; the nearest cost {costs}")
+        raise _out_of_band(budgets, [r for r in (below, above) if r])
     return best[1]
+
+
+def _out_of_band(budgets: Sequence[Budget], ratios: Sequence[float]) -> UserError:
+    """The error that names the nearest costs: with several budgets, as shares of the one that binds."""
+    b, alone = budgets[0], len(budgets) == 1
+    costs = " and ".join(show(b.metric, r * b.limit) if alone else f"{100 * r:.1f} % of it" for r in ratios)
+    asked = ", ".join(map(str, budgets))
+    return UserError(f"no network of this space costs 98 to 100 % of {asked}; the nearest found cost {costs}")
 
 
 def _enter_band(walker: _Walker) -> bool:
@@ -316,7 +320,7 @@ def random_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequence
     rng = np.random.default_rng(seed)
     flat = {d.name: np.zeros(len(d.options)) for d in space.decisions}
     walker = _Walker(space, [tables[b.metric] for b in budgets], [b.limit for b in budgets], flat)
-    for _ in range(100):
+    for _ in range(10):
         walker.at = {d.name: int(rng.integers(len(d.options))) for d in space.decisions}
         walker.refresh()
         if _walk_into_band(walker, rng):

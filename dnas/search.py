@@ -150,7 +150,8 @@ def search(
         for gate in net.gates().values():
             gate.temperature = cooled
             if isinstance(gate, SkipGate) and not gate.is_open and t >= config.skip_at:
-                gate.is_open = checking = True
+                gate.open()
+                checking = True
         progress = ramp(t, config.budget_from, config.budget_by)
         targets = {m: target(first[m], limits[m], progress) for m in limits}
         x, y = next(gate_batches)

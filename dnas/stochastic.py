@@ -76,6 +76,12 @@ class SkipGate(nn.Module):
         self.temperature = 1.0
         self.is_open, self.is_removed = False, False
 
+    @torch.no_grad()
+    def open(self) -> None:
+        """Let the layer be dropped from now on, starting at s = 0.9991 whatever the temperature is by now."""
+        self.is_open = True
+        self.kappa.fill_(7 / 3 * self.temperature)
+
     def coefficient(self) -> Tensor:
         """s, a scalar in [0, 1]."""
         return torch.sigmoid(3 * self.kappa / self.temperature)
