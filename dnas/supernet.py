@@ -189,8 +189,8 @@ def size_to(outline: Callable[[float], Macro], budgets: Sequence[Budget], share:
 
     def too_big(mult: float) -> bool:
         space = space_of(outline(mult))
-        tables = {b.metric: CostTable.build(space, b.metric) for b in budgets}
-        return any(t.of(t.extremes()[1]) * share > b.limit for b in budgets for t in [tables[b.metric]])
+        tables = [CostTable.build(space, b.metric) for b in budgets]
+        return any(t.of(t.extremes()[1]) * share > b.limit for t, b in zip(tables, budgets, strict=True))
 
     low, high = math.log(1 / 4), math.log(16)
     for _ in range(10):

@@ -218,7 +218,6 @@ def test_split_leaves_a_lone_image_in_the_rest():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_on_the_gpu_are_those_on_the_cpu():
     for make in (lambda d: d.train_batches(64, seed=1), lambda d: d.val_batches(64)):
         for ours, theirs in zip(make(load_data(device="cuda")), make(load_data()), strict=True):

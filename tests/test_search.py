@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dnas.cost import CostTable, resolve_budgets
-from dnas.data import load_data
+from dnas.data import Data, load_data
 from dnas.derive import derive, enumerate_archs, gate_likelihood
 from dnas.gates import MarkovGate
 from dnas.search import SearchConfig, check_config, check_gradients, live_cost, search
@@ -141,10 +141,21 @@ def test_search_never_opens_the_validation_images():
     search(net, tables_of(net), parse_budget("0.3M"), data, recipe, FROM_THE_START, seed=0, on_row=lambda row: None)
 
 
-def test_weights_and_gates_learn_from_different_images():
-    data = load_data(img_size=8)
-    rest, held_out = data.split(0.3, seed=0)
-    assert not set(rest.tolist()) & set(held_out.tolist())
+def test_weights_and_gates_learn_from_different_images(monkeypatch):
+    """What the search itself asks for: two parts of the training images, disjoint, and all of them together."""
+    asked, original = [], Data.train_batches
+
+    def spy(self, batch_size, *, seed, indices=None):
+        asked.append(set(indices.tolist()))
+        return original(self, batch_size, seed=seed, indices=indices)
+
+    monkeypatch.setattr(Data, "train_batches", spy)
+    data = planted_data(0, num_train=256, num_val=8)
+    net = plant(Supernet(toy()))
+    recipe = replace(FROZEN, epochs=2)
+    search(net, tables_of(net), parse_budget("0.3M"), data, recipe, FROM_THE_START, seed=0, on_row=lambda row: None)
+    weights, gates = asked
+    assert not weights & gates and weights | gates == set(range(256))
 
 
 def test_dead_gates_stop_the_search():
