@@ -4,10 +4,10 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-BUDGET ?= 6MFLOPs
+BUDGET ?= 8MFLOPs
 ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
-SEARCH_FLAGS = --budget $(BUDGET) --search-epochs 18 --epochs 18 $(ARGS)
+SEARCH_FLAGS = --budget $(BUDGET) --search-epochs 20 --epochs 18 $(ARGS)
 
 PY = $(VENV)/bin/python
 # Threads that wait let others run: on a busy machine spinning ones make every step several times slower.
