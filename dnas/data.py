@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -114,6 +114,14 @@ class Data:
             raise UserError(f"fraction {fraction!r} of the train images: a class with 2 of them is needed, most have 1")
         rest, taken = zip(*((c[cut:], c[:cut]) for c, cut in zip(classes, cuts, strict=True)), strict=True)
         return torch.cat(rest).sort().values, torch.cat(taken).sort().values
+
+    def take(self, count: int) -> "Data":
+        """The same data with about ``count`` of its train images, evenly over the classes: always the same ones."""
+        if count >= self.num_train:
+            return self
+        taken = self.split(count / self.num_train, seed=0)[1]
+        fetch: Fetch = lambda order, dice, size: self._train(taken[order], dice, size)  # noqa: E731
+        return replace(self, num_train=len(taken), _labels=self._labels[taken], _train=fetch)
 
     def train_batches(self, batch_size: int, *, seed: int, indices: Tensor | None = None) -> Batches:
         """Shuffled, augmented batches of the train images, or of those at ``indices`` (int64 [N])."""

@@ -312,20 +312,53 @@ def uniform_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequenc
 
 
 def random_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequence[Budget], seed: int) -> Arch:
-    """A random network in the band: every answer drawn evenly, then random decisions redrawn towards the band.
+    """A random network in the band: every decision answered evenly and independently, given that the cost fits.
 
-    Plain rejection would almost never end for budgets far from the middle of the space; the walk keeps what it can of
-    the even draw, and so its nets are not exactly uniform over the band.
+    Plain rejection has this distribution and would almost never end. Here a walk finds one network in the band, and a
+    Metropolis chain, 50 proposals a decision, then forgets where it started.
+
+    Raises:
+        UserError: no network in the band was found; the nearest costs are named.
     """
     rng = np.random.default_rng(seed)
     flat = {d.name: np.zeros(len(d.options)) for d in space.decisions}
     walker = _Walker(space, [tables[b.metric] for b in budgets], [b.limit for b in budgets], flat)
-    for _ in range(10):
-        walker.at = {d.name: int(rng.integers(len(d.options))) for d in space.decisions}
+    walker.at = {d.name: int(rng.integers(len(d.options))) for d in space.decisions}
+    walker.refresh()
+    if not _walk_into_band(walker, rng, most=500):
+        start = derive(space, tables, budgets, {name: rng.normal(size=len(row)) for name, row in flat.items()})
+        walker.at |= {name: space.by_name[name].index(option) for name, option in start.items()}
         walker.refresh()
-        if _walk_into_band(walker, rng):
-            return walker.arch()
-    raise UserError(f"no random network of this space costs 98 to 100 % of {budgets[0]}")
+    _mix(walker, rng, 50 * len(space.decisions))
+    return walker.arch()
+
+
+def _mix(walker: _Walker, rng: np.random.Generator, proposals: int) -> None:
+    """Metropolis-Hastings steps inside the band towards the even distribution over all answers there.
+
+    A proposal redraws one to three decisions evenly, and then another one evenly among those of its options (n of them;
+    m before the others changed) that cost what the band allows: accepted with probability min(1, n / m).
+    """
+
+    def landing(d: Decision) -> np.ndarray:
+        ratios = walker.ratios(d)
+        return np.flatnonzero((ratios >= BAND) & (ratios <= 1))
+
+    decisions = walker.space.decisions
+    for _ in range(proposals):
+        most = min(3, len(decisions) - 1)
+        chosen = rng.permutation(len(decisions))[: 1 + rng.integers(min(1, most), most + 1)]
+        last, *others = (decisions[k] for k in chosen)
+        held, before = {d: walker.at[d.name] for d in others}, len(landing(last))
+        for d in others:
+            walker.move(d, int(rng.integers(len(d.options))))
+        options = landing(last)
+        if len(options) and rng.random() * before < len(options):
+            walker.move(last, int(rng.choice(options)))
+        else:
+            for d, index in held.items():
+                walker.move(d, index)
+    walker.refresh()
 
 
 def _walk_into_band(walker: _Walker, rng: np.random.Generator, most: int = 3000) -> bool:
