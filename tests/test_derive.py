@@ -484,10 +484,10 @@ def test_of_two_budgets_only_the_one_that_binds_pulls_up():
 
 @pytest.mark.parametrize("name", ["widths", "depth"])
 def test_random_nets_are_even_over_the_answers_that_fit(name):
-    """Against enumeration, by chi-squared: a network counts once for each answer to the decisions that it leaves out."""
+    """Against enumeration, by chi-squared: a net counts once for each answer to the decisions that it leaves out."""
     brute = Brute(name)
     costs = brute.costs["macs"]
-    in_reach = [limit for limit in np.quantile(costs, np.linspace(0.05, 0.95, 37)) if 6 <= fitting(costs, limit).sum()]
+    in_reach = [limit for limit in np.quantile(costs, np.linspace(0.05, 0.95, 37)) if fitting(costs, limit).sum() >= 6]
     limit = min(in_reach, key=lambda limit: fitting(costs, limit).sum())
     fits = [arch for arch, fit in zip(brute.archs, fitting(costs, limit), strict=True) if fit]
     unanswered = [math.prod(len(d.options) for d in brute.space.decisions if d.name not in arch) for arch in fits]
