@@ -1,0 +1,314 @@
+#!/usr/bin/env python3
+"""Does a search find, or only run? Nets of equal cost, trained by one recipe: random, uniform, found and opponents'.
+
+python benchmarks/iso_flops.py digits --random 100      # the table that everything is judged by (and the uniform net)
+python benchmarks/iso_flops.py digits --search 5        # five searches, the net of each trained with three seeds
+python benchmarks/iso_flops.py --summary --json summary.json
+
+A training is a row in results/<setup>.jsonl, appended when it ends; what is there already is not done again.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import iso_stats as stats  # noqa: E402
+import torch  # noqa: E402
+from timm.utils import random_seed  # noqa: E402
+
+from dnas.arch import Arch  # noqa: E402
+from dnas.cost import CostTable, resolve_budgets  # noqa: E402
+from dnas.data import Data, load_data  # noqa: E402
+from dnas.derive import derive, gate_likelihood, random_arch, uniform_arch  # noqa: E402
+from dnas.export import build_net  # noqa: E402
+from dnas.runs import provenance  # noqa: E402
+from dnas.search import SearchConfig, search  # noqa: E402
+from dnas.supernet import Macro, Supernet, net_of, space_of  # noqa: E402
+from dnas.train import Recipe, train_from_scratch  # noqa: E402
+from dnas.units import Budget, UserError, parse_budget  # noqa: E402
+from supernets import SUPERNETS  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+TRAININGS = 3  # of each found net; search k has the training seeds 3k, 3k + 1, 3k + 2
+TABLE_SEEDS = 2  # of each random net
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that two nets must have in common to be compared. ``num_train`` images, evenly over the classes."""
+
+    supernet: str
+    width_mult: float
+    divisor: int
+    budget: str
+    data: str
+    num_train: int
+    img_size: int
+    recipe: Recipe
+    search_epochs: int
+
+
+SETUPS = {
+    "digits": Setup("prunet", 0.35, 2, "10%", "digits", 1437, 8, Recipe(epochs=12), search_epochs=12),
+    "mobilenet_v2": Setup("mobilenet_v2", 0.35, 2, "10%", "cifar10", 5000, 16, Recipe(epochs=5), search_epochs=5),
+    "prunet": Setup("prunet", 0.5, 4, "10%", "cifar10", 5000, 16, Recipe(epochs=5), search_epochs=5),
+}
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A set-up made ready in one process."""
+
+    setup: Setup
+    data: Data
+    macro: Macro
+    tables: dict[str, CostTable]
+    budgets: tuple[Budget, ...]
+    device: torch.device
+
+
+def open_lab(setup: Setup, data_dir: str, device: str) -> Lab:
+    """Load the data and build the space. UserError if the data is not there."""
+    if setup.data == "digits":
+        data = load_data("digits", img_size=setup.img_size, device=device)
+    elif data_dir:
+        data = load_data("", data_dir, img_size=setup.img_size, device=device)
+    else:
+        raise UserError("this set-up needs --data-dir (or DNAS_CIFAR10): a folder or .tar.gz of CIFAR-10's images")
+    macro = SUPERNETS[setup.supernet](
+        num_classes=data.num_classes, img_size=setup.img_size, width_mult=setup.width_mult, divisor=setup.divisor
+    )
+    tables = {metric: CostTable.build(space_of(macro), metric) for metric in ("macs", "params")}
+    budgets = resolve_budgets(tables, parse_budget(setup.budget))
+    return Lab(setup, data.take(setup.num_train), macro, tables, budgets, torch.device(device))
+
+
+def run_search(lab: Lab, variant: str, seed: int) -> dict:
+    """One search. Returns the row of the net that it found."""
+    overrides = dict(VARIANTS[variant])
+    epochs = round(lab.setup.search_epochs * overrides.pop("length", 1))
+    config = SearchConfig(**overrides)
+    recipe = replace(lab.setup.recipe, epochs=epochs)
+    random_seed(seed)
+    net, rows, started = Supernet(lab.macro).to(lab.device), [], time.perf_counter()
+    if recipe.channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    search(net, lab.tables, lab.budgets, lab.data, recipe, config, seed=seed, on_row=rows.append)
+    arch = derive(net.space, lab.tables, lab.budgets, gate_likelihood(net))
+    images = recipe.batch_size * sum(1 + ("gate_ms" in row) for row in rows)
+    found = {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
+    return net_row(lab, f"{variant}/{seed}", arch) | found
+
+
+# What is changed in a search: fields of SearchConfig, or "length", a factor on its epochs.
+VARIANTS: dict[str, dict] = {
+    "default": {},
+    "no-sharpening": {"temperature": 1.0},
+    "constant-target": {"budget_from": 0.2, "budget_by": 0.2},
+    "early-skip": {"skip_at": 0.2},
+    "gates-every-step": {"gate_every": 1},
+    "gates-every-4": {"gate_every": 4},
+    "no-warmup": {"warmup": 0.0},
+    "long-warmup": {"warmup": 0.5, "budget_from": 0.5, "budget_by": 0.8, "block_from": 0.5},
+    "half-length": {"length": 0.5},
+    "double-length": {"length": 2},
+}
+
+
+def net_row(lab: Lab, name: str, arch: Arch) -> dict:
+    """The row that says what a net is."""
+    return {"kind": "net", "net": name, "arch": dict(arch)} | {m: t.of(arch) for m, t in lab.tables.items()}
+
+
+def train_net(lab: Lab, name: str, arch: dict, seed: int) -> dict:
+    """Train one net from scratch. Returns its row."""
+    random_seed(seed)
+    model = build_net(net_of(lab.macro, arch), num_classes=lab.data.num_classes, in_chans=lab.data.in_chans)
+    _, reached = train_from_scratch(model.to(lab.device), lab.data, lab.setup.recipe, seed=seed)
+    row = {"kind": "training", "net": name, "seed": seed, "top1": round(reached["top1"], 3)}
+    return row | {"loss": round(reached["loss"], 4), "seconds": reached["seconds"]}
+
+
+# Work in processes of one thread each: small nets train faster side by side than one after the other on all cores.
+
+_lab: Lab | None = None
+
+
+def _enter(setup: Setup, data_dir: str, device: str) -> None:
+    global _lab
+    torch.set_num_threads(1)
+    _lab = open_lab(setup, data_dir, device)
+
+
+def _call(job: Callable[..., dict], args: tuple) -> dict:
+    assert _lab is not None
+    return job(_lab, *args)
+
+
+class Table:
+    """The rows of one set-up, in a file that only grows."""
+
+    def __init__(self, name: str) -> None:
+        self.path = RESULTS / f"{name}.jsonl"
+        self.rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def append(self, row: dict) -> None:
+        self.rows.append(row)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def nets(self) -> dict[str, dict]:
+        """Name -> its row of kind ``net``."""
+        return {row["net"]: row for row in self.rows if row["kind"] == "net"}
+
+
+def work(jobs: Iterable[tuple], pool: ProcessPoolExecutor, table: Table, info: dict) -> Iterator[dict]:
+    """Do (function of a lab, arguments) side by side; append and yield each row as it ends."""
+    running = [pool.submit(_call, function, args) for function, *args in jobs]
+    for k, future in enumerate(as_completed(running), 1):
+        row = future.result() | info
+        table.append(row)
+        text = f"{row['top1']:.2f} %" if "top1" in row else f"{row.get('macs', '')} MACs"
+        print(f"{k}/{len(running)} {row['net']} seed {row.get('seed', '-')}: {text}", flush=True)
+        yield row
+
+
+def train_all(names: Sequence[str], seeds: Callable[[str], Iterable[int]], table: Table, do: Callable) -> None:
+    """Train these nets with those of their seeds that the table lacks."""
+    scores, nets = stats.scores_of(table.rows), table.nets()
+    jobs = [(train_net, name, nets[name]["arch"], seed) for name in names for seed in seeds(name)]
+    for _ in do([job for job in jobs if job[3] not in scores.get(job[1], {})], table=table):
+        pass
+
+
+def own_seeds(name: str) -> range:
+    """Training seeds of a found net: no other search's nets have them."""
+    k = int(name.split("/")[1])
+    return range(TRAININGS * k, TRAININGS * (k + 1))
+
+
+def main() -> None:
+    """One call adds what is asked for to the table, or sums the tables up."""
+    args = parse()
+    if args.summary or args.json:
+        print_summary(args.json)
+        return
+    setup, table = SETUPS[args.setup], Table(args.setup)
+    lab = open_lab(setup, args.data_dir, args.device)
+    info = {"date": date.today().isoformat()} | provenance(lab.device)
+    RESULTS.mkdir(exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    entered = (setup, args.data_dir, args.device)
+    with ProcessPoolExecutor(args.jobs, context, initializer=_enter, initargs=entered) as pool:
+        do = partial(work, pool=pool, info=info)
+        if "uniform" not in table.nets():
+            arch = uniform_arch(space_of(lab.macro), lab.tables, lab.budgets)
+            table.append(net_row(lab, "uniform", arch) | info)
+        names = [f"random/{k}" for k in range(args.random)]
+        for k, name in enumerate(names):
+            if name not in table.nets():
+                table.append(net_row(lab, name, random_arch(space_of(lab.macro), lab.tables, lab.budgets, k)) | info)
+        train_all(names, lambda name: range(TABLE_SEEDS), table, do)
+        for method in args.variant if args.search else ():
+            found = [f"{method}/{k}" for k in range(args.search)]
+            missing = [(run_search, method, k) for k, name in enumerate(found) if name not in table.nets()]
+            for _ in do(missing, table=table):
+                pass
+            train_all(found, own_seeds, table, do)
+        taken = max(TRAININGS * args.search, TABLE_SEEDS)
+        train_all(["uniform"], lambda name: range(taken), table, do)
+
+
+def summarise(name: str, variant: str = "default") -> dict | None:
+    """One set-up's row of the summary; None while there is no table. Figures that lack rows are NaN."""
+    table = Table(name)
+    if not table.rows:
+        return None
+    scores = stats.scores_of(table.rows)
+    random, found = stats.of_method(scores, "random"), stats.of_method(scores, variant)
+    noise = stats.noise(scores)
+    seeds = fmean(len(s) for s in random.values()) if random else math.nan
+    row = {
+        "setup": name,
+        "n_random": len(random),
+        "seeds_per_net": seeds,
+        "noise": noise,
+        "noise_of_mean": noise / math.sqrt(seeds),
+        "spread": stats.spread(random, noise),
+        "random_mean": fmean(fmean(s.values()) for s in random.values()) if random else math.nan,
+        "uniform": fmean(scores["uniform"].values()) if "uniform" in scores else math.nan,
+        "search_seeds": len(found),
+    }
+    means = [fmean(s.values()) for s in random.values()]
+    if means and "uniform" in scores:
+        row["uniform_percentile"] = stats.percentile(row["uniform"], means)
+    if found and means:
+        row["found_percentile"] = fmean(stats.percentile(fmean(s.values()), means) for s in found.values())
+        row["found_minus_uniform"] = stats.minus_paired(found, scores["uniform"])
+        row["found_minus_random"] = stats.minus_mean(found, random)
+        nets = table.nets()
+        cost = fmean(nets[n]["search_seconds"] for n in found)
+        training = fmean(r["seconds"] for r in table.rows if r["kind"] == "training" and r["net"] in random)
+        row["search_in_trainings"] = cost / training
+        row["best_of_equal_compute"] = stats.best_of(random, max(1, math.ceil(cost / training)))
+        row["best_random"] = max(means)
+    judged = {r["net"]: r["judged"] for r in table.rows if r["kind"] == "judged"}
+    row["rank_correlation"] = stats.rank_correlation(judged, scores)
+    return row
+
+
+def print_summary(path: str | None) -> None:
+    """One line a set-up and method, and all figures as JSON if asked for."""
+    rows = [row for name in SETUPS if (row := summarise(name))]
+    for row in rows:
+        print(json.dumps({k: _rounded(v) for k, v in row.items()}))
+        scores = stats.scores_of(Table(row["setup"]).rows)
+        for method in sorted({n.split("/")[0] for n in scores} - {"random", "uniform", "default"}):
+            other = summarise(row["setup"], method)
+            assert other is not None
+            keys = ("search_seeds", "found_percentile", "found_minus_uniform", "found_minus_random")
+            print(f"  {method}: " + json.dumps({k: _rounded(other[k]) for k in keys if k in other}))
+    if path:
+        Path(path).write_text(json.dumps([{k: _rounded(v) for k, v in row.items()} for row in rows], indent=1) + "\n")
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, float):
+        return round(value, 3) if math.isfinite(value) else None
+    return [_rounded(v) for v in value] if isinstance(value, tuple) else value
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("setup", nargs="?", choices=list(SETUPS), default="digits")
+    p.add_argument("--random", type=int, default=0, help="train this many random nets, two seeds each")
+    p.add_argument("--search", type=int, default=0, help="search with this many seeds, train each net with three")
+    p.add_argument("--variant", nargs="+", default=["default"], choices=list(VARIANTS), help="how to search")
+    p.add_argument("--data-dir", default=os.environ.get("DNAS_CIFAR10", ""), help="CIFAR-10 (default: DNAS_CIFAR10)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings side by side, one thread each")
+    p.add_argument("--summary", action="store_true", help="print what the tables say")
+    p.add_argument("--json", help="write the summary to this file as well")
+    return p.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
