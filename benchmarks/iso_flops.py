@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import iso_stats as stats  # noqa: E402
+import opponents  # noqa: E402
 import torch  # noqa: E402
 from timm.utils import random_seed  # noqa: E402
 
@@ -45,6 +46,7 @@ from supernets import SUPERNETS  # noqa: E402
 RESULTS = Path(__file__).parent / "results"
 TRAININGS = 3  # of each found net; search k has the training seeds 3k, 3k + 1, 3k + 2
 TABLE_SEEDS = 2  # of each random net
+JUDGED = 30  # random nets that a supernet judges
 
 
 @dataclass(frozen=True)
@@ -98,18 +100,23 @@ def open_lab(setup: Setup, data_dir: str, device: str) -> Lab:
 
 
 def run_search(lab: Lab, variant: str, seed: int) -> dict:
-    """One search. Returns the row of the net that it found."""
+    """One search, or an opponent's. Returns the row of the net that it found."""
+    started = time.perf_counter()
+    if variant in opponents.OPPONENTS:
+        arch, images = opponents.OPPONENTS[variant](lab, seed)
+        found = {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
+        return net_row(lab, f"{variant}/{seed}", arch) | found
     overrides = dict(VARIANTS[variant])
     epochs = round(lab.setup.search_epochs * overrides.pop("length", 1))
     config = SearchConfig(**overrides)
     recipe = replace(lab.setup.recipe, epochs=epochs)
     random_seed(seed)
-    net, rows, started = Supernet(lab.macro).to(lab.device), [], time.perf_counter()
+    net, rows = Supernet(lab.macro).to(lab.device), []
     if recipe.channels_last:
         net = net.to(memory_format=torch.channels_last)
     search(net, lab.tables, lab.budgets, lab.data, recipe, config, seed=seed, on_row=rows.append)
     arch = derive(net.space, lab.tables, lab.budgets, gate_likelihood(net))
-    images = recipe.batch_size * sum(1 + ("gate_ms" in row) for row in rows)
+    images = sum(recipe.batch_size + row.get("images", 0) for row in rows)
     found = {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
     return net_row(lab, f"{variant}/{seed}", arch) | found
 
@@ -132,6 +139,14 @@ VARIANTS: dict[str, dict] = {
 def net_row(lab: Lab, name: str, arch: Arch) -> dict:
     """The row that says what a net is."""
     return {"kind": "net", "net": name, "arch": dict(arch)} | {m: t.of(arch) for m, t in lab.tables.items()}
+
+
+def judge_nets(lab: Lab, archs: dict[str, dict], seed: int) -> dict:
+    """What one supernet's shared weights think of these nets, top-1 in % on held-out training images."""
+    net, x, y, _ = opponents.shared_weights(lab, seed)
+    return {"kind": "judged", "net": "", "seed": seed} | {
+        "judged": {name: round(opponents.judge(net, arch, x, y), 3) for name, arch in archs.items()}
+    }
 
 
 def train_net(lab: Lab, name: str, arch: dict, seed: int) -> dict:
@@ -223,6 +238,11 @@ def main() -> None:
             if name not in table.nets():
                 table.append(net_row(lab, name, random_arch(space_of(lab.macro), lab.tables, lab.budgets, k)) | info)
         train_all(names, lambda name: range(TABLE_SEEDS), table, do)
+        if args.judge:
+            nets = {name: table.nets()[name]["arch"] for name in [f"random/{k}" for k in range(JUDGED)]}
+            have = {row["seed"] for row in table.rows if row["kind"] == "judged"}
+            for _ in do([(judge_nets, nets, k) for k in range(args.judge) if k not in have], table=table):
+                pass
         for method in args.variant if args.search else ():
             found = [f"{method}/{k}" for k in range(args.search)]
             missing = [(run_search, method, k) for k, name in enumerate(found) if name not in table.nets()]
@@ -266,8 +286,8 @@ def summarise(name: str, variant: str = "default") -> dict | None:
         row["search_in_trainings"] = cost / training
         row["best_of_equal_compute"] = stats.best_of(random, max(1, math.ceil(cost / training)))
         row["best_random"] = max(means)
-    judged = {r["net"]: r["judged"] for r in table.rows if r["kind"] == "judged"}
-    row["rank_correlation"] = stats.rank_correlation(judged, scores)
+    judged = [stats.rank_correlation(r["judged"], scores) for r in table.rows if r["kind"] == "judged"]
+    row["rank_correlation"] = fmean(judged) if judged else math.nan
     return row
 
 
@@ -298,7 +318,8 @@ def parse() -> argparse.Namespace:
     p.add_argument("setup", nargs="?", choices=list(SETUPS), default="digits")
     p.add_argument("--random", type=int, default=0, help="train this many random nets, two seeds each")
     p.add_argument("--search", type=int, default=0, help="search with this many seeds, train each net with three")
-    p.add_argument("--variant", nargs="+", default=["default"], choices=list(VARIANTS), help="how to search")
+    p.add_argument("--judge", type=int, default=0, help="let this many supernets judge the first random nets")
+    p.add_argument("--variant", nargs="+", default=["default"], choices=[*VARIANTS, *opponents.OPPONENTS], help="how")
     p.add_argument("--data-dir", default=os.environ.get("DNAS_CIFAR10", ""), help="CIFAR-10 (default: DNAS_CIFAR10)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings side by side, one thread each")

@@ -1,4 +1,4 @@
-"""What a table of trainings says: training noise, spread of architectures, where a net lies, differences with intervals.
+"""What a table of trainings says: noise, spread of architectures, where a net lies, differences with intervals.
 
 A table is a list of rows as `iso_flops.py` writes them. ``Scores`` maps a net's name to {training seed: top-1 in %}.
 """
@@ -81,7 +81,8 @@ def best_of(scores: Scores, n: int) -> float:
     uses, which a search must not: this favours the opponent a little.
     """
     pairs = sorted(
-        ((s[min(s)], fmean(v for k, v in s.items() if k != min(s))) for s in scores.values() if len(s) > 1), reverse=True
+        ((s[min(s)], fmean(v for k, v in s.items() if k != min(s))) for s in scores.values() if len(s) > 1),
+        reverse=True,
     )
     total = len(pairs)
     n = min(n, total)

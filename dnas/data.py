@@ -2,7 +2,7 @@
 
 Small data (digits, a tar, CIFAR, MNIST) lives on the device as uint8 and is cropped, flipped and normalised there, a
 whole batch at a time. Image folders go through worker processes, timm's transforms and timm's prefetcher. Either way an
-epoch's order and augmentation are a function of (seed, epoch) alone, so that a resumed run sees the same batches.
+epoch's order and augmentation are a function of (seed, epoch) alone, so that a run can be repeated.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """From probabilities to one architecture inside the budget, by construction; also the uniform and the random nets.
 
-All three are the same question: of all networks with a cost in [0.98, 1.00] x budget, which one do the given
-log-likelihoods like best? They differ in the likelihoods only.
+Found and uniform net answer one question: of all networks with a cost in [0.98, 1.00] x budget, which one do the given
+log-likelihoods like best? A random net is an even draw from those networks.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -311,11 +311,20 @@ def uniform_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequenc
     return derive(space, tables, budgets, likelihood(low))
 
 
-def random_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequence[Budget], seed: int) -> Arch:
+def random_arch(
+    space: Space,
+    tables: Mapping[str, CostTable],
+    budgets: Sequence[Budget],
+    seed: int,
+    *,
+    start: Arch | None = None,
+    proposals: int | None = None,
+) -> Arch:
     """A random network in the band: every decision answered evenly and independently, given that the cost fits.
 
     Plain rejection has this distribution and would almost never end. Here a walk finds one network in the band, and a
-    Metropolis chain, 50 proposals a decision, then forgets where it started.
+    Metropolis chain, by default 50 ``proposals`` a decision, then forgets where it started. With a ``start`` in the
+    band and few proposals the result is a neighbour of it.
 
     Raises:
         UserError: no network in the band was found; the nearest costs are named.
@@ -325,11 +334,12 @@ def random_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequence
     walker = _Walker(space, [tables[b.metric] for b in budgets], [b.limit for b in budgets], flat)
     walker.at = {d.name: int(rng.integers(len(d.options))) for d in space.decisions}
     walker.refresh()
-    if not _walk_into_band(walker, rng, most=500):
+    if start is None and not _walk_into_band(walker, rng, most=500):
         start = derive(space, tables, budgets, {name: rng.normal(size=len(row)) for name, row in flat.items()})
+    if start is not None:
         walker.at |= {name: space.by_name[name].index(option) for name, option in start.items()}
         walker.refresh()
-    _mix(walker, rng, 50 * len(space.decisions))
+    _mix(walker, rng, 50 * len(space.decisions) if proposals is None else proposals)
     return walker.arch()
 
 

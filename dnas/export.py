@@ -9,7 +9,6 @@ import inspect
 import json
 import keyword
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnas import native
+from dnas.runs import write_whole
 from dnas.units import UserError
 
 Floats = Sequence[float]
@@ -310,8 +310,8 @@ def write_export(folder: str | Path, document: dict[str, Any]) -> None:
     check_document(document)
     source = model_source(document["name"], document["net"], **{key: document[key] for key in DATA})
     Path(folder).mkdir(parents=True, exist_ok=True)
-    _write(Path(folder) / "model.py", source.encode())
-    _write(Path(folder) / "arch.json", text)  # last: where it is, the export is complete
+    write_whole(Path(folder) / "model.py", source.encode())
+    write_whole(Path(folder) / "arch.json", text)  # last: where it is, the export is complete
 
 
 def read_arch(path: str | Path) -> dict[str, Any]:
@@ -331,7 +331,7 @@ def save_weights(model: nn.Module, folder: str | Path) -> None:
     """Write the model's state to ``model.safetensors`` in ``folder``, whole or not at all."""
     state = clean_state_dict(model.state_dict())  # without the prefixes of DDP and torch.compile
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    _write(Path(folder) / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+    write_whole(Path(folder) / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
 
 
 def _dump(value: Any) -> str:
@@ -351,19 +351,6 @@ def _parse(content: bytes, what: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} is not strict JSON: {str(error).splitlines()[0]}") from None
     return value
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``, or leave it as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 _CHILD = """

@@ -4,9 +4,12 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,15 +35,42 @@ def check_new_folder(path: str | Path) -> Path:
         raise UserError(f"--output {str(path)!r} cannot be written: {error.strerror or error}") from None
 
 
+@contextmanager
+def whole_folder(folder: Path, complete_with: str | None = None) -> Iterator[None]:
+    """Create ``folder`` for what follows. If that fails, Ctrl-C included, the folder and the parents made for it go.
+
+    It stays if it was there before, or if a file ``complete_with`` is in it by then.
+    """
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if missing and not (complete_with and (folder / complete_with).exists()):
+            shutil.rmtree(folder)
+            for parent in missing[1:]:
+                if any(parent.iterdir()):  # another run has begun in it
+                    break
+                parent.rmdir()
+        raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``, or leave it as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file is either the old one or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write strict JSON, whole or not at all. ValueError for NaN and infinity."""
+    write_whole(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def append_row(file: IO[str], row: dict) -> None:
@@ -59,18 +89,35 @@ def _short(value: Any) -> Any:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Versions, machine and git revision, for ``config.json``."""
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "dnas": __version__,
-        "revision": git.stdout.strip() or None,
+        "revision": _revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _processor() -> str:
+    """The processor's name where Linux tells it, otherwise its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _revision() -> str | None:
+    """The git revision of a checkout; None for an installed package, or without git."""
+    package = Path(__file__).resolve().parent
+    command = ["git", "-C", str(package), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    except OSError:  # no git on this machine
+        return None
+    return lines[1] if len(lines) == 2 and Path(lines[0]) == package.parent else None
 
 
 def peak_memory_mb(device: torch.device) -> float:

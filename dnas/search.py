@@ -1,7 +1,8 @@
 """The search: weights learn on hard nets, gates on held-out images, dead parts are cut off while both go on."""
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dnas.cost import CostTable
-from dnas.data import Batches, Data
+from dnas.data import Data
 from dnas.objective import budget_penalty, ramp, target
 from dnas.prunode import PairGate
 from dnas.stochastic import ChoiceGate, SkipGate
 from dnas.supernet import Supernet
 from dnas.surgery import shrink
-from dnas.train import Recipe, autocast, make_optimizer, make_scheduler, train_epoch
+from dnas.train import Recipe, autocast, cycle, make_optimizer, make_scheduler, train_epoch
 from dnas.units import Budget, UserError
 
 
@@ -46,7 +47,7 @@ def check_config(config: SearchConfig) -> SearchConfig:
     """``config`` itself if every number makes sense. Raises UserError naming the flag."""
     shares = ("warmup", "budget_from", "budget_by", "block_from", "block_by", "skip_at")
     for name, low, high in (
-        ("gate_fraction", 0.01, 0.9), ("gate_every", 1, 10_000), ("gate_lr", 0, 10), ("paths", 1, 64),
+        ("gate_fraction", 0.01, 0.9), ("gate_every", 1, 10_000), ("gate_lr", 0, 10), ("paths", 2, 64),
         ("patience", 1, 10**6), ("budget_weight", 0, 1e6), ("temperature", 0.01, 10), ("width_below", 0, 0.5),
         *((name, 0, 1) for name in shares),
     ):  # fmt: skip
@@ -71,15 +72,6 @@ def live_cost(net: Supernet, table: CostTable) -> float:
         if isinstance(gate, PairGate):
             live[name] = live[name][: gate.high + 1]
     return table.of(table.extremes(live)[1])
-
-
-def cycle(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches for ever, a new epoch number each time round."""
-    epoch = 0
-    while True:
-        batches.set_epoch(epoch)
-        yield from batches
-        epoch += 1
 
 
 def check_gradients(net: Supernet, step: int) -> None:
@@ -120,6 +112,11 @@ def search(
     batches = data.train_batches(recipe.batch_size, seed=seed, indices=rest)
     gate_batches = cycle(data.train_batches(recipe.batch_size, seed=seed + 1, indices=held_out))
     total = recipe.epochs * len(batches)
+    if not any(update / total >= config.warmup for update in range(0, total, config.gate_every)):
+        given = f"--warmup {config.warmup} and --gate-every {config.gate_every}"
+        raise UserError(
+            f"the gates learn nothing in {total} steps with {given}: more epochs or smaller values are needed"
+        )
     gate_steps = max(1.0, total * (1 - config.warmup) / config.gate_every)
     optimizer = make_optimizer(net.weight_parameters(), recipe)
     gate_lr = config.gate_lr or min(0.3, max(0.01, 20 / gate_steps))
@@ -173,6 +170,7 @@ def search(
             check_gradients(net, updates)
         gate_optimizer.step()
         return {
+            "images": len(x),
             "gate_loss": float(loss.detach()),
             "expected": {m: float(e.detach()) for m, e in expected.items()},
             "target": targets,
@@ -181,6 +179,8 @@ def search(
     def after_step(update: int, loss: Tensor) -> None:
         nonlocal updates, gates_taught, clock, live, current
         row: dict = {"step": update, "loss": float(loss)}
+        if not math.isfinite(row["loss"]):
+            raise UserError(f"the loss is {row['loss']} at step {update}: a lower --lr than {recipe.lr} is needed")
         t, weights_done = update / total, time.perf_counter()
         row["weight_ms"] = 1e3 * (weights_done - clock)
         if t >= config.warmup and update % config.gate_every == 0:

@@ -128,9 +128,9 @@ def squeeze_width(macro: Macro, candidate: Candidate, widest_in: int) -> int:
     return max(4, round(candidate.se * widest_in)) if candidate.se else 0
 
 
-def hidden_top(candidate: Candidate, widest_in: int) -> int:
-    """Widest hidden width: timm rounds it to a multiple of 8."""
-    return round_width(candidate.expand * widest_in, 8)
+def hidden_top(candidate: Candidate, widest_in: int, divisor: int) -> int:
+    """Widest hidden width: a multiple of 8, to which timm rounds it, and of ``divisor``."""
+    return round_width(candidate.expand * widest_in, math.lcm(8, divisor))
 
 
 def space_of(macro: Macro) -> Space:
@@ -154,7 +154,8 @@ def space_of(macro: Macro) -> Space:
             fixed = {"kernel": c.kernel, "size": side**2, "se": squeeze_width(macro, c, tops[before])}
             widths: dict[str, Option] = {"in": before, "out": width}
             if c.kind != "ds":
-                mid, grid = f"{name}/{c.name}/mid", width_grid(hidden_top(c, tops[before]), macro.divisor)
+                mid = f"{name}/{c.name}/mid"
+                grid = width_grid(hidden_top(c, tops[before], macro.divisor), macro.divisor)
                 base = nearest(grid, c.base * tops[before])
                 decisions.append(Decision(mid, grid, base, when))
                 widths["mid"], fixed["size_in"] = mid, side_in**2
@@ -199,15 +200,16 @@ def size_to(outline: Callable[[float], Macro], budgets: Sequence[Budget], share:
     return outline(math.exp(high))
 
 
-def _timm_block(c: Candidate, chs_in: int, chs_out: int, stride: int, se: int, act: type[nn.Module]) -> TimmBlock:
+def _timm_block(
+    c: Candidate, chs_in: int, mid: int, chs_out: int, stride: int, se: int, act: type[nn.Module]
+) -> TimmBlock:
     squeeze = partial(SqueezeExcite, rd_channels=se) if se else None
     args = {"stride": stride, "noskip": True, "act_layer": act, "se_layer": squeeze}  # the layer adds the shortcut
     if c.kind == "ds":
         return DepthwiseSeparableConv(chs_in, chs_out, c.kernel, **args)
-    ratio = hidden_top(c, chs_in) / chs_in
     if c.kind == "er":
-        return EdgeResidual(chs_in, chs_out, c.kernel, exp_ratio=ratio, **args)
-    return InvertedResidual(chs_in, chs_out, c.kernel, exp_ratio=ratio, **args)
+        return EdgeResidual(chs_in, chs_out, c.kernel, exp_ratio=mid / chs_in, **args)
+    return InvertedResidual(chs_in, chs_out, c.kernel, exp_ratio=mid / chs_in, **args)
 
 
 class Supernet(nn.Module):
@@ -232,7 +234,8 @@ class Supernet(nn.Module):
         for name, _, i, stage, before, width, stride, _side in _layers(macro):
             blocks: dict[str, Prunode | GatedBlock] = {}
             for c in stage.candidates:
-                block = _timm_block(c, top[before], top[width], stride, squeeze_width(macro, c, top[before]), act)
+                hidden, squeeze = hidden_top(c, top[before], macro.divisor), squeeze_width(macro, c, top[before])
+                block = _timm_block(c, top[before], hidden, top[width], stride, squeeze, act)
                 mid = before if c.kind == "ds" else f"{name}/{c.name}/mid"
                 if c.kind == "ds":
                     blocks[c.name] = GatedBlock(block, mid)

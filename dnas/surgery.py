@@ -51,8 +51,11 @@ def resize_tensor(
     tensor.data, tensor.grad = _resized(tensor.data, dim, width, fill), None
     for optimizer in optimizers:
         state = optimizer.state.get(tensor, {})
+        if any(isinstance(v, Tensor) and v.ndim and v.shape != old_shape for v in state.values()):
+            del optimizer.state[tensor]  # factored statistics (adafactor) cannot be cut: they start anew
+            continue
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == old_shape:
+            if isinstance(value, Tensor) and value.ndim:
                 state[key] = _resized(value, dim, width, 0.0)
 
 

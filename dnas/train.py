@@ -1,7 +1,7 @@
 """One ``train_epoch`` and one ``evaluate``, for searching and for training from scratch alike, made of timm's parts."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,8 @@ def check_recipe(recipe: Recipe) -> Recipe:
 def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> Optimizer:
     """timm's optimizer ``recipe.opt``; norms and biases are not decayed. Raises UserError for a name it lacks."""
     parameters = list(parameters)
+    if recipe.opt.lower().startswith("adahessian"):
+        raise UserError(f"--opt {recipe.opt!r} needs second derivatives, which are not computed here")
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -115,7 +117,7 @@ def train_epoch(
     mixup: Mixup | None = None,
     after_step: Callable[[int, Tensor], None] | None = None,
 ) -> float:
-    """One epoch of weight steps; the mean loss.
+    """One epoch of weight steps; the mean loss. Raises UserError if training diverged.
 
     ``after_step(update, loss)`` is called after each, with the update's number over all epochs: the search's gates,
     the EMA and the progress bar live there.
@@ -124,8 +126,9 @@ def train_epoch(
     losses = []
     for k, (x, y) in enumerate(batches):
         update = epoch * len(batches) + k
-        if mixup is not None and len(x) % 2 == 0:
-            x, y = mixup(x, y)
+        if mixup is not None:
+            even = len(x) // 2 * 2  # timm mixes images in pairs
+            x, y = mixup(x[:even], y[:even])
         if recipe.channels_last:
             x = x.to(memory_format=torch.channels_last)
         with autocast(x.device, recipe):
@@ -142,7 +145,18 @@ def train_epoch(
         losses.append(loss)
         if after_step:
             after_step(update, loss)
+    if not losses[-1].isfinite():
+        raise UserError(f"the loss is {float(losses[-1])} after epoch {epoch}: a lower --lr than {recipe.lr} is needed")
     return float(torch.stack(losses).mean())
+
+
+def cycle(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches for ever, a new epoch number each time round."""
+    epoch = 0
+    while True:
+        batches.set_epoch(epoch)
+        yield from batches
+        epoch += 1
 
 
 @torch.no_grad()
@@ -205,18 +219,18 @@ def train_from_scratch(
 
 
 def time_step(model: nn.Module, data: Data, recipe: Recipe, repeats: int = 3) -> float:
-    """Milliseconds of one plain training step of ``model`` (forward, backward, update): the median, after one more."""
+    """Milliseconds of one plain training step of ``model``, its batch included: the median, after one more."""
     device = next(model.parameters()).device
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer, seconds = make_optimizer(model.parameters(), recipe), []
-    batches = iter(data.train_batches(recipe.batch_size, seed=0))
-    x, y = next(batches)
-    if recipe.channels_last:
-        x = x.to(memory_format=torch.channels_last)
+    batches = cycle(data.train_batches(recipe.batch_size, seed=0))
     model.train()
     for _ in range(repeats + 1):
         started = time.perf_counter()
+        x, y = next(batches)
+        if recipe.channels_last:
+            x = x.to(memory_format=torch.channels_last)
         with autocast(device, recipe):
             loss = nn.functional.cross_entropy(model(x).float(), y)
         optimizer.zero_grad()

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,7 +17,17 @@ from dnas.gates import MarkovGate
 from dnas.prunode import PairGate, Prunode
 from dnas.stochastic import ChoiceGate, SkipGate
 from dnas.supernet import Candidate, Macro, Stage, Supernet, net_of
-from dnas.surgery import cut_width, extract, fit, move_pair, plain_state, remove_block, remove_layer, shrink
+from dnas.surgery import (
+    cut_width,
+    extract,
+    fit,
+    move_pair,
+    plain_state,
+    remove_block,
+    remove_layer,
+    resize_module,
+    shrink,
+)
 from supernets import SUPERNETS
 
 CLASSES, IMG = 4, 12
@@ -639,3 +650,15 @@ def test_a_shrunken_net_is_cheaper_to_run():
     net.layers[3].skip.kappa.data.fill_(-5.0)
     shrink(net, optimizers, lambda options: True, **FEW | {"block_below": 0.1, "layer_below": 0.1, "width_below": 0.05})
     assert saved(net) < 0.35 * before
+
+
+def test_statistics_that_cannot_be_cut_start_anew():
+    """Adafactor keeps row and column means of a matrix: none has the matrix's shape."""
+    conv = nn.Conv2d(16, 32, 1, bias=False)
+    optimizer = create_optimizer_v2(conv, opt="adafactor", lr=1e-3)
+    for width in (32, 8):
+        resize_module(conv, "out", width, [optimizer])
+        conv(torch.randn(2, 16, 4, 4)).square().mean().backward()
+        optimizer.step()
+    sizes = {n for v in optimizer.state[conv.weight].values() if isinstance(v, torch.Tensor) for n in v.shape}
+    assert 8 in sizes and 32 not in sizes

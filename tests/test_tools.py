@@ -1,6 +1,7 @@
 """The command lines: a table of wrong inputs, a dry run, and one small run from budget to trained model."""
 
 import json
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -15,7 +16,7 @@ import retrain as retrain_tool  # noqa: E402
 import search as search_tool  # noqa: E402
 
 from dnas.cost import CostTable  # noqa: E402
-from dnas.export import read_arch, verify_export  # noqa: E402
+from dnas.export import read_arch, verify_export, write_export  # noqa: E402
 from dnas.supernet import space_of  # noqa: E402
 from supernets import SUPERNETS  # noqa: E402
 
@@ -82,6 +83,13 @@ SEARCH_ERRORS = [
     (["--budget", "50%", "--name", "resnet50"], "resnet50"),
     (["--budget", "50%", "--skip-at", "2"], "--skip-at 2"),
     (["--budget", "50%", "--gate-fraction", "0"], "--gate-fraction 0"),
+    (["--budget", "50%", "--paths", "1"], "--paths 1"),
+    (["--budget", "50%", "--seed", "-1"], "'-1'"),
+    (["--budget", "50%", "--seed", "5000000000"], "5000000000"),
+    (["--budget", "50%", "--opt", "adahessian"], "adahessian"),
+    (["--budget", "50%", "--img-size", "16", "--warmup", "1"], "--warmup 1.0"),
+    (["--budget", "50%", "--img-size", "16", "--search-epochs", "1", "-b", "1024"], "1 steps"),
+    (["--budget", "50%", "--img-size", "16", "--search-epochs", "2", "--lr", "1e30", "--clip-grad", "0"], "--lr"),
 ]
 
 
@@ -189,7 +197,7 @@ def test_a_run_loads_without_dnas(finished_run):
 
 def test_retrain_and_export_from_a_run(finished_run, tmp_path, monkeypatch, capsys):
     out = tmp_path / "again"
-    flags = (finished_run, "--img-size", "16", "--epochs", "1", "-b", "256", "--output", out)
+    flags = (finished_run, "--epochs", "1", "-b", "256", "--output", out)
     assert call(retrain_tool, monkeypatch, *flags) == 0
     assert json.loads((out / "metrics.json").read_text())["found"]["epochs"] == 1
     assert (out / "model.safetensors").exists()
@@ -197,10 +205,52 @@ def test_retrain_and_export_from_a_run(finished_run, tmp_path, monkeypatch, caps
     assert "def my_net(" in (tmp_path / "named" / "model.py").read_text()
     assert call(export_tool, monkeypatch, tmp_path / "named", "--check") == 0
     check_refused(call(retrain_tool, monkeypatch, finished_run, "--output", out), capsys, str(out))
-    wrong = call(retrain_tool, monkeypatch, finished_run, "--output", tmp_path / "other")
-    check_refused(wrong, capsys, "img_size")  # the digits come at 32 pixels by default
+    wrong = call(retrain_tool, monkeypatch, finished_run, "--img-size", "24", "--output", tmp_path / "other")
+    check_refused(wrong, capsys, "img_size")
     check_refused(call(retrain_tool, monkeypatch, tmp_path, "--output", tmp_path / "o"), capsys, "arch.json")
     assert not (tmp_path / "other").exists()
+
+
+def test_retraining_takes_the_data_of_the_run(image_folder, tmp_path, monkeypatch, capsys):
+    run, out = tmp_path / "run", tmp_path / "again"
+    flags = ("--budget", "50%", "--data-dir", image_folder, "--img-size", "16", "--dry-run", "--output", run)
+    assert call(search_tool, monkeypatch, *flags) == 0
+    assert call(retrain_tool, monkeypatch, run, "--epochs", "1", "-b", "3", "--mixup", "0.2", "--output", out) == 0
+    assert read_arch(out / "arch.json")["num_classes"] == 2
+    alone = tmp_path / "alone" / "arch.json"
+    alone.parent.mkdir()
+    alone.write_text((run / "arch.json").read_text())
+    check_refused(call(retrain_tool, monkeypatch, alone, "--output", tmp_path / "o"), capsys, "--data-dir")
+    # other images of the same shape have other statistics, and model.py must say those
+    document = read_arch(run / "arch.json") | {"mean": [0.1, 0.2, 0.3]}
+    write_export(run, document)
+    flags = (run, "--data-dir", image_folder, "--epochs", "1", "-b", "4", "--output", tmp_path / "other")
+    assert call(retrain_tool, monkeypatch, *flags) == 0
+    assert read_arch(tmp_path / "other" / "arch.json")["mean"] != [0.1, 0.2, 0.3]
+
+
+def test_a_model_file_that_was_changed_fails_the_check(finished_run, tmp_path, monkeypatch, capsys):
+    copied = tmp_path / "run"
+    shutil.copytree(finished_run, copied)
+    (copied / "model.py").write_text("raise ValueError('edited')")
+    check_refused(call(export_tool, monkeypatch, copied, "--check"), capsys, "edited")
+    other = copied / "found.json"
+    shutil.copy(copied / "arch.json", other)
+    check_refused(call(export_tool, monkeypatch, other, "--check"), capsys, "found.json")
+
+
+@pytest.mark.parametrize("where", ["search", "training"])
+def test_an_interrupted_run_leaves_no_folder_unless_a_network_was_found(where, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search_tool, "run_search" if where == "search" else "train_arch", interrupt)
+    monkeypatch.setattr(search_tool, "search_figures", lambda *args: {})
+    if where == "training":
+        monkeypatch.setattr(search_tool, "run_search", lambda *args: [])
+    out = tmp_path / "run"
+    assert call(search_tool, monkeypatch, "--budget", "50%", "--img-size", "16", "--output", out) == 130
+    assert out.exists() == (where == "training")
 
 
 def test_a_changed_arch_file_is_refused(finished_run, tmp_path, monkeypatch, capsys):

@@ -20,6 +20,12 @@ console = Console(highlight=False)
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:  # numpy's range
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**32 - 1")
+    return int(text)
+
+
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Flags on the data and the machine, named as timm names them."""
     group = parser.add_argument_group("data and machine")
@@ -32,7 +38,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-classes", type=int, help="checked against the data")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.add_argument("--workers", "-j", type=int, default=2, help="processes that read image folders")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=_seed, default=0, help="a number from 0 on (default 0)")
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:

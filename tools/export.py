@@ -11,7 +11,7 @@ from pathlib import Path
 from cli import OneLineParser, console, run
 
 from dnas.export import check_name, read_arch, verify_export, write_export
-from dnas.runs import check_new_folder
+from dnas.runs import check_new_folder, whole_folder
 from dnas.units import UserError, show
 
 
@@ -29,18 +29,24 @@ def main() -> None:
     document = read_arch(path)
     if args.check == bool(args.output):
         raise UserError("exactly one of --output FOLDER and --check is needed")
-    if args.output:
-        folder = check_new_folder(args.output)
-        if args.name:
-            check_name(args.name)
-            document["name"] = args.name
-        write_export(folder, document)
-        weights = path.with_name("model.safetensors")
-        if weights.exists():
-            shutil.copy(weights, folder)
-    else:
-        folder = path.parent
-    figures = verify_export(folder)
+    if args.check and path.name != "arch.json":
+        raise UserError(f"--check looks at a run folder, or at the arch.json in one, not at {args.arch!r}")
+    try:
+        if args.check:
+            folder = path.parent
+            figures = verify_export(folder)
+        else:
+            if args.name:
+                check_name(args.name)
+                document["name"] = args.name
+            folder, weights = check_new_folder(args.output), path.with_name("model.safetensors")
+            with whole_folder(folder):
+                write_export(folder, document)
+                if weights.exists():
+                    shutil.copy(weights, folder)
+                figures = verify_export(folder)
+    except RuntimeError as error:
+        raise UserError(str(error)) from None
     console.print(
         f"{document['name']} in {folder}: {show('macs', figures['macs'])}, "
         f"{show('params', document['params'])}, built by plain timm",

@@ -4,7 +4,8 @@
 python tools/retrain.py runs/my-run --epochs 100 --output runs/my-run-retrained
 """
 
-import shutil
+import argparse
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,9 +23,21 @@ from cli import (
 from timm.utils import random_seed
 
 from dnas.export import build_net, read_arch, save_weights, verify_export, write_export
-from dnas.runs import check_new_folder, provenance, write_json
+from dnas.runs import check_new_folder, provenance, whole_folder, write_json
 from dnas.train import train_from_scratch
 from dnas.units import UserError, show
+
+
+def inherit_data(args: argparse.Namespace, source: Path) -> None:
+    """Data flags that were not given: as in the config.json of the run. UserError if that does not tell which data."""
+    config = (source if source.is_dir() else source.parent) / "config.json"
+    saved = json.loads(config.read_text())["args"] if config.is_file() else None
+    if not (args.data_dir or args.dataset):
+        if saved is None:
+            raise UserError(f"{config} is not there to say which data: --data-dir or --dataset is needed")
+        args.data_dir, args.dataset = saved["data_dir"], saved["dataset"]
+    if args.in_chans is None:
+        args.in_chans = saved["in_chans"] if saved else 3
 
 
 def main() -> None:
@@ -33,26 +46,27 @@ def main() -> None:
     parser.add_argument("run", help="run folder with an arch.json, or the arch.json itself")
     parser.add_argument("--output", required=True, help="new run folder")
     add_data_flags(parser)
+    parser.set_defaults(in_chans=None)
     add_recipe_flags(parser)
     args = parser.parse_args()
     recipe, device = recipe_of(args), device_of(args)
     folder = check_new_folder(args.output)
     source = Path(args.run)
     document = read_arch(source / "arch.json" if source.is_dir() else source)
-    if args.img_size is None and (args.data_dir or args.dataset):
-        args.img_size = document["img_size"]
+    inherit_data(args, source)
+    args.img_size = args.img_size or document["img_size"]
     data = data_of(args, device)
     for key in ("num_classes", "in_chans", "img_size"):
         if document[key] != getattr(data, key):
             raise UserError(f"{source} was found for {key} {document[key]}, the data has {getattr(data, key)}")
+    document |= {"mean": data.mean, "std": data.std}
     random_seed(args.seed)
     rates = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
     model = build_net(document["net"], num_classes=data.num_classes, in_chans=data.in_chans, **rates).to(device)
     steps = recipe.epochs * len(data.train_batches(recipe.batch_size, seed=args.seed))
     with progress_bar(f"training {document['name']}", steps) as advance:
         model, row = train_from_scratch(model, data, recipe, seed=args.seed, on_step=lambda update, loss: advance())
-    existed = folder.exists()
-    try:
+    with whole_folder(folder):
         write_export(folder, document)
         save_weights(model, folder)
         verify_export(folder)
@@ -61,10 +75,6 @@ def main() -> None:
         )
         costs = {metric: document[metric] for metric in ("macs", "params")}
         write_json(folder / "metrics.json", {"budget": document["budget"], "found": costs | row})
-    except BaseException:
-        if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
     console.print(
         f"{document['name']}: {', '.join(show(m, cost) for m, cost in costs.items())}, top-1 {row['top1']:.2f} %"
     )

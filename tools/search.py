@@ -4,7 +4,7 @@
 python tools/search.py --budget 300MFLOPs
 """
 
-import shutil
+import re
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -30,9 +30,9 @@ from dnas.cost import CostTable, resolve_budgets
 from dnas.data import Data
 from dnas.derive import derive, gate_likelihood, random_arch, uniform_arch
 from dnas.export import arch_document, build_net, check_name, count_macs, save_weights, verify_export, write_export
-from dnas.runs import append_row, check_new_folder, peak_memory_mb, provenance, write_json
+from dnas.runs import append_row, check_new_folder, peak_memory_mb, provenance, whole_folder, write_json
 from dnas.search import SearchConfig, check_config, search
-from dnas.supernet import Macro, Supernet, net_of, size_to, space_of
+from dnas.supernet import Macro, Supernet, net_of, size_to
 from dnas.train import Recipe, time_step, train_from_scratch
 from dnas.units import Budget, UserError, parse_budget, show
 from supernets import SUPERNETS
@@ -90,20 +90,18 @@ def export_arch(folder: Path, name: str, macro: Macro, arch: Arch, data: Data, t
     plain = build_net(document["net"], num_classes=data.num_classes, in_chans=data.in_chans)
     counted = count_macs(plain, data.in_chans, data.img_size)
     if not counted == document["macs"] == tables["macs"].of(arch) or document["params"] != tables["params"].of(arch):
-        raise RuntimeError(
-            f"the exported net has {counted} MACs by fvcore, the cost table says {tables['macs'].of(arch)}"
-        )
+        costs = {metric: (document[metric], table.of(arch)) for metric, table in tables.items()}
+        raise RuntimeError(f"fvcore counts {counted} MACs; the net as built and its cost tables say {costs}")
     write_export(folder, document)
     verify_export(folder)
     return document
 
 
-def train_arch(macro: Macro, arch: Arch, data: Data, recipe: Recipe, seed: int, device: torch.device, text: str):
+def train_arch(macro: Macro, arch: Arch, tables, data: Data, recipe: Recipe, seed: int, device, text: str):
     """Train one architecture from scratch. Returns (model, its row of metrics.json)."""
     random_seed(seed)
     rates = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
     model = build_net(net_of(macro, arch), num_classes=data.num_classes, in_chans=data.in_chans, **rates).to(device)
-    tables = {metric: CostTable.build(space_of(macro), metric) for metric in ("macs", "params")}
     steps = recipe.epochs * len(data.train_batches(recipe.batch_size, seed=seed))
     with progress_bar(f"training {text}", steps) as advance:
         model, row = train_from_scratch(model, data, recipe, seed=seed, on_step=lambda update, loss: advance())
@@ -139,7 +137,7 @@ def search_figures(rows: list[dict], recipe: Recipe, seconds: float, plain_ms: f
     mixes all blocks once, to see that every gate is alive, and does not count.
     """
     both = [row["weight_ms"] + row["gate_ms"] for row in rows if "gate_ms" in row]
-    images = (len(rows) + len(both)) * recipe.batch_size
+    images = sum(recipe.batch_size + row.get("images", 0) for row in rows)
     some = both[1:] or both
     last = next(row for row in reversed(rows) if "expected" in row)
     return {
@@ -161,12 +159,11 @@ def print_table(folder: Path, name: str, metrics: dict) -> None:
     for column in ("", "budget", "expected", "found", "uniform"):
         table.add_column(column, justify="left" if not column else "right")
     found, uniform, figures = metrics["found"], metrics["uniform"], metrics["search"]
-    for row in metrics["budget"]:
-        metric = row["metric"]
-        values = (row["limit"], figures["expected"][metric], found[metric], uniform[metric])
-        table.add_row({"macs": "MACs", "params": "parameters"}[metric], *(show(metric, v) for v in values))
-    if "params" not in {row["metric"] for row in metrics["budget"]}:
-        table.add_row("parameters", "", "", show("params", found["params"]), show("params", uniform["params"]))
+    limits = {row["metric"]: row["limit"] for row in metrics["budget"]}
+    for metric, text in (("macs", "MACs"), ("params", "parameters")):
+        asked = (limits[metric], figures["expected"][metric]) if metric in limits else ()
+        shown = [show(metric, v) for v in (*asked, found[metric], uniform[metric])]
+        table.add_row(text, *[""] * (4 - len(shown)), *shown)
     table.add_row("top-1", "", "", f"{found['top1']:.2f} %", f"{uniform['top1']:.2f} %")
     console.print(table)
     if metrics["random"]:
@@ -193,7 +190,7 @@ def main() -> None:
         raise UserError(f"{given}: at least 1 epoch and no negative number is allowed")
     default = f"runs/{args.supernet}-{args.budget.replace('%', 'pc').replace(',', '-')}-{args.seed}"
     folder = check_new_folder(args.output or default)
-    name = args.name or "dnas_" + "".join(c if c.isalnum() else "_" for c in folder.name.lower())
+    name = args.name or "dnas_" + re.sub("[^a-z0-9]", "_", folder.name.lower())[:58]
     check_name(name)
     data = data_of(args, device)
     macro = plan_space(args, data, budgets)
@@ -208,9 +205,7 @@ def main() -> None:
     console.print(f"{macro.name} on {data.name}, {images}: {net.space.num_archs():.0e} nets of {reach}")
     info = provenance(device)
 
-    existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
+    with whole_folder(folder, complete_with="arch.json"):
         write_json(folder / "config.json", {"args": vars(args), "macro": asdict(macro), "provenance": info})
         if args.dry_run:
             document = export_arch(folder, name, macro, uniform, data, tables, budgets, info)
@@ -237,10 +232,10 @@ def main() -> None:
         figures = search_figures(rows, recipe, time.perf_counter() - started, plain_ms, device)
         found = derive(net.space, tables, budgets, gate_likelihood(net))
         document = export_arch(folder, name, macro, found, data, tables, budgets, info)
-        model, found_row = train_arch(macro, found, data, recipe, args.seed, device, "found")
+        model, found_row = train_arch(macro, found, tables, data, recipe, args.seed, device, "found")
         save_weights(model, folder)
         verify_export(folder)
-        _, uniform_row = train_arch(macro, uniform, data, recipe, args.seed, device, "uniform")
+        _, uniform_row = train_arch(macro, uniform, tables, data, recipe, args.seed, device, "uniform")
         metrics = {
             "budget": document["budget"],
             "search": figures,
@@ -250,12 +245,8 @@ def main() -> None:
         }
         for k in range(args.num_random):
             arch = random_arch(net.space, tables, budgets, seed=1000 * args.seed + k)
-            metrics["random"].append(train_arch(macro, arch, data, recipe, args.seed, device, f"random {k}")[1])
+            metrics["random"].append(train_arch(macro, arch, tables, data, recipe, args.seed, device, f"random {k}")[1])
         write_json(folder / "metrics.json", metrics)
-    except UserError:
-        if not existed and not (folder / "history.jsonl").exists():
-            shutil.rmtree(folder)
-        raise
     print_table(folder, name, metrics)
 
 

@@ -1,0 +1,121 @@
+"""The statistics that nets are compared by, against simulations; a row of the instrument."""
+
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import iso_flops  # noqa: E402
+import iso_stats as stats  # noqa: E402
+
+NOISE, SPREAD = 0.7, 1.1
+
+
+def simulated(rng, nets=100, seeds=2, mean=60.0, spread=SPREAD, method="random"):
+    """Nets whose true top-1 has the standard deviation ``spread``, each trained ``seeds`` times."""
+    truth = mean + spread * rng.standard_normal(nets)
+    return {
+        f"{method}/{k}": {s: float(t + NOISE * rng.standard_normal()) for s in range(seeds)}
+        for k, t in enumerate(truth)
+    }
+
+
+def test_noise_and_spread_are_told_apart():
+    rng = np.random.default_rng(0)
+    tables = [simulated(rng) for _ in range(200)]
+    noises = [stats.noise(t) for t in tables]
+    assert fmean(n**2 for n in noises) == pytest.approx(NOISE**2, rel=0.03)
+    assert fmean(stats.spread(t, n) ** 2 for t, n in zip(tables, noises, strict=True)) == pytest.approx(1.21, rel=0.05)
+    alike = [simulated(rng, spread=0.0) for _ in range(200)]
+    assert fmean(stats.spread(t, stats.noise(t)) for t in alike) < 0.2
+
+
+def test_noise_of_single_trainings_is_unknown():
+    assert math.isnan(stats.noise({"random/0": {0: 1.0}, "random/1": {0: 2.0}}))
+
+
+def test_percentile_counts_ties_half():
+    assert stats.percentile(2.0, [1.0, 2.0, 3.0, 4.0]) == 37.5
+
+
+@pytest.mark.parametrize("which", ["uniform", "random"])
+def test_intervals_hold_what_they_promise(which):
+    """95 of 100 intervals hold the true difference, here 0.5."""
+    rng, held = np.random.default_rng(1), 0
+    for _ in range(2000):
+        found = {f"default/{k}": {} for k in range(5)}
+        uniform = {s: 60 + NOISE * rng.standard_normal() for s in range(15)}
+        for k, net in enumerate(found):
+            truth = 60.5 + 0.4 * rng.standard_normal()
+            found[net] = {s: truth + NOISE * rng.standard_normal() for s in iso_flops.own_seeds(f"default/{k}")}
+        if which == "uniform":
+            mean, low, high = stats.minus_paired(found, uniform)
+        else:
+            mean, low, high = stats.minus_mean(found, simulated(rng, nets=30, mean=60.0))
+        assert low < mean < high
+        held += low <= 0.5 <= high
+    assert held / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_the_best_of_n_is_the_mean_over_all_subsets():
+    scores = simulated(np.random.default_rng(2), nets=9, seeds=3)
+    for n in (1, 3, 9):
+        best = [max(subset, key=lambda s: s[0]) for subset in itertools.combinations(scores.values(), n)]
+        assert stats.best_of(scores, n) == pytest.approx(fmean((s[1] + s[2]) / 2 for s in best))
+    # without noise, and nearly so with many nets: the expected largest of n normal values
+    scores = {f"random/{k}": {0: v, 1: v} for k, v in enumerate(norm.ppf((np.arange(4000) + 0.5) / 4000))}
+    assert stats.best_of(scores, 5) == pytest.approx(1.163, abs=0.01)
+
+
+def test_methods_are_told_by_name_and_sorted_by_number():
+    scores = {"random/10": {0: 1.0}, "random/2": {0: 2.0}, "uniform": {0: 3.0}, "randomly/1": {0: 4.0}}
+    assert list(stats.of_method(scores, "random")) == ["random/2", "random/10"]
+    assert list(stats.of_method(scores, "uniform")) == ["uniform"]
+
+
+def test_rank_correlation_of_judges():
+    scores = {f"random/{k}": {0: float(k), 1: float(k)} for k in range(10)}
+    assert stats.rank_correlation({name: 3 * s[0] ** 3 for name, s in scores.items()}, scores) == pytest.approx(1)
+    assert stats.rank_correlation({name: -s[0] for name, s in scores.items()}, scores) == pytest.approx(-1)
+
+
+SMALL = iso_flops.Setup("prunet", 0.25, 2, "20%", "digits", 200, 8, iso_flops.Recipe(epochs=2, batch_size=16), 3)
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return iso_flops.open_lab(SMALL, "", "cpu")
+
+
+@pytest.mark.parametrize("method", ["default", "half-length", *iso_flops.opponents.OPPONENTS])
+def test_every_method_ends_inside_the_budget(method, lab, monkeypatch):
+    monkeypatch.setattr(iso_flops.opponents, "POPULATION", 8)
+    monkeypatch.setattr(iso_flops.opponents, "GENERATIONS", 2)
+    row = iso_flops.run_search(lab, method, 0)
+    assert 0.98 <= row["macs"] / lab.budgets[0].limit <= 1
+    assert row["search_images"] > 200 and row["net"] == f"{method}/0"
+    again = json.loads(json.dumps(row))
+    trained = iso_flops.train_net(lab, again["net"], again["arch"], seed=3)
+    assert 0 <= trained["top1"] <= 100 and trained["seed"] == 3
+
+
+def test_the_same_seed_trains_the_same_net(lab):
+    arch = iso_flops.uniform_arch(iso_flops.space_of(lab.macro), lab.tables, lab.budgets)
+    one, other = (iso_flops.train_net(lab, "uniform", arch, seed=1) for _ in range(2))
+    assert one["top1"] == other["top1"] and one["loss"] == other["loss"]
+
+
+def test_judges_look_at_all_nets(lab):
+    archs = {
+        f"random/{k}": dict(iso_flops.random_arch(iso_flops.space_of(lab.macro), lab.tables, lab.budgets, k))
+        for k in range(4)
+    }
+    judged = iso_flops.judge_nets(lab, archs, seed=0)["judged"]
+    assert set(judged) == set(archs) and all(0 <= v <= 100 for v in judged.values())
