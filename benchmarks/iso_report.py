@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""Tables and pictures of benchmarks/README.md, from the rows in results/ alone.
+
+python benchmarks/iso_report.py
+"""
+
+import math
+from pathlib import Path
+from statistics import fmean
+
+import iso_stats as stats
+import matplotlib
+from iso_flops import SETUPS, Table, summarise
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).parent
+START, END = "<!-- made by iso_report.py: begin -->", "<!-- end -->"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure, or a dash where there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def with_ends(interval: stats.Interval | None) -> str:
+    """Mean and 95 % interval."""
+    return "-" if interval is None else f"{interval[0]:+.2f} [{interval[1]:+.2f}, {interval[2]:+.2f}]"
+
+
+def setup_table(rows: list[dict]) -> list[str]:
+    """One line a set-up: is there anything to find, and where does the uniform net stand?"""
+    lines = [
+        "| set-up | random nets | noise of a net's mean | spread | spread / noise | random mean | best | uniform |"
+    ]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        ratio = row["spread"] / row["noise_of_mean"]
+        cells = [row["setup"], f"{row['n_random']} x {row['seeds_per_net']:g} seeds"]
+        cells += [number(row["noise_of_mean"]), number(row["spread"]), number(ratio), number(row["random_mean"])]
+        place = number(row.get("uniform_percentile"), 0)
+        cells += [number(row.get("best_random")), f"{number(row['uniform'])} (percentile {place})"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def method_table(name: str) -> list[str]:
+    """One line a method of one set-up."""
+    lines = ["| method | searches | top-1 | percentile | minus uniform | minus random mean | cost in trainings |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    scores = stats.scores_of(Table(name).rows)
+    methods = sorted({net.split("/")[0] for net in scores} - {"random", "uniform"}, key=lambda m: (m != "default", m))
+    for method in methods:
+        row, found = summarise(name, method), stats.of_method(scores, method)
+        assert row is not None
+        cells = [method, str(len(found)), number(fmean(fmean(s.values()) for s in found.values()))]
+        cells += [number(row.get("found_percentile"), 0), with_ends(row.get("found_minus_uniform"))]
+        cells += [with_ends(row.get("found_minus_random")), number(row.get("search_in_trainings"), 1)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def draw(name: str) -> Path:
+    """Histogram of the random nets, with uniform and every found net marked."""
+    scores = stats.scores_of(Table(name).rows)
+    means = [fmean(s.values()) for s in stats.of_method(scores, "random").values()]
+    figure, axes = plt.subplots(figsize=(7, 3))
+    axes.hist(means, bins=20, color="0.8", label=f"{len(means)} random nets")
+    if "uniform" in scores:
+        axes.axvline(fmean(scores["uniform"].values()), color="black", linestyle="--", label="uniform")
+    methods = sorted({net.split("/")[0] for net in scores} - {"random", "uniform"}, key=lambda m: (m != "default", m))
+    top = axes.get_ylim()[1]
+    for k, method in enumerate(methods):
+        x = [fmean(s.values()) for s in stats.of_method(scores, method).values()]
+        height = top * (0.95 - 0.9 * k / max(1, len(methods)))
+        axes.plot(x, [height] * len(x), "o", markersize=4, label=method)
+    axes.set_xlabel("top-1 from scratch, %")
+    axes.set_title(f"{name}: nets of equal cost")
+    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
+    path = HERE / f"{name}.svg"
+    matplotlib.rcParams["svg.hashsalt"] = "dnas"  # the same rows give the same file
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return path
+
+
+def main() -> None:
+    """Rewrite the part of README.md between the marks."""
+    rows = [row for name in SETUPS if (row := summarise(name))]
+    parts = ["\n".join(setup_table(rows))]
+    for row in rows:
+        name, setup = row["setup"], SETUPS[row["setup"]]
+        what = (
+            f"{setup.supernet} x {setup.width_mult} at {setup.budget}, {setup.num_train} images of {setup.img_size} px"
+        )
+        parts.append(f"## {name}\n\n{what} ({setup.data}), {setup.recipe.epochs} epochs from scratch.")
+        parts.append(f"![top-1 of nets of equal cost]({draw(name).name})\n\n" + "\n".join(method_table(name)))
+        extra = f"Best of N random nets at equal compute: {number(row.get('best_of_equal_compute'))}. "
+        extra += f"Rank correlation of shared weights with training from scratch: {number(row['rank_correlation'])}."
+        seen = sorted({f"{r['device']}, torch {r['torch']}, timm {r['timm']}" for r in Table(name).rows})
+        days = sorted({r["date"] for r in Table(name).rows})
+        parts.append(f"{extra}\n\nMachine: {'; '.join(seen)}; {days[0]} to {days[-1]}.")
+    readme = HERE / "README.md"
+    before, rest = readme.read_text().split(START)
+    readme.write_text(f"{before}{START}\n\n" + "\n\n".join(parts) + f"\n\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()
