@@ -45,13 +45,15 @@ from supernets import SUPERNETS  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 TRAININGS = 3  # of each found net; search k has the training seeds 3k, 3k + 1, 3k + 2
-TABLE_SEEDS = 2  # of each random net
 JUDGED = 30  # random nets that a supernet judges
 
 
 @dataclass(frozen=True)
 class Setup:
-    """All that two nets must have in common to be compared. ``num_train`` images, evenly over the classes."""
+    """All that two nets must have in common to be compared.
+
+    ``num_train`` images, evenly over the classes; ``seeds`` trainings of each random net.
+    """
 
     supernet: str
     width_mult: float
@@ -62,12 +64,13 @@ class Setup:
     img_size: int
     recipe: Recipe
     search_epochs: int
+    seeds: int
 
 
 SETUPS = {
-    "digits": Setup("prunet", 0.35, 2, "10%", "digits", 1437, 8, Recipe(epochs=12), search_epochs=12),
-    "mobilenet_v2": Setup("mobilenet_v2", 0.35, 2, "10%", "cifar10", 5000, 16, Recipe(epochs=5), search_epochs=5),
-    "prunet": Setup("prunet", 0.5, 4, "10%", "cifar10", 5000, 16, Recipe(epochs=5), search_epochs=5),
+    "digits": Setup("prunet", 0.35, 2, "10%", "digits", 1437, 8, Recipe(epochs=12), 12, 4),
+    "mobilenet_v2": Setup("mobilenet_v2", 0.35, 2, "10%", "cifar10", 5000, 16, Recipe(epochs=5), 5, 2),
+    "prunet": Setup("prunet", 0.5, 4, "10%", "cifar10", 5000, 16, Recipe(epochs=5), 5, 2),
 }
 
 
@@ -237,7 +240,7 @@ def main() -> None:
         for k, name in enumerate(names):
             if name not in table.nets():
                 table.append(net_row(lab, name, random_arch(space_of(lab.macro), lab.tables, lab.budgets, k)) | info)
-        train_all(names, lambda name: range(TABLE_SEEDS), table, do)
+        train_all(names, lambda name: range(setup.seeds), table, do)
         if args.judge:
             nets = {name: table.nets()[name]["arch"] for name in [f"random/{k}" for k in range(JUDGED)]}
             have = {row["seed"] for row in table.rows if row["kind"] == "judged"}
@@ -249,7 +252,7 @@ def main() -> None:
             for _ in do(missing, table=table):
                 pass
             train_all(found, own_seeds, table, do)
-        taken = max(TRAININGS * args.search, TABLE_SEEDS)
+        taken = max(TRAININGS * args.search, setup.seeds)
         train_all(["uniform"], lambda name: range(taken), table, do)
 
 

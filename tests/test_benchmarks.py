@@ -86,7 +86,7 @@ def test_rank_correlation_of_judges():
     assert stats.rank_correlation({name: -s[0] for name, s in scores.items()}, scores) == pytest.approx(-1)
 
 
-SMALL = iso_flops.Setup("prunet", 0.25, 2, "20%", "digits", 200, 8, iso_flops.Recipe(epochs=2, batch_size=16), 3)
+SMALL = iso_flops.Setup("prunet", 0.25, 2, "20%", "digits", 200, 8, iso_flops.Recipe(epochs=2, batch_size=16), 3, 2)
 
 
 @pytest.fixture(scope="module")
