@@ -129,11 +129,12 @@ VARIANTS: dict[str, dict] = {
     "default": {},
     "no-sharpening": {"temperature": 1.0},
     "constant-target": {"budget_from": 0.2, "budget_by": 0.2},
-    "early-skip": {"skip_at": 0.2},
+    "late-skip": {"skip_at": 0.6, "skip_from": 0.999},
+    "early-closed-skip": {"skip_from": 0.999},
     "gates-every-step": {"gate_every": 1},
     "gates-every-4": {"gate_every": 4},
-    "no-warmup": {"warmup": 0.0},
-    "long-warmup": {"warmup": 0.5, "budget_from": 0.5, "budget_by": 0.8, "block_from": 0.5},
+    "no-warmup": {"warmup": 0.0, "skip_at": 0.0},
+    "long-warmup": {"warmup": 0.5, "budget_from": 0.5, "budget_by": 0.8, "block_from": 0.5, "skip_at": 0.5},
     "half-length": {"length": 0.5},
     "double-length": {"length": 2},
 }
@@ -263,7 +264,7 @@ def summarise(name: str, variant: str = "default") -> dict | None:
         return None
     scores = stats.scores_of(table.rows)
     random, found = stats.of_method(scores, "random"), stats.of_method(scores, variant)
-    noise = stats.noise(scores)
+    noise = stats.noise(random)
     seeds = fmean(len(s) for s in random.values()) if random else math.nan
     row = {
         "setup": name,
@@ -335,4 +336,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

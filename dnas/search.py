@@ -37,7 +37,8 @@ class SearchConfig:
     budget_by: float = 0.7  # ... and has reached the budget
     block_from: float = 0.25  # the threshold on blocks rises from 0 ...
     block_by: float = 0.8  # ... to 1/2
-    skip_at: float = 0.6  # layers get their skip; the threshold on them rises from 0 to 1/2 from here to the end
+    skip_at: float = 0.2  # layers get their skip; the threshold on them rises from 0 to 1/2 from here to the end
+    skip_from: float = 0.9  # the coefficient that they begin with
     temperature: float = 0.3  # at the end; 1 until the budget is reached half-way
     width_below: float = 0.05
     patience: int = 5
@@ -48,6 +49,7 @@ def check_config(config: SearchConfig) -> SearchConfig:
     shares = ("warmup", "budget_from", "budget_by", "block_from", "block_by", "skip_at")
     for name, low, high in (
         ("gate_fraction", 0.01, 0.9), ("gate_every", 1, 10_000), ("gate_lr", 0, 10), ("paths", 2, 64),
+        ("skip_from", 0.51, 0.9999),
         ("patience", 1, 10**6), ("budget_weight", 0, 1e6), ("temperature", 0.01, 10), ("width_below", 0, 0.5),
         *((name, 0, 1) for name in shares),
     ):  # fmt: skip
@@ -147,7 +149,7 @@ def search(
         for gate in net.gates().values():
             gate.temperature = cooled
             if isinstance(gate, SkipGate) and not gate.is_open and t >= config.skip_at:
-                gate.open()
+                gate.open(config.skip_from)
                 checking = True
         progress = ramp(t, config.budget_from, config.budget_by)
         targets = {m: target(first[m], limits[m], progress) for m in limits}

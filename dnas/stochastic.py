@@ -1,5 +1,6 @@
-"""The stochastic layer: a choice of candidate block, the threshold that removes some, the late skip (PruNet)."""
+"""The stochastic layer: a choice of candidate block, the threshold that removes some, the skip (PruNet)."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -62,25 +63,24 @@ class ChoiceGate(nn.Module):
 
 
 class SkipGate(nn.Module):
-    """Whether a residual layer stays: a coefficient ``s = sigmoid(3 kappa)`` on its branch, introduced late.
+    """Whether a residual layer stays: a coefficient ``s = sigmoid(3 kappa / T)`` on its branch (PruNet).
 
-    Before ``open()`` the layer is simply there. A skip that competes from the start, averaged with the candidates, is
-    what makes searches of this kind collapse; here it enters with s = 0.9991, so that the layer's output hardly
-    moves. The factor 3 lets it cross 1/2 in a third of the steps that a logit of 7 would take: a late gate has little
-    time.
+    Before ``open()`` the layer is simply there. The skip scales the branch; it is never averaged with the candidates,
+    where it would compete with untrained blocks and win: what makes searches of this kind collapse. The factor 3 lets s
+    cross 1/2 in a third of the steps that the bare logit would take.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.kappa = nn.Parameter(torch.tensor(7 / 3))
+        self.kappa = nn.Parameter(torch.tensor(0.0))  # `open` sets it
         self.temperature = 1.0
         self.is_open, self.is_removed = False, False
 
     @torch.no_grad()
-    def open(self) -> None:
-        """Let the layer be dropped from now on, starting at s = 0.9991 whatever the temperature is by now."""
+    def open(self, start: float = 0.9) -> None:
+        """Let the layer be dropped from now on, beginning at s = ``start`` whatever the temperature is by now."""
         self.is_open = True
-        self.kappa.fill_(7 / 3 * self.temperature)
+        self.kappa.fill_(math.log(start / (1 - start)) / 3 * self.temperature)
 
     def coefficient(self) -> Tensor:
         """s, a scalar in [0, 1]."""

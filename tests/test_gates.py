@@ -1,5 +1,6 @@
 """Gates: DMCP's formulas against their definition, autograd and draws; limits, half precision, and where pairs end."""
 
+import itertools
 import math
 import random
 
@@ -391,7 +392,7 @@ def test_a_threshold_that_rises_to_one_half_leaves_the_best_block(seed):
     assert choice.live == [int(loss.argmin())]
 
 
-# The late skip
+# The skip
 
 
 def test_a_skip_is_closed_then_open_then_removed():
@@ -400,14 +401,16 @@ def test_a_skip_is_closed_then_open_then_removed():
         skip.temperature = temperature
         assert skip.probabilities().tolist() == [0.0, 1.0] and skip.soft(g) == skip.best() == KEEP
         assert all(skip.draw(g, uniform) == KEEP for uniform in (False, True) for _ in range(50))
-    skip.is_open = True
-    for temperature in (1.0, 0.7):
+    for temperature, start in itertools.product((1.0, 0.7, 0.3), (0.6, 0.9, 0.999)):
         skip.temperature = temperature
+        skip.open(start)
         s = skip.soft(g)
-        assert s.shape == () and s.requires_grad and 0.999 < float(s.detach()) < 1
-        assert skip.probabilities().tolist() == pytest.approx([1 - float(s.detach()), float(s.detach())], abs=1e-6)
+        assert s.shape == () and s.requires_grad and float(s.detach()) == pytest.approx(start, abs=1e-6)
+        assert skip.probabilities().tolist() == pytest.approx([1 - start, start], abs=1e-6)
         assert skip.best() == KEEP
-    assert float(skip.soft().detach()) > float(SkipGate().coefficient().detach())  # cooler is sharper
+        skip.temperature = temperature / 2
+        assert float(skip.soft().detach()) > start  # cooler is sharper
+    skip.temperature = 1.0
     for kappa in (2.0, 0.01, -0.01, -2.0):
         skip.kappa.data.fill_(kappa)
         s = float(skip.soft().detach())
