@@ -24,7 +24,7 @@ ROWS = (
 def prunet(
     *, num_classes: int, in_chans: int = 3, img_size: int = 32, width_mult: float = 1.0, divisor: int = 8
 ) -> Macro:
-    """Stage widths on Markov gates, blocks and inner widths on bi-path blocks, layers that may be dropped late.
+    """Stage widths on Markov gates, blocks and inner widths on bi-path blocks, layers that may be dropped.
 
     Its base net is plain 3x3 inverted residuals of expansion 4 in every layer.
     """
