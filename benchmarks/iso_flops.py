@@ -22,6 +22,7 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,7 +37,7 @@ from dnas.cost import CostTable, resolve_budgets  # noqa: E402
 from dnas.data import Data, load_data  # noqa: E402
 from dnas.derive import derive, gate_likelihood, random_arch, uniform_arch  # noqa: E402
 from dnas.export import build_net  # noqa: E402
-from dnas.runs import provenance  # noqa: E402
+from dnas.runs import provenance, write_json  # noqa: E402
 from dnas.search import SearchConfig, search  # noqa: E402
 from dnas.supernet import Macro, Supernet, net_of, space_of  # noqa: E402
 from dnas.train import Recipe, train_from_scratch  # noqa: E402
@@ -148,7 +149,7 @@ def net_row(lab: Lab, name: str, arch: Arch) -> dict:
 def judge_nets(lab: Lab, archs: dict[str, dict], seed: int) -> dict:
     """What one supernet's shared weights think of these nets, top-1 in % on held-out training images."""
     net, x, y, _ = opponents.shared_weights(lab, seed)
-    return {"kind": "judged", "net": "", "seed": seed} | {
+    return {"kind": "judged", "net": f"judge/{seed}", "seed": seed} | {
         "judged": {name: round(opponents.judge(net, arch, x, y), 3) for name, arch in archs.items()}
     }
 
@@ -237,19 +238,21 @@ def main() -> None:
         if "uniform" not in table.nets():
             arch = uniform_arch(space_of(lab.macro), lab.tables, lab.budgets)
             table.append(net_row(lab, "uniform", arch) | info)
-        names = [f"random/{k}" for k in range(args.random)]
+        names, nets = [f"random/{k}" for k in range(args.random)], table.nets()
         for k, name in enumerate(names):
-            if name not in table.nets():
+            if name not in nets:
                 table.append(net_row(lab, name, random_arch(space_of(lab.macro), lab.tables, lab.budgets, k)) | info)
         train_all(names, lambda name: range(setup.seeds), table, do)
         if args.judge:
-            nets = {name: table.nets()[name]["arch"] for name in [f"random/{k}" for k in range(JUDGED)]}
+            if f"random/{JUDGED - 1}" not in (nets := table.nets()):
+                raise UserError(f"--judge needs the first {JUDGED} random nets in the table: --random {JUDGED}")
+            judged = {name: nets[name]["arch"] for name in (f"random/{k}" for k in range(JUDGED))}
             have = {row["seed"] for row in table.rows if row["kind"] == "judged"}
-            for _ in do([(judge_nets, nets, k) for k in range(args.judge) if k not in have], table=table):
+            for _ in do([(judge_nets, judged, k) for k in range(args.judge) if k not in have], table=table):
                 pass
         for method in args.variant if args.search else ():
-            found = [f"{method}/{k}" for k in range(args.search)]
-            missing = [(run_search, method, k) for k, name in enumerate(found) if name not in table.nets()]
+            found, nets = [f"{method}/{k}" for k in range(args.search)], table.nets()
+            missing = [(run_search, method, k) for k, name in enumerate(found) if name not in nets]
             for _ in do(missing, table=table):
                 pass
             train_all(found, own_seeds, table, do)
@@ -257,62 +260,66 @@ def main() -> None:
         train_all(["uniform"], lambda name: range(taken), table, do)
 
 
-def summarise(name: str, variant: str = "default") -> dict | None:
-    """One set-up's row of the summary; None while there is no table. Figures that lack rows are NaN."""
-    table = Table(name)
-    if not table.rows:
-        return None
+def summarise(table: Table) -> dict:
+    """What a set-up is worth. Figures that lack rows are NaN."""
     scores = stats.scores_of(table.rows)
-    random, found = stats.of_method(scores, "random"), stats.of_method(scores, variant)
-    noise = stats.noise(random)
-    seeds = fmean(len(s) for s in random.values()) if random else math.nan
-    row = {
-        "setup": name,
+    random = stats.of_method(scores, "random")
+    means = [fmean(s.values()) for s in random.values()]
+    noise, seeds = stats.noise(random), fmean(len(s) for s in random.values()) if random else math.nan
+    uniform = fmean(scores["uniform"].values()) if "uniform" in scores else math.nan
+    judged = [stats.rank_correlation(row["judged"], scores) for row in table.rows if row["kind"] == "judged"]
+    return {
+        "setup": table.path.stem,
         "n_random": len(random),
         "seeds_per_net": seeds,
         "noise": noise,
         "noise_of_mean": noise / math.sqrt(seeds),
         "spread": stats.spread(random, noise),
-        "random_mean": fmean(fmean(s.values()) for s in random.values()) if random else math.nan,
-        "uniform": fmean(scores["uniform"].values()) if "uniform" in scores else math.nan,
-        "search_seeds": len(found),
+        "random_mean": fmean(means) if means else math.nan,
+        "best_random": max(means, default=math.nan),
+        "uniform": uniform,
+        "uniform_percentile": stats.percentile(uniform, means) if means else math.nan,
+        "rank_correlation": fmean(judged) if judged else math.nan,
     }
+
+
+def judge_method(table: Table, method: str) -> dict:
+    """How the nets of one method compare with the random ones and with the uniform one; empty if one is missing."""
+    scores, nets = stats.scores_of(table.rows), table.nets()
+    random, found = stats.of_method(scores, "random"), stats.of_method(scores, method)
+    if not random or not found or "uniform" not in scores:
+        return {}
     means = [fmean(s.values()) for s in random.values()]
-    if means and "uniform" in scores:
-        row["uniform_percentile"] = stats.percentile(row["uniform"], means)
-    if found and means:
-        row["found_percentile"] = fmean(stats.percentile(fmean(s.values()), means) for s in found.values())
-        row["found_minus_uniform"] = stats.minus_paired(found, scores["uniform"])
-        row["found_minus_random"] = stats.minus_mean(found, random)
-        nets = table.nets()
-        cost = fmean(nets[n]["search_seconds"] for n in found)
-        training = fmean(r["seconds"] for r in table.rows if r["kind"] == "training" and r["net"] in random)
-        row["search_in_trainings"] = cost / training
-        row["best_of_equal_compute"] = stats.best_of(random, max(1, math.ceil(cost / training)))
-        row["best_random"] = max(means)
-    judged = [stats.rank_correlation(r["judged"], scores) for r in table.rows if r["kind"] == "judged"]
-    row["rank_correlation"] = fmean(judged) if judged else math.nan
-    return row
+    seconds = [row["seconds"] for row in table.rows if row["kind"] == "training" and row["net"] in random]
+    cost = fmean(nets[name]["search_seconds"] for name in found) / fmean(seconds)
+    return {
+        "search_seeds": len(found),
+        "found_top1": fmean(fmean(s.values()) for s in found.values()),
+        "found_percentile": fmean(stats.percentile(fmean(s.values()), means) for s in found.values()),
+        "found_minus_uniform": stats.minus_paired(found, scores["uniform"]),
+        "found_minus_random": stats.minus_mean(found, random),
+        "search_in_trainings": cost,
+        "best_of_equal_compute": stats.best_of(random, max(1, math.ceil(cost))),
+    }
 
 
 def print_summary(path: str | None) -> None:
-    """One line a set-up and method, and all figures as JSON if asked for."""
-    rows = [row for name in SETUPS if (row := summarise(name))]
-    for row in rows:
-        print(json.dumps({k: _rounded(v) for k, v in row.items()}))
-        scores = stats.scores_of(Table(row["setup"]).rows)
-        for method in sorted({n.split("/")[0] for n in scores} - {"random", "uniform", "default"}):
-            other = summarise(row["setup"], method)
-            assert other is not None
-            keys = ("search_seeds", "found_percentile", "found_minus_uniform", "found_minus_random")
-            print(f"  {method}: " + json.dumps({k: _rounded(other[k]) for k in keys if k in other}))
+    """One line a set-up and method; the set-ups with the default search as JSON if asked for."""
+    rows = []
+    for table in filter(lambda t: t.rows, map(Table, SETUPS)):
+        rows.append(_rounded(summarise(table) | judge_method(table, "default")))
+        print(json.dumps(rows[-1]))
+        for method in stats.methods(stats.scores_of(table.rows))[1:]:
+            print(f"  {method}: " + json.dumps(_rounded(judge_method(table, method))))
     if path:
-        Path(path).write_text(json.dumps([{k: _rounded(v) for k, v in row.items()} for row in rows], indent=1) + "\n")
+        write_json(Path(path), rows)
 
 
-def _rounded(value: object) -> object:
+def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return round(value, 3) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
     return [_rounded(v) for v in value] if isinstance(value, tuple) else value
 
 

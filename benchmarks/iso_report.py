@@ -10,7 +10,7 @@ from statistics import fmean
 
 import iso_stats as stats
 import matplotlib
-from iso_flops import SETUPS, Table, summarise
+from iso_flops import SETUPS, Table, judge_method, summarise
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -24,9 +24,9 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
-def with_ends(interval: stats.Interval | None) -> str:
+def with_ends(interval: stats.Interval) -> str:
     """Mean and 95 % interval."""
-    return "-" if interval is None else f"{interval[0]:+.2f} [{interval[1]:+.2f}, {interval[2]:+.2f}]"
+    return f"{interval[0]:+.2f} [{interval[1]:+.2f}, {interval[2]:+.2f}]"
 
 
 def setup_table(rows: list[dict]) -> list[str]:
@@ -39,37 +39,33 @@ def setup_table(rows: list[dict]) -> list[str]:
         ratio = row["spread"] / row["noise_of_mean"]
         cells = [row["setup"], f"{row['n_random']} x {row['seeds_per_net']:g} seeds"]
         cells += [number(row["noise_of_mean"]), number(row["spread"]), number(ratio), number(row["random_mean"])]
-        place = number(row.get("uniform_percentile"), 0)
-        cells += [number(row.get("best_random")), f"{number(row['uniform'])} (percentile {place})"]
+        place = number(row["uniform_percentile"], 0)
+        cells += [number(row["best_random"]), f"{number(row['uniform'])} (percentile {place})"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def method_table(name: str) -> list[str]:
+def method_table(table: Table) -> list[str]:
     """One line a method of one set-up."""
     lines = ["| method | searches | top-1 | percentile | minus uniform | minus random mean | cost in trainings |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-    scores = stats.scores_of(Table(name).rows)
-    methods = sorted({net.split("/")[0] for net in scores} - {"random", "uniform"}, key=lambda m: (m != "default", m))
-    for method in methods:
-        row, found = summarise(name, method), stats.of_method(scores, method)
-        assert row is not None
-        cells = [method, str(len(found)), number(fmean(fmean(s.values()) for s in found.values()))]
-        cells += [number(row.get("found_percentile"), 0), with_ends(row.get("found_minus_uniform"))]
-        cells += [with_ends(row.get("found_minus_random")), number(row.get("search_in_trainings"), 1)]
-        lines.append("| " + " | ".join(cells) + " |")
+    for method in stats.methods(stats.scores_of(table.rows)):
+        if row := judge_method(table, method):
+            cells = [method, str(row["search_seeds"]), number(row["found_top1"]), number(row["found_percentile"], 0)]
+            cells += [with_ends(row["found_minus_uniform"]), with_ends(row["found_minus_random"])]
+            lines.append("| " + " | ".join([*cells, number(row["search_in_trainings"], 1)]) + " |")
     return lines
 
 
-def draw(name: str) -> Path:
+def draw(table: Table) -> Path:
     """Histogram of the random nets, with uniform and every found net marked."""
-    scores = stats.scores_of(Table(name).rows)
+    name, scores = table.path.stem, stats.scores_of(table.rows)
     means = [fmean(s.values()) for s in stats.of_method(scores, "random").values()]
     figure, axes = plt.subplots(figsize=(7, 3))
     axes.hist(means, bins=20, color="0.8", label=f"{len(means)} random nets")
     if "uniform" in scores:
         axes.axvline(fmean(scores["uniform"].values()), color="black", linestyle="--", label="uniform")
-    methods = sorted({net.split("/")[0] for net in scores} - {"random", "uniform"}, key=lambda m: (m != "default", m))
+    methods = stats.methods(scores)
     top = axes.get_ylim()[1]
     for k, method in enumerate(methods):
         x = [fmean(s.values()) for s in stats.of_method(scores, method).values()]
@@ -88,19 +84,20 @@ def draw(name: str) -> Path:
 
 def main() -> None:
     """Rewrite the part of README.md between the marks."""
-    rows = [row for name in SETUPS if (row := summarise(name))]
-    parts = ["\n".join(setup_table(rows))]
-    for row in rows:
-        name, setup = row["setup"], SETUPS[row["setup"]]
+    tables = [table for table in map(Table, SETUPS) if table.rows]
+    parts = ["\n".join(setup_table([summarise(table) for table in tables]))]
+    for table in tables:
+        name, row, best = table.path.stem, summarise(table), judge_method(table, "default")
+        setup = SETUPS[name]
         what = (
             f"{setup.supernet} x {setup.width_mult} at {setup.budget}, {setup.num_train} images of {setup.img_size} px"
         )
         parts.append(f"## {name}\n\n{what} ({setup.data}), {setup.recipe.epochs} epochs from scratch.")
-        parts.append(f"![top-1 of nets of equal cost]({draw(name).name})\n\n" + "\n".join(method_table(name)))
-        extra = f"Best of N random nets at equal compute: {number(row.get('best_of_equal_compute'))}. "
+        parts.append(f"![top-1 of nets of equal cost]({draw(table).name})\n\n" + "\n".join(method_table(table)))
+        extra = f"Best of N random nets at equal compute: {number(best.get('best_of_equal_compute'))}. "
         extra += f"Rank correlation of shared weights with training from scratch: {number(row['rank_correlation'])}."
-        seen = sorted({f"{r['device']}, torch {r['torch']}, timm {r['timm']}" for r in Table(name).rows})
-        days = sorted({r["date"] for r in Table(name).rows})
+        seen = sorted({f"{r['device']}, torch {r['torch']}, timm {r['timm']}" for r in table.rows})
+        days = sorted({r["date"] for r in table.rows})
         parts.append(f"{extra}\n\nMachine: {'; '.join(seen)}; {days[0]} to {days[-1]}.")
     readme = HERE / "README.md"
     before, rest = readme.read_text().split(START)

@@ -29,6 +29,11 @@ def of_method(scores: Scores, method: str) -> dict[str, Mapping[int, float]]:
     return {name: scores[name] for name in sorted(names, key=lambda n: int(n.split("/")[1]) if "/" in n else 0)}
 
 
+def methods(scores: Scores) -> list[str]:
+    """All that chose nets, the default search first."""
+    return sorted({name.split("/")[0] for name in scores} - {"random", "uniform"}, key=lambda m: (m != "default", m))
+
+
 def noise(scores: Scores) -> float:
     """Standard deviation of one training over seeds, pooled over all nets with at least two. NaN if there are none."""
     groups = [list(s.values()) for s in scores.values() if len(s) > 1]

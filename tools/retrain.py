@@ -31,13 +31,15 @@ from dnas.units import UserError, show
 def inherit_data(args: argparse.Namespace, source: Path) -> None:
     """Data flags that were not given: as in the config.json of the run. UserError if that does not tell which data."""
     config = (source if source.is_dir() else source.parent) / "config.json"
-    saved = json.loads(config.read_text())["args"] if config.is_file() else None
-    if not (args.data_dir or args.dataset):
-        if saved is None:
-            raise UserError(f"{config} is not there to say which data: --data-dir or --dataset is needed")
-        args.data_dir, args.dataset = saved["data_dir"], saved["dataset"]
-    if args.in_chans is None:
-        args.in_chans = saved["in_chans"] if saved else 3
+    if args.data_dir or args.dataset:
+        return
+    if not config.is_file():
+        raise UserError(f"{config} is not there to say which data: --data-dir or --dataset is needed")
+    try:
+        saved = json.loads(config.read_text())["args"]
+        args.data_dir, args.dataset = str(saved["data_dir"]), str(saved["dataset"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{config} does not tell the data of the run: --data-dir or --dataset is needed") from None
 
 
 def main() -> None:
@@ -54,7 +56,7 @@ def main() -> None:
     source = Path(args.run)
     document = read_arch(source / "arch.json" if source.is_dir() else source)
     inherit_data(args, source)
-    args.img_size = args.img_size or document["img_size"]
+    args.img_size, args.in_chans = args.img_size or document["img_size"], args.in_chans or document["in_chans"]
     data = data_of(args, device)
     for key in ("num_classes", "in_chans", "img_size"):
         if document[key] != getattr(data, key):
