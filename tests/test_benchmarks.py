@@ -112,6 +112,62 @@ def test_the_same_seed_trains_the_same_net(lab):
     assert one["top1"] == other["top1"] and one["loss"] == other["loss"]
 
 
+def test_what_is_in_the_table_is_not_trained_again(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(iso_flops, "RESULTS", tmp_path)
+    table, done = iso_flops.Table("digits"), []
+    table.append({"kind": "net", "net": "random/0", "arch": {}})
+    table.append({"kind": "training", "net": "random/0", "seed": 1, "top1": 50.0})
+
+    def do(jobs, table):
+        for _, name, _, seed in jobs:
+            done.append((name, seed))
+            table.append({"kind": "training", "net": name, "seed": seed, "top1": 60.0})
+            yield
+
+    for _ in range(2):  # the second time from the file
+        iso_flops.train_all(["random/0"], lambda name: range(3), table, do)
+        assert done == [("random/0", 0), ("random/0", 2)]
+        table = iso_flops.Table("digits")
+    assert stats.scores_of(table.rows) == {"random/0": {0: 60.0, 1: 50.0, 2: 60.0}}
+
+
+def test_evolution_climbs_what_the_judge_says(lab, monkeypatch):
+    """A judge who likes wide streams: the answer beats all that were drawn at random."""
+    space, looked = iso_flops.space_of(lab.macro), []
+    streams = [d for d in space.decisions if d.is_width and not d.name.endswith("/mid")]
+
+    def likes(arch):
+        return sum(d.index(arch[d.name]) for d in streams)
+
+    def judge(net, arch, x, y):
+        looked.append(arch)
+        return likes(arch)
+
+    monkeypatch.setattr(iso_flops.opponents, "judge", judge)
+    monkeypatch.setattr(iso_flops.opponents, "train_shared", lambda *args: 0)
+    monkeypatch.setattr(iso_flops.opponents, "POPULATION", 12)
+    monkeypatch.setattr(iso_flops.opponents, "GENERATIONS", 5)
+    best, _ = iso_flops.opponents.evolution(lab, 0)
+    assert likes(best) == max(map(likes, looked)) > max(map(likes, looked[:12]))
+
+
+@pytest.mark.parametrize("by", ["l1", "taylor"])
+def test_rankings_keep_the_channels_that_carry_the_weights(by, lab, monkeypatch):
+    """The head is given all its weight in twenty channels, or evenly: the first time it ends narrower."""
+
+    def widths(carriers):
+        def plant(lab, net, *args):
+            for module, side in net.slices()["head"]:
+                if side in ("out", "norm"):
+                    module.weight.data[carriers:] = 0
+            return 0
+
+        monkeypatch.setattr(iso_flops.opponents, "train_shared", plant)
+        return iso_flops.opponents.OPPONENTS[by](lab, 0)[0]["head"]
+
+    assert widths(20) < widths(1000)
+
+
 def test_judges_look_at_all_nets(lab):
     archs = {
         f"random/{k}": dict(iso_flops.random_arch(iso_flops.space_of(lab.macro), lab.tables, lab.budgets, k))

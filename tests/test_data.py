@@ -208,6 +208,21 @@ def test_split_is_stratified_disjoint_and_complete(fraction):
     assert torch.equal(taken, again[1]) and torch.equal(rest, again[0]) and not torch.equal(taken, other[1])
 
 
+def test_a_part_of_the_train_images_keeps_images_with_their_labels():
+    data = load_data("digits", img_size=8, in_chans=1)
+    part, everything = data.take(300), load_data("digits", img_size=8, in_chans=1)
+    assert abs(part.num_train - 300) <= 10 and part.num_val == data.num_val and data.take(10**6) is data
+    # augmentation is a function of an image's place in the batch: turn it off to compare images
+    known = {}
+    for image, label in zip(*epoch(Batches(everything._train, torch.arange(data.num_train), 64)), strict=True):
+        known.setdefault(image.numpy().tobytes(), set()).add(int(label))
+    images, labels = epoch(Batches(part._train, torch.arange(part.num_train), 64))
+    assert len({image.numpy().tobytes() for image in images}) == part.num_train
+    assert all(int(label) in known[image.numpy().tobytes()] for image, label in zip(images, labels, strict=True))
+    assert labels.tolist() == part._labels.tolist() and max(labels.bincount()) - min(labels.bincount()) <= 4
+    assert torch.equal(epoch(Batches(data.take(300)._train, torch.arange(part.num_train), 64))[0], images)
+
+
 def test_split_leaves_a_lone_image_in_the_rest():
     images = torch.zeros(5, 1, 8, 8, dtype=torch.uint8)
     pair = (images, torch.tensor([0, 0, 1, 1, 2]))

@@ -221,6 +221,8 @@ def test_retraining_takes_the_data_of_the_run(image_folder, tmp_path, monkeypatc
     alone.parent.mkdir()
     alone.write_text((run / "arch.json").read_text())
     check_refused(call(retrain_tool, monkeypatch, alone, "--output", tmp_path / "o"), capsys, "--data-dir")
+    (alone.parent / "config.json").write_text('{"args": {}}')
+    check_refused(call(retrain_tool, monkeypatch, alone, "--output", tmp_path / "o"), capsys, "config.json")
     # other images of the same shape have other statistics, and model.py must say those
     document = read_arch(run / "arch.json") | {"mean": [0.1, 0.2, 0.3]}
     write_export(run, document)
