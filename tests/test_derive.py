@@ -2,89 +2,19 @@
 
 import itertools
 import math
-from collections import Counter
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
+from spaces import LARGE, METRICS, SMALL, Brute, assert_in_band, large, tables_of, widest_cost
 
 from dnas.arch import DROP, KEEP, Decision, Site, Space
-from dnas.cost import CostTable
-from dnas.derive import BAND, derive, enumerate_archs, gate_likelihood, in_band, random_arch, uniform_arch
-from dnas.objective import budget_penalty, ramp, target
+from dnas.derive import BAND, derive, gate_likelihood, in_band, random_arch, uniform_arch
 from dnas.prunode import PairGate
-from dnas.supernet import Candidate, Macro, Stage, Supernet, space_of
+from dnas.supernet import Supernet
 from dnas.surgery import cut_width, fit, remove_block
 from dnas.units import Budget, UserError, show
 from supernets import SUPERNETS
-
-METRICS = ("macs", "params")
-
-
-def ir(kernel, expand, se=0.0):
-    return Candidate("ir", kernel, expand, expand, se)
-
-
-# Spaces of up to 10^4 networks: widths alone; choices of block and depth; depth.
-SMALL = {
-    "widths": Macro(
-        *("widths", 32, 1, (Stage(32, 1, 2, (ir(3, 2),)), Stage(40, 1, 1, (ir(3, 1),))), 32, "relu", False, 4),
-        img_size=8,
-    ),
-    "blocks": Macro(
-        *("blocks", 8, 1),
-        (
-            Stage(16, 2, 1, (ir(3, 2), ir(5, 1, 0.25), Candidate("er", 3, 1)), droppable=True),
-            Stage(24, 2, 2, (ir(3, 1), Candidate("ds", 5)), droppable=True),
-        ),
-        *(16, "relu", True, 4),
-        img_size=8,
-    ),
-    "depth": Macro("depth", 8, 1, (Stage(16, 5, 1, (ir(3, 2),), droppable=True),), 8, "relu", True, 4, img_size=8),
-}
-LARGE = [("mobilenet_v2", 0.5), ("mobilenet_v2", 1.0), ("prunet", 0.5), ("prunet", 1.0)]
-
-
-def tables_of(space):
-    return {metric: CostTable.build(space, metric) for metric in METRICS}
-
-
-def widest_cost(table):
-    return table.of(table.extremes()[1])
-
-
-def large(name, width_mult):
-    space = space_of(SUPERNETS[name](num_classes=10, img_size=32, width_mult=width_mult))
-    return space, tables_of(space)
-
-
-class Brute:
-    """All networks of a small space: their costs, and their answers as one-hot rows, for every likelihood at once."""
-
-    def __init__(self, name):
-        self.space = space_of(SMALL[name])
-        self.tables = tables_of(self.space)
-        self.archs = list(enumerate_archs(self.space))
-        self.costs = {m: np.array([t.of(a) for a in self.archs]) for m, t in self.tables.items()}
-        column = {pair: k for k, pair in enumerate((d.name, o) for d in self.space.decisions for o in d.options)}
-        self.answers = np.zeros((len(self.archs), len(column)))
-        for row, arch in enumerate(self.archs):
-            self.answers[row, [column[pair] for pair in arch.items()]] = 1
-
-    def scores(self, like):
-        """Log-likelihood of every network."""
-        values = np.concatenate([like[d.name] for d in self.space.decisions])
-        dead = np.isinf(values)
-        return np.where(self.answers @ dead > 0, -np.inf, self.answers @ np.where(dead, 0, values))
-
-    def score(self, like, arch):
-        return sum(float(like[n][self.space.by_name[n].index(o)]) for n, o in arch.items())
-
-    def band(self, budgets):
-        """Which networks keep all budgets and reach 98 % of one."""
-        ratios = np.max([self.costs[b.metric] / b.limit for b in budgets], axis=0)
-        return (ratios >= 0.98) & (ratios <= 1)
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +38,6 @@ LIKELIHOODS = {
 
 def random_likelihood(space, rng, kind):
     return {d.name: LIKELIHOODS[kind](len(d.options), rng) for d in space.decisions}
-
-
-def assert_in_band(tables, budgets, arch):
-    ratios = [tables[b.metric].of(arch) / b.limit for b in budgets]
-    assert max(ratios) <= 1.0 and max(ratios) >= 0.98
 
 
 # Against brute force
@@ -367,34 +292,6 @@ def test_beyond_the_base_net_some_layers_take_dearer_blocks_and_none_is_dropped(
     assert any(arch[d.name] != d.base for d in space.decisions if d.name.endswith("/block"))
 
 
-# Random nets
-
-
-@pytest.mark.parametrize("name, width_mult", [("mobilenet_v2", 0.5), ("prunet", 0.5)])
-def test_random_nets_depend_on_the_seed_and_on_nothing_else(name, width_mult):
-    space, tables = large(name, width_mult)
-    budgets = (Budget("macs", 0.5 * widest_cost(tables["macs"])),)
-    state = np.random.get_state()[1].tolist()
-    archs = [random_arch(space, tables, budgets, seed) for seed in range(6)]
-    assert archs == [random_arch(space, tables, budgets, seed) for seed in range(6)]
-    assert len(set(archs)) == 6
-    assert np.random.get_state()[1].tolist() == state
-    for arch in archs:
-        assert_in_band(tables, budgets, arch)
-
-
-def test_random_nets_use_the_whole_space():
-    space, tables = large("prunet", 0.5)
-    budgets = (Budget("macs", 0.3 * widest_cost(tables["macs"])),)
-    archs = [random_arch(space, tables, budgets, seed) for seed in range(16)]
-    for options in {d.options for d in space.decisions if not d.is_width}:
-        alike = [d.name for d in space.decisions if d.options == options]
-        assert {arch[name] for arch in archs for name in alike if name in arch} == set(options)
-    for name in ("stem", "head", "stage2/width"):
-        seen = [space.by_name[name].index(arch[name]) for arch in archs]
-        assert max(seen) - min(seen) >= len(space.by_name[name].options) / 2
-
-
 # What the gates know
 
 
@@ -431,73 +328,3 @@ def test_likelihood_of_the_gates():
         arch = derive(net.space, tables, budgets, like)
         assert_in_band(tables, budgets, arch)
         assert arch["stage2/width"] in cut.widths and arch.get(f"{layer.name}/block") != removed
-
-
-# The budget term
-
-
-def test_ramp_is_linear_between_two_flat_ends():
-    assert [ramp(t, 0.2, 0.7) for t in (0, 0.2, 0.325, 0.45, 0.7, 1)] == pytest.approx([0, 0, 0.25, 0.5, 1, 1])
-    assert ramp(0.4, 0.5, 0.5) == 0 and ramp(0.6, 0.5, 0.5) == 1
-
-
-def test_target_goes_geometrically_from_the_start_to_the_limit():
-    steps = [target(800.0, 100.0, k / 3) for k in range(4)]
-    assert steps == pytest.approx([800, 400, 200, 100])
-    assert target(50.0, 200.0, 0.5) == pytest.approx(100)
-
-
-def penalty(**ratios):
-    """(value, gradient with respect to the logarithm of each ratio)."""
-    logs = {m: torch.tensor(math.log(r), dtype=torch.float64, requires_grad=True) for m, r in ratios.items()}
-    value = budget_penalty({m: 7e6 * x.exp() for m, x in logs.items()}, dict.fromkeys(ratios, 7e6))
-    value.backward()
-    return float(value.detach()), [float(x.grad) for x in logs.values()]
-
-
-@pytest.mark.parametrize("ratio", [0.3, 0.9, 1.1, 4.0])
-def test_one_budget_is_pulled_from_both_sides_alike(ratio):
-    value, (gradient,) = penalty(macs=ratio)
-    assert value == pytest.approx(math.log(ratio) ** 2)
-    assert gradient == pytest.approx(2 * math.log(ratio))
-    assert penalty(macs=1 / ratio)[0] == pytest.approx(value)
-
-
-def test_at_the_budget_there_is_no_penalty_and_no_pull():
-    assert penalty(macs=1.0) == (0.0, [0.0])
-    assert penalty(macs=1.0, params=0.4) == (0.0, [0.0, 0.0])
-
-
-def test_of_two_budgets_only_the_one_that_binds_pulls_up():
-    for macs, params in itertools.product((0.5, 0.8, 1.2, 2.0), repeat=2):
-        value, gradients = penalty(macs=macs, params=params)
-        logs = np.log([macs, params])
-        if logs.max() > 0:  # over a limit: only what is over counts
-            assert value == pytest.approx((np.maximum(logs, 0) ** 2).sum())
-            assert gradients == pytest.approx((2 * np.maximum(logs, 0)).tolist())
-        else:
-            assert value == pytest.approx(logs.max() ** 2)
-            assert sum(gradients) == pytest.approx(2 * logs.max())
-            if macs != params:
-                assert gradients[int(logs.argmin())] == 0
-
-
-@pytest.mark.parametrize("name", ["widths", "depth"])
-def test_random_nets_are_even_over_the_answers_that_fit(name):
-    """Against enumeration, by chi-squared: a net counts once for each answer to the decisions that it leaves out."""
-    brute = Brute(name)
-    costs = brute.costs["macs"]
-    in_reach = [limit for limit in np.quantile(costs, np.linspace(0.05, 0.95, 37)) if fitting(costs, limit).sum() >= 6]
-    limit = min(in_reach, key=lambda limit: fitting(costs, limit).sum())
-    fits = [arch for arch, fit in zip(brute.archs, fitting(costs, limit), strict=True) if fit]
-    unanswered = [math.prod(len(d.options) for d in brute.space.decisions if d.name not in arch) for arch in fits]
-    draws = 12 * len(fits)
-    seen = Counter(
-        random_arch(brute.space, brute.tables, (Budget("macs", limit),), seed).digest for seed in range(draws)
-    )
-    expected = draws * np.array(unanswered) / sum(unanswered)
-    assert scipy.stats.chisquare([seen[arch.digest] for arch in fits], expected).pvalue > 1e-3
-
-
-def fitting(costs, limit):
-    return (costs >= BAND * limit) & (costs <= limit)

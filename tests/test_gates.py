@@ -1,11 +1,10 @@
-"""Gates: DMCP's formulas against their definition, autograd and draws; limits, half precision, and where pairs end."""
+"""Gates: DMCP's formulas against their definition, autograd and draws; limits, half precision."""
 
-import itertools
 import math
-import random
 
 import pytest
 import torch
+from draws import assert_frequencies, frequencies, generator
 from torch.nn import functional as F
 
 from dnas.arch import DROP, KEEP
@@ -14,10 +13,6 @@ from dnas.prunode import PairGate
 from dnas.stochastic import ChoiceGate, SkipGate
 
 HALF = (torch.float16, torch.bfloat16)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def dmcp_grid(channels, least=0.1, most=1.0, step=0.1):
@@ -37,22 +32,6 @@ def chain_gate(widths, alpha, temperature=1.0):
 def expected_width(gate):
     widths = torch.tensor(gate.widths, dtype=torch.float64)
     return chain_distribution(gate.keep()) @ widths
-
-
-def assert_frequencies(counts, probabilities, sigmas=4.5):
-    """Counts of draws agree with the probabilities, each within its binomial standard error."""
-    total = sum(counts)
-    for count, p in zip(counts, probabilities, strict=True):
-        error = math.sqrt(max(p * (1 - p), 0) / total)
-        assert abs(count / total - p) <= sigmas * error + 1e-12, (counts, probabilities)
-
-
-def frequencies(gate, options, count=4000, seed=0, **how):
-    draws, g = [], generator(seed)
-    for _ in range(count):
-        draws.append(gate.draw(g, **how))
-    assert set(draws) <= set(options)
-    return [draws.count(option) for option in options]
 
 
 # The Markov chain
@@ -315,188 +294,3 @@ def test_uniform_draws_are_even_over_what_is_alive():
     assert_frequencies(frequencies(pair, [pair.small, pair.large], uniform=True), [0.5] * 2)
     assert_frequencies(frequencies(choice, choice.options, uniform=True), [0.5] * 2)
     assert_frequencies(frequencies(skip, [DROP, KEEP], uniform=True), [0.5] * 2)
-
-
-# The choice among blocks
-
-
-@pytest.mark.parametrize("paths", [0, 1, 2, 3, 5, 9])
-def test_a_soft_choice_takes_the_largest_of_one_sample(paths):
-    options = ["a", "b", "c", "d", "e"]
-    choice = ChoiceGate(options)
-    choice.logits.data = torch.tensor([0.1, -0.3, 0.7, 0.0, 0.2])
-    choice.temperature = 0.8
-    for seed in range(30):
-        picks = choice.soft(generator(seed), paths)
-        sample = gumbel_softmax(choice.logits, 0.8, generator(seed)).detach()
-        taken = sample.topk(min(paths or 5, 5)).indices.sort().values.tolist()
-        assert list(picks) == [options[k] for k in taken]
-        weights = [float(w.detach()) for w in picks.values()]
-        assert sum(weights) == pytest.approx(1, abs=1e-6)
-        assert weights == pytest.approx((sample[taken] / sample[taken].sum()).tolist(), abs=1e-6)
-
-
-def removed(choice, name):
-    """What surgery does to the gate when it removes a block."""
-    gone = choice.live.index(choice.options.index(name))
-    keep = [k for k in range(len(choice.live)) if k != gone]
-    choice.live, choice.logits.data = [choice.live[k] for k in keep], choice.logits.data[keep].clone()
-
-
-def test_removed_blocks_are_gone_from_every_answer():
-    choice = ChoiceGate(["a", "b", "c", "d"])
-    choice.logits.data = torch.tensor([3.0, 0.2, 2.0, 0.1])
-    removed(choice, "a")
-    removed(choice, "c")
-    p = choice.probabilities().detach()
-    assert p[[0, 2]].tolist() == [0, 0] and p[[1, 3]].tolist() == pytest.approx(
-        torch.softmax(torch.tensor([0.2, 0.1]), 0).tolist()
-    )
-    assert_frequencies(frequencies(choice, ["b", "d"], count=1000), p[[1, 3]].tolist())
-    assert choice.best() == "b" and set(choice.soft(generator())) == {"b", "d"}
-    removed(choice, "b")
-    assert choice.soft(generator()) == choice.best() == choice.draw(generator()) == "d"
-    assert choice.probabilities().tolist() == [0, 0, 0, 1] and choice.below(1.1) == []
-
-
-def test_below_names_the_least_likely_first_and_never_the_best():
-    rng = random.Random(0)
-    for _ in range(200):
-        options = [f"block{k}" for k in range(rng.randint(1, 8))]
-        choice = ChoiceGate(options)
-        choice.logits.data = torch.tensor([rng.gauss(0, 2) for _ in options])
-        choice.temperature = rng.choice([1.0, 0.3])
-        p = dict(zip(options, choice.clean().tolist(), strict=True))
-        threshold = rng.random() * 1.2
-        names = choice.below(threshold)
-        assert choice.best() not in names
-        assert names == sorted(names, key=p.get)
-        assert set(names) == {n for n in options if p[n] < threshold} - {choice.best()}
-    assert ChoiceGate(["a", "b", "c"]).below(0.0) == []
-    assert len(ChoiceGate(["a", "b", "c"]).below(1.0)) == 2  # a tie: all but one
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_a_threshold_that_rises_to_one_half_leaves_the_best_block(seed):
-    """Eight blocks of fixed quality, gradient descent on the expected loss, blocks under the threshold removed."""
-    g = generator(seed)
-    loss = torch.rand(8, generator=g)
-    choice = ChoiceGate([str(k) for k in range(8)])
-    for step in range(300):
-        choice.logits.grad = None
-        (choice.probabilities() @ loss).backward()
-        gradient = choice.logits.grad + 0.003 * torch.randn(choice.logits.shape, generator=g)
-        choice.logits.data -= 2.0 * gradient
-        for name in choice.below(0.5 * step / 299):
-            removed(choice, name)
-    assert choice.live == [int(loss.argmin())]
-
-
-# The skip
-
-
-def test_a_skip_is_closed_then_open_then_removed():
-    skip, g = SkipGate(), generator()
-    for temperature in (1.0, 0.3):
-        skip.temperature = temperature
-        assert skip.probabilities().tolist() == [0.0, 1.0] and skip.soft(g) == skip.best() == KEEP
-        assert all(skip.draw(g, uniform) == KEEP for uniform in (False, True) for _ in range(50))
-    for temperature, start in itertools.product((1.0, 0.7, 0.3), (0.6, 0.9, 0.999)):
-        skip.temperature = temperature
-        skip.open(start)
-        s = skip.soft(g)
-        assert s.shape == () and s.requires_grad and float(s.detach()) == pytest.approx(start, abs=1e-6)
-        assert skip.probabilities().tolist() == pytest.approx([1 - start, start], abs=1e-6)
-        assert skip.best() == KEEP
-        skip.temperature = temperature / 2
-        assert float(skip.soft().detach()) > start  # cooler is sharper
-    skip.temperature = 1.0
-    for kappa in (2.0, 0.01, -0.01, -2.0):
-        skip.kappa.data.fill_(kappa)
-        s = float(skip.soft().detach())
-        assert (s > 0.5) == (kappa > 0) and skip.best() == (KEEP if s > 0.5 else DROP)
-        skip.kappa.data.fill_(-kappa)
-        assert float(skip.soft().detach()) == pytest.approx(1 - s, abs=1e-6)
-    skip.kappa.data.fill_(5.0)
-    skip.is_removed = True
-    assert skip.probabilities().tolist() == [1.0, 0.0] and skip.soft(g) == skip.best() == DROP
-    assert all(skip.draw(g, uniform) == DROP for uniform in (False, True) for _ in range(20))
-
-
-# The pair of inner widths
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 31, 32])
-def test_a_pair_starts_at_the_top_and_at_a_quarter(count):
-    widths = [8 * (k + 1) for k in range(count)]
-    pair = PairGate(widths)
-    assert pair.large == widths[-1] and pair.small == max(8, 8 * (count // 4))
-    p = pair.probabilities().detach()
-    assert p.shape == (count,)
-    if count == 1:
-        assert p.tolist() == [1.0] and pair.soft() == pair.draw() == pair.best() == 8
-        assert pair.update(0.0) is None and not list(pair.logits)
-    else:
-        assert p[[pair.low, pair.high]].tolist() == [0.5, 0.5] and int((p > 0).sum()) == 2
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_moves_of_a_pair_keep_their_promises(seed):
-    rng = random.Random(seed)
-    count = rng.choice([2, 3, 4, 7, 16, 32])
-    pair = PairGate([8 * (k + 1) for k in range(count)])
-    moves = 0
-    for _ in range(300):
-        pair.logits.data = torch.tensor([rng.gauss(0, 3), rng.gauss(0, 3)])
-        threshold, decay = rng.uniform(0.6, 0.95), rng.choice([0.0, 0.5, 0.8])
-        average, low, high = float(pair.p_large), pair.low, pair.high
-        moved = pair.update(threshold, decay)
-        p_large = decay * average + (1 - decay) * float(torch.softmax(pair.logits.detach(), 0)[1])
-        assert float(pair.p_large) == pytest.approx(p_large, abs=1e-5)
-        assert (pair.low, pair.high) == (low, high)  # update only proposes
-        gap, up, down = high - low, p_large > threshold, 1 - p_large > threshold
-        if moved is None:
-            assert not (up or down) or (gap == 1 and (high == count - 1 if up else low == 0))
-            continue
-        moves += 1
-        assert up or down
-        new_low, new_high = moved
-        assert 0 <= new_low < new_high < count and new_high - new_low == max(1, gap // 2)
-        if gap > 1:  # the winner stays where it is
-            assert new_high == high if up else new_low == low
-        else:
-            assert moved == ((low + 1, high + 1) if up else (low - 1, high - 1))
-        pair.move(*moved)
-        assert pair.logits.tolist() == [0, 0] and float(pair.p_large) == 0.5
-    assert moves or count == 2
-
-
-def ending(target, seed, top=256, step=8, steps=800):
-    """The inner width that a pair ends with under the loss ((d - target) / top)^2, with noise, by Adam on its logits.
-
-    The gradient of the expected loss on the logits is exact; the threshold falls from 0.9 to 0.7.
-    """
-    rng = random.Random(seed)
-    pair = PairGate(list(range(step, top + 1, step)))
-    start = (pair.low, pair.high)
-    mean = square = 0.0  # Adam's state, of the difference of the logits
-    since = 0
-    for k in range(steps):
-        q = float(torch.softmax(pair.logits.detach(), 0)[1])
-        small, large = (((d - target) / top) ** 2 + rng.gauss(0, 1e-4) for d in (pair.small, pair.large))
-        gradient = q * (1 - q) * (large - small)  # of the larger one's logit; the other's is its negative
-        since += 1
-        mean, square = 0.5 * mean + 0.5 * gradient, 0.99 * square + 0.01 * gradient**2
-        step_size = 0.1 * (mean / (1 - 0.5**since)) / (math.sqrt(square / (1 - 0.99**since)) + 1e-8)
-        pair.logits.data += torch.tensor([step_size, -step_size])
-        moved = pair.update(0.9 - 0.2 * k / steps)
-        if moved:
-            pair.move(*moved)
-            mean, square, since = 0.0, 0.0, 0
-    assert (pair.low, pair.high) != start and pair.high - pair.low == 1
-    return pair.best()
-
-
-@pytest.mark.parametrize("target", [8, 40, 100, 128, 200, 256])
-def test_a_pair_ends_within_two_steps_of_the_best_width(target):
-    assert all(abs(ending(target, seed) - target) <= 2 * 8 for seed in range(4))
