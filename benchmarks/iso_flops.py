@@ -53,7 +53,8 @@ JUDGED = 30  # random nets that a supernet judges
 class Setup:
     """All that two nets must have in common to be compared.
 
-    ``num_train`` images, evenly over the classes; ``seeds`` trainings of each random net.
+    ``num_train`` images, evenly over the classes; ``seeds`` trainings of each random net. ``most_layers`` a stage: two
+    processor cores cannot train a few hundred deep nets.
     """
 
     supernet: str
@@ -66,12 +67,14 @@ class Setup:
     recipe: Recipe
     search_epochs: int
     seeds: int
+    most_layers: int = 4
 
 
+SGD = Recipe(epochs=6, opt="sgd", lr=0.3, weight_decay=1e-3, warmup_epochs=1)
 SETUPS = {
     "digits": Setup("prunet", 0.35, 2, "10%", "digits", 1437, 8, Recipe(epochs=12), 12, 4),
-    "mobilenet_v2": Setup("mobilenet_v2", 0.35, 2, "10%", "cifar10", 5000, 16, Recipe(epochs=5), 5, 2),
-    "prunet": Setup("prunet", 0.5, 4, "10%", "cifar10", 5000, 16, Recipe(epochs=5), 5, 2),
+    "mobilenet_v2": Setup("mobilenet_v2", 0.5, 2, "10%", "cifar10", 5000, 12, SGD, 6, 2, most_layers=1),
+    "prunet": Setup("prunet", 0.35, 4, "10%", "cifar10", 5000, 12, SGD, 6, 3, most_layers=2),
 }
 
 
@@ -98,6 +101,7 @@ def open_lab(setup: Setup, data_dir: str, device: str) -> Lab:
     macro = SUPERNETS[setup.supernet](
         num_classes=data.num_classes, img_size=setup.img_size, width_mult=setup.width_mult, divisor=setup.divisor
     )
+    macro = replace(macro, stages=tuple(replace(s, depth=min(s.depth, setup.most_layers)) for s in macro.stages))
     tables = {metric: CostTable.build(space_of(macro), metric) for metric in ("macs", "params")}
     budgets = resolve_budgets(tables, parse_budget(setup.budget))
     return Lab(setup, data.take(setup.num_train), macro, tables, budgets, torch.device(device))
