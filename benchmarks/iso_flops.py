@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import iso_stats as stats  # noqa: E402
+import numpy as np  # noqa: E402
 import opponents  # noqa: E402
 import torch  # noqa: E402
 from timm.utils import random_seed  # noqa: E402
@@ -35,7 +36,7 @@ from timm.utils import random_seed  # noqa: E402
 from dnas.arch import Arch  # noqa: E402
 from dnas.cost import CostTable, resolve_budgets  # noqa: E402
 from dnas.data import Data, load_data  # noqa: E402
-from dnas.derive import derive, gate_likelihood, random_arch, uniform_arch  # noqa: E402
+from dnas.derive import Likelihood, derive, gate_likelihood, random_arch, uniform_arch  # noqa: E402
 from dnas.export import build_net  # noqa: E402
 from dnas.runs import provenance, write_json  # noqa: E402
 from dnas.search import SearchConfig, search  # noqa: E402
@@ -114,34 +115,61 @@ def run_search(lab: Lab, variant: str, seed: int) -> dict:
         arch, images = opponents.OPPONENTS[variant](lab, seed)
         found = {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
         return net_row(lab, f"{variant}/{seed}", arch) | found
-    overrides = dict(VARIANTS[variant])
-    epochs = round(lab.setup.search_epochs * overrides.pop("length", 1))
-    config = SearchConfig(**overrides)
-    recipe = replace(lab.setup.recipe, epochs=epochs)
+    how = VARIANTS[variant]
+    recipe = replace(lab.setup.recipe, epochs=round(lab.setup.search_epochs * how.length))
     random_seed(seed)
-    net, rows = Supernet(lab.macro).to(lab.device), []
+    net = Supernet(replace(lab.macro, bipath=lab.macro.bipath and how.bipath)).to(lab.device)
+    rows: list[dict] = []
     if recipe.channels_last:
         net = net.to(memory_format=torch.channels_last)
-    search(net, lab.tables, lab.budgets, lab.data, recipe, config, seed=seed, on_row=rows.append)
-    arch = derive(net.space, lab.tables, lab.budgets, gate_likelihood(net))
+    search(net, lab.tables, lab.budgets, lab.data, recipe, how.config, seed=seed, on_row=rows.append)
+    arch = derive(net.space, lab.tables, lab.budgets, how.likelihood(net))
     images = sum(recipe.batch_size + row.get("images", 0) for row in rows)
     found = {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
     return net_row(lab, f"{variant}/{seed}", arch) | found
 
 
-# What is changed in a search: fields of SearchConfig, or "length", a factor on its epochs.
-VARIANTS: dict[str, dict] = {
-    "default": {},
-    "no-sharpening": {"temperature": 1.0},
-    "constant-target": {"budget_from": 0.2, "budget_by": 0.2},
-    "late-skip": {"skip_at": 0.6, "skip_from": 0.999},
-    "early-closed-skip": {"skip_from": 0.999},
-    "gates-every-step": {"gate_every": 1},
-    "gates-every-4": {"gate_every": 4},
-    "no-warmup": {"warmup": 0.0, "skip_at": 0.0},
-    "long-warmup": {"warmup": 0.5, "budget_from": 0.5, "budget_by": 0.8, "block_from": 0.5, "skip_at": 0.5},
-    "half-length": {"length": 0.5},
-    "double-length": {"length": 2},
+def expected_width_likelihood(net: Supernet) -> Likelihood:
+    """As `gate_likelihood`, but the best width is the expected one; distances are in shares of the widest."""
+    like = dict(gate_likelihood(net))
+    for name, p in net.probabilities().items():
+        if net.space.by_name[name].is_width:
+            widths = np.array(net.space.by_name[name].options) / max(net.space.by_name[name].options)
+            like[name] = -((widths - float(p.detach().double().cpu().numpy() @ widths)) ** 2)
+    return like
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is changed in a search; ``length`` is a factor on its epochs."""
+
+    config: SearchConfig = SearchConfig()
+    length: float = 1.0
+    bipath: bool = True
+    likelihood: Callable[[Supernet], Likelihood] = gate_likelihood
+
+
+VARIANTS = {
+    "default": Variant(),
+    "gates-every-step": Variant(SearchConfig(gate_every=1)),
+    "gates-every-4": Variant(SearchConfig(gate_every=4)),
+    "half-length": Variant(length=0.5),
+    "double-length": Variant(length=2),
+    "double-length-gates-every-step": Variant(SearchConfig(gate_every=1), length=2),
+    "no-sharpening": Variant(SearchConfig(temperature=1.0)),
+    "entropy": Variant(SearchConfig(temperature=1.0, entropy=1.0)),
+    "constant-target": Variant(SearchConfig(budget_from=0.2, budget_by=0.2)),
+    "late-skip": Variant(SearchConfig(skip_at=0.6, skip_from=0.999)),
+    "early-closed-skip": Variant(SearchConfig(skip_from=0.999)),
+    "no-warmup": Variant(SearchConfig(warmup=0.0, skip_at=0.0)),
+    "long-warmup": Variant(SearchConfig(warmup=0.5, budget_from=0.5, budget_by=0.8, block_from=0.5, skip_at=0.5)),
+    "soft-weights": Variant(SearchConfig(weights_on="soft")),
+    "sandwich": Variant(SearchConfig(weights_on="sandwich")),
+    "same-images": Variant(SearchConfig(gate_fraction=0.0)),
+    "fixed-grid": Variant(bipath=False),
+    "slow-shrinking": Variant(SearchConfig(block_from=0.8, block_by=1.0, width_below=0.005)),
+    "fast-shrinking": Variant(SearchConfig(block_from=0.2, block_by=0.4, width_below=0.2)),
+    "expected-width": Variant(likelihood=expected_width_likelihood),
 }
 
 
@@ -151,11 +179,14 @@ def net_row(lab: Lab, name: str, arch: Arch) -> dict:
 
 
 def judge_nets(lab: Lab, archs: dict[str, dict], seed: int) -> dict:
-    """What one supernet's shared weights think of these nets, top-1 in % on held-out training images."""
+    """What one supernet's shared weights think of these nets, top-1 in % on held-out training images.
+
+    ``judged`` with norms recalibrated for each net, ``judged_running`` with the supernet's running statistics.
+    """
     net, x, y, _ = opponents.shared_weights(lab, seed)
-    return {"kind": "judged", "net": f"judge/{seed}", "seed": seed} | {
-        "judged": {name: round(opponents.judge(net, arch, x, y), 3) for name, arch in archs.items()}
-    }
+    judged = {name: round(opponents.judge(net, arch, x, y), 3) for name, arch in archs.items()}
+    running = {name: round(opponents.judge(net, arch, x, y, recalibrate=False), 3) for name, arch in archs.items()}
+    return {"kind": "judged", "net": f"judge/{seed}", "seed": seed, "judged": judged, "judged_running": running}
 
 
 def train_net(lab: Lab, name: str, arch: dict, seed: int) -> dict:

@@ -19,7 +19,7 @@ from dnas.derive import derive, random_arch
 from dnas.search import SearchConfig
 from dnas.supernet import Supernet
 from dnas.surgery import extract
-from dnas.train import cycle, make_optimizer, make_scheduler, train_epoch
+from dnas.train import cycle, train
 
 if TYPE_CHECKING:
     from iso_flops import Lab
@@ -33,12 +33,8 @@ def train_shared(lab: "Lab", net: Supernet, forward: Callable[[Tensor], Tensor],
     if recipe.channels_last:
         net.to(memory_format=torch.channels_last)
     batches = lab.data.train_batches(recipe.batch_size, seed=seed, indices=images)
-    optimizer = make_optimizer(net.weight_parameters(), recipe)
-    scheduler = make_scheduler(optimizer, recipe, len(batches))
-    criterion, scaler = nn.CrossEntropyLoss(label_smoothing=recipe.smoothing), torch.amp.GradScaler(enabled=False)
     net.train()
-    for epoch in range(recipe.epochs):
-        train_epoch(forward, batches, criterion, optimizer, scheduler, recipe, epoch=epoch, scaler=scaler)
+    train(forward, net.weight_parameters(), batches, recipe)
     return recipe.epochs * len(batches) * recipe.batch_size
 
 
@@ -62,10 +58,14 @@ def shared_weights(lab: "Lab", seed: int) -> tuple[Supernet, Tensor, Tensor, int
 
 
 @torch.no_grad()
-def judge(net: Supernet, arch: Mapping, x: Tensor, y: Tensor) -> float:
-    """Top-1 in % of one architecture with shared weights, its norms recalibrated: on the statistics of these images."""
-    net.train()
-    return 100 * float((net(x, arch).argmax(1) == y).float().mean())
+def judge(net: Supernet, arch: Mapping, x: Tensor, y: Tensor, recalibrate: bool = True) -> float:
+    """Top-1 in % of one architecture with shared weights; recalibrated: its norms use these images' statistics."""
+    kept = [(b, b.clone()) for b in net.buffers()] if recalibrate else []
+    net.train(recalibrate)
+    logits = net(x, arch)
+    for buffer, before in kept:
+        buffer.copy_(before)
+    return 100 * float((logits.argmax(1) == y).float().mean())
 
 
 def evolution(lab: "Lab", seed: int) -> tuple[Arch, int]:

@@ -2,12 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from dnas.cost import CostTable
 from dnas.data import Data
@@ -16,7 +17,7 @@ from dnas.prunode import PairGate
 from dnas.stochastic import ChoiceGate, SkipGate
 from dnas.supernet import Supernet
 from dnas.surgery import shrink
-from dnas.train import Recipe, autocast, cycle, make_optimizer, make_scheduler, train_epoch
+from dnas.train import Recipe, autocast, cycle, train
 from dnas.units import Budget, UserError
 
 
@@ -27,10 +28,12 @@ class SearchConfig:
     ``gate_lr`` 0 means: such that a logit can travel 20 over all gate steps, within [0.01, 0.3].
     """
 
-    gate_fraction: float = 0.3  # of the training images, held out for the gates
+    gate_fraction: float = 0.3  # of the training images, held out for the gates; 0: the gates see the weights' images
     gate_every: int = 2  # weight steps to a gate step
     gate_lr: float = 0.0
     paths: int = 2  # candidate blocks mixed in a gate step
+    weights_on: str = "hard"  # nets that the weights learn on: "hard", "soft" or "sandwich"
+    entropy: float = 0.0  # weight of the gates' mean entropy at the end of the search; it grows from 0
     budget_weight: float = 20.0
     warmup: float = 0.2  # weights only, nets drawn evenly
     budget_from: float = 0.2  # the target leaves the starting cost ...
@@ -44,17 +47,23 @@ class SearchConfig:
     patience: int = 5
 
 
+WEIGHTS_ON = ("hard", "soft", "sandwich")
+
+
 def check_config(config: SearchConfig) -> SearchConfig:
     """``config`` itself if every number makes sense. Raises UserError naming the flag."""
     shares = ("warmup", "budget_from", "budget_by", "block_from", "block_by", "skip_at")
     for name, low, high in (
-        ("gate_fraction", 0.01, 0.9), ("gate_every", 1, 10_000), ("gate_lr", 0, 10), ("paths", 2, 64),
+        ("gate_fraction", 0, 0.9), ("gate_every", 1, 10_000), ("gate_lr", 0, 10), ("paths", 2, 64),
         ("skip_from", 0.51, 0.9999),
         ("patience", 1, 10**6), ("budget_weight", 0, 1e6), ("temperature", 0.01, 10), ("width_below", 0, 0.5),
+        ("entropy", 0, 1e3),
         *((name, 0, 1) for name in shares),
     ):  # fmt: skip
         if not low <= getattr(config, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is not between {low} and {high}")
+    if config.weights_on not in WEIGHTS_ON:
+        raise UserError(f"--weights-on {config.weights_on!r} is not one of {', '.join(WEIGHTS_ON)}")
     for first, then in (("budget_from", "budget_by"), ("block_from", "block_by")):
         if getattr(config, first) > getattr(config, then):
             raise UserError(f"--{first.replace('_', '-')} must not come after --{then.replace('_', '-')}")
@@ -74,6 +83,11 @@ def live_cost(net: Supernet, table: CostTable) -> float:
         if isinstance(gate, PairGate):
             live[name] = live[name][: gate.high + 1]
     return table.of(table.extremes(live)[1])
+
+
+def mean_entropy(distributions: Iterable[Tensor]) -> Tensor:
+    """Mean over gates of the entropy of their distributions, in nats."""
+    return torch.stack([torch.special.entr(p).sum() for p in distributions]).mean()
 
 
 def check_gradients(net: Supernet, step: int) -> None:
@@ -103,14 +117,15 @@ def search(
 ) -> None:
     """Train ``net``'s weights and gates in place until the gates agree with the budgets; ``on_row`` gets every step.
 
-    Validation images are not touched. A step is a weight step (one hard net: the widest, or one drawn) and, after the
-    warm-up, every ``gate_every`` times a gate step (soft gates, held-out images, cross entropy plus budget penalty)
-    followed by shrinking.
+    Validation images are not touched. A step is a weight step and, after the warm-up, every ``gate_every`` times a gate
+    step (soft gates, held-out images, cross entropy plus budget penalty) followed by shrinking. By ``weights_on``,
+    weights learn on hard nets, in turn the widest and one drawn; on the soft net that the gates see; or on the widest,
+    the narrowest and a drawn one together, the others taught by the widest (the sandwich rule, arXiv 1903.05134).
     """
     if net.space.num_archs() < 2:
         raise UserError(f"nothing can be searched: every decision of the space {net.macro.name} has one option only")
     device = next(net.parameters()).device
-    rest, held_out = data.split(config.gate_fraction, seed)
+    rest, held_out = data.split(config.gate_fraction, seed) if config.gate_fraction else (None, None)
     batches = data.train_batches(recipe.batch_size, seed=seed, indices=rest)
     gate_batches = cycle(data.train_batches(recipe.batch_size, seed=seed + 1, indices=held_out))
     total = recipe.epochs * len(batches)
@@ -120,12 +135,8 @@ def search(
             f"the gates learn nothing in {total} steps with {given}: more epochs or smaller values are needed"
         )
     gate_steps = max(1.0, total * (1 - config.warmup) / config.gate_every)
-    optimizer = make_optimizer(net.weight_parameters(), recipe)
     gate_lr = config.gate_lr or min(0.3, max(0.01, 20 / gate_steps))
     gate_optimizer = torch.optim.Adam(net.gate_parameters(), lr=gate_lr, betas=(0.5, 0.99))
-    scheduler = make_scheduler(optimizer, recipe, len(batches))
-    scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp and recipe.amp_dtype == "float16")
-    criterion = nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
     draws = torch.Generator().manual_seed(seed)
     limits = {b.metric: b.limit for b in budgets}
     current = live_tables(net, tables)
@@ -138,13 +149,23 @@ def search(
         return all(ends[m][0] <= limits[m] for m in limits) and any(ends[m][1] >= limits[m] for m in limits)
 
     def forward(x: Tensor) -> Tensor:
-        if updates % 2 == 0:
-            return net(x, net.widest(draws))
-        return net(x, net.draw(draws, uniform=updates / total < config.warmup))
+        even = updates / total < config.warmup
+        if config.weights_on == "soft":
+            return net(x, net.soft(draws, config.paths))
+        if config.weights_on == "sandwich":
+            return torch.cat([net(x, a) for a in (net.widest(draws), net.narrowest(draws), net.draw(draws, even))])
+        return net(x, net.widest(draws) if updates % 2 == 0 else net.draw(draws, even))
+
+    def criterion(logits: Tensor, y: Tensor) -> Tensor:
+        widest, *others = logits.split(len(y))
+        teacher = widest.detach().softmax(1)
+        distilled = (F.cross_entropy(other, teacher) for other in others)
+        return F.cross_entropy(widest, y, label_smoothing=recipe.smoothing) + sum(distilled)
 
     def teach_gates(t: float) -> dict:
         """One step of the gates on held-out images. Returns its row; its graph is gone when shrinking starts."""
-        cooled = config.temperature ** ramp(t, (config.budget_from + config.budget_by) / 2, 1.0)
+        sharpness = ramp(t, (config.budget_from + config.budget_by) / 2, 1.0)
+        cooled = config.temperature**sharpness
         checking = gates_taught == 0
         for gate in net.gates().values():
             gate.temperature = cooled
@@ -164,8 +185,11 @@ def search(
         loss = F.cross_entropy(logits, y)
         probabilities = net.probabilities()
         expected = {m: current[m].expected(probabilities) for m in limits}
+        total_loss = loss + config.budget_weight * budget_penalty(expected, targets)
+        if config.entropy:
+            total_loss = total_loss + config.entropy * sharpness * mean_entropy(probabilities.values())
         gate_optimizer.zero_grad()
-        (loss + config.budget_weight * budget_penalty(expected, targets)).backward()
+        total_loss.backward()
         for p in weights:
             p.requires_grad_(True)
         if checking:  # all live blocks were mixed, so that every gate can show a gradient
@@ -178,7 +202,7 @@ def search(
             "target": targets,
         }
 
-    def after_step(update: int, loss: Tensor) -> None:
+    def after_step(update: int, loss: Tensor, optimizer: Optimizer) -> None:
         nonlocal updates, gates_taught, clock, live, current
         row: dict = {"step": update, "loss": float(loss)}
         if not math.isfinite(row["loss"]):
@@ -204,7 +228,4 @@ def search(
         clock = time.perf_counter()
 
     net.train()
-    for epoch in range(recipe.epochs):
-        train_epoch(
-            forward, batches, criterion, optimizer, scheduler, recipe, epoch=epoch, scaler=scaler, after_step=after_step
-        )
+    train(forward, net.weight_parameters(), batches, recipe, criterion=criterion, after_step=after_step)

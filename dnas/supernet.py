@@ -253,8 +253,7 @@ class Supernet(nn.Module):
         self.classifier = nn.Linear(top["head"], macro.num_classes)
         efficientnet_init_weights(self)
         for layer in self.layers:
-            if macro.bipath:
-                share([b.block for b in layer.blocks.values()])
+            share([b.block for b in layer.blocks.values()])
 
     def forward(self, x: Tensor, answers: Answers) -> Tensor:
         """[B, in_chans, H, W] -> [B, num_classes]."""
@@ -314,6 +313,16 @@ class Supernet(nn.Module):
                 answers[name] = DROP if gate.is_removed else KEEP
             else:
                 answers[name] = gate.widths[-1] if isinstance(gate, MarkovGate) else gate.large
+        return answers
+
+    def narrowest(self, generator: torch.Generator | None = None) -> dict[str, Answer]:
+        """Every live width at its narrowest, every layer out that may go by now; blocks are drawn as in `widest`."""
+        answers = self.widest(generator)
+        for name, gate in self.gates().items():
+            if isinstance(gate, SkipGate):
+                answers[name] = DROP if gate.is_open else KEEP
+            elif not isinstance(gate, ChoiceGate):
+                answers[name] = gate.widths[0] if isinstance(gate, MarkovGate) else gate.small
         return answers
 
     def slices(self) -> dict[str, list[tuple[nn.Module, str]]]:

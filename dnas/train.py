@@ -1,4 +1,4 @@
-"""One ``train_epoch`` and one ``evaluate``, for searching and for training from scratch alike, made of timm's parts."""
+"""One ``train`` and one ``evaluate``, for searching and for training from scratch alike, made of timm's parts."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -104,49 +104,55 @@ def autocast(device: torch.device, recipe: Recipe) -> torch.autocast:
     return torch.autocast(device.type, AMP_DTYPES[recipe.amp_dtype], enabled=recipe.amp)
 
 
-def train_epoch(
+def train(
     forward: Callable[[Tensor], Tensor],
+    parameters: Iterable[nn.Parameter],
     batches: Batches,
-    criterion: Callable[[Tensor, Tensor], Tensor],
-    optimizer: Optimizer,
-    scheduler: Scheduler,
     recipe: Recipe,
     *,
-    epoch: int,
-    scaler: torch.amp.GradScaler,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     mixup: Mixup | None = None,
-    after_step: Callable[[int, Tensor], None] | None = None,
+    after_step: Callable[[int, Tensor, Optimizer], None] | None = None,
 ) -> float:
-    """One epoch of weight steps; the mean loss. Raises UserError if training diverged.
+    """All epochs of weight steps; the last one's mean loss. Raises UserError if training diverged.
 
-    ``after_step(update, loss)`` is called after each, with the update's number over all epochs: the search's gates,
-    the EMA and the progress bar live there.
+    ``criterion(forward(images), labels)`` is the loss, by default the recipe's cross entropy.
+    ``after_step(update, loss, optimizer)`` comes after each step: the search's gates, the EMA, the progress bar.
     """
-    batches.set_epoch(epoch)
-    losses = []
-    for k, (x, y) in enumerate(batches):
-        update = epoch * len(batches) + k
-        if mixup is not None:
-            even = len(x) // 2 * 2  # timm mixes images in pairs
-            x, y = mixup(x[:even], y[:even])
-        if recipe.channels_last:
-            x = x.to(memory_format=torch.channels_last)
-        with autocast(x.device, recipe):
-            loss = criterion(forward(x).float(), y)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        if recipe.clip_grad:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        scheduler.step_update(update + 1)
-        loss = loss.detach()  # frees the graph: what follows may change the shape of parameters
-        losses.append(loss)
-        if after_step:
-            after_step(update, loss)
-    if not losses[-1].isfinite():
-        raise UserError(f"the loss is {float(losses[-1])} after epoch {epoch}: a lower --lr than {recipe.lr} is needed")
+    parameters = list(parameters)
+    optimizer = make_optimizer(parameters, recipe)
+    scheduler = make_scheduler(optimizer, recipe, len(batches))
+    criterion = criterion or nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
+    scales = recipe.amp and recipe.amp_dtype == "float16"
+    scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=scales)
+    losses: list[Tensor] = []
+    for epoch in range(recipe.epochs):
+        batches.set_epoch(epoch)
+        losses.clear()
+        for k, (x, y) in enumerate(batches):
+            update = epoch * len(batches) + k
+            if mixup is not None:
+                even = len(x) // 2 * 2  # timm mixes images in pairs
+                x, y = mixup(x[:even], y[:even])
+            if recipe.channels_last:
+                x = x.to(memory_format=torch.channels_last)
+            with autocast(x.device, recipe):
+                loss = criterion(forward(x).float(), y)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            if recipe.clip_grad:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step_update(update + 1)
+            loss = loss.detach()  # frees the graph: what follows may change the shape of parameters
+            losses.append(loss)
+            if after_step:
+                after_step(update, loss, optimizer)
+        if not losses[-1].isfinite():
+            given = f"the loss is {float(losses[-1])} after epoch {epoch}"
+            raise UserError(f"{given}: a lower --lr than {recipe.lr} is needed")
     return float(torch.stack(losses).mean())
 
 
@@ -185,21 +191,16 @@ def train_from_scratch(
 
     The figure is the last epoch's: picking the best epoch would select on the data that is reported.
     """
-    device = next(model.parameters()).device
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
-    batches = data.train_batches(recipe.batch_size, seed=seed)
-    optimizer = make_optimizer(model.parameters(), recipe)
-    scheduler = make_scheduler(optimizer, recipe, len(batches))
     ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=True) if recipe.model_ema_decay else None
-    criterion: nn.Module = LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing else nn.CrossEntropyLoss()
+    criterion: nn.Module | None = None
     mixup = None
     if recipe.mixup or recipe.cutmix:
         mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=data.num_classes)
         criterion = SoftTargetCrossEntropy()
-    scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp and recipe.amp_dtype == "float16")
 
-    def after_step(update: int, loss: Tensor) -> None:
+    def after_step(update: int, loss: Tensor, optimizer: Optimizer) -> None:
         if ema is not None:
             ema.update(model, step=update)
         if on_step:
@@ -207,11 +208,8 @@ def train_from_scratch(
 
     started = time.perf_counter()
     model.train()
-    for epoch in range(recipe.epochs):
-        loss = train_epoch(
-            model, batches, criterion, optimizer, scheduler, recipe,
-            epoch=epoch, scaler=scaler, mixup=mixup, after_step=after_step,
-        )  # fmt: skip
+    batches = data.train_batches(recipe.batch_size, seed=seed)
+    loss = train(model, model.parameters(), batches, recipe, criterion=criterion, mixup=mixup, after_step=after_step)
     final = model if ema is None else ema.module
     scores = evaluate(final, data.val_batches(max(recipe.batch_size, 256)), recipe)
     seconds = time.perf_counter() - started

@@ -139,7 +139,7 @@ def test_evolution_climbs_what_the_judge_says(lab, monkeypatch):
     def likes(arch):
         return sum(d.index(arch[d.name]) for d in streams)
 
-    def judge(net, arch, x, y):
+    def judge(net, arch, x, y, recalibrate=True):
         looked.append(arch)
         return likes(arch)
 

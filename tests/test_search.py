@@ -182,7 +182,6 @@ def test_nothing_to_search_is_an_error():
 @pytest.mark.parametrize(
     "change",
     [
-        {"gate_fraction": 0.0},
         {"gate_every": 0},
         {"temperature": 0.0},
         {"skip_at": 1.5},
