@@ -14,10 +14,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnas.arch import DROP, KEEP, Arch, Decision, Site, Space
-from dnas.cost import CLOSED_FORMS, CostTable, resolve_budgets
+from dnas.cost import CLOSED_FORMS, CostTable
 from dnas.derive import enumerate_archs
 from dnas.supernet import Candidate, Macro, Stage, fit_strides, space_of
-from dnas.units import Budget, UserError, parse_budget, show
 from supernets import SUPERNETS
 
 METRICS = ("macs", "params")
@@ -441,55 +440,6 @@ def test_without_a_removed_layer_that_had_a_depthwise_separable_candidate():
     gone = gone_with(space, "stage1/1/")
     rest = {n: v for n, v in p.items() if n not in gone}
     assert float(table.without(gone).expected(rest)) == pytest.approx(float(table.expected(p)), rel=1e-12)
-
-
-# Budgets against the range of a space
-
-
-def tables_of(space):
-    return {metric: CostTable.build(space, metric) for metric in METRICS}
-
-
-def range_of(table):
-    return tuple(table.of(arch) for arch in table.extremes())
-
-
-def test_budgets_inside_the_range_are_resolved():
-    tables = tables_of(supernet_space("prunet"))
-    low, high = range_of(tables["macs"])
-    assert resolve_budgets(tables, parse_budget("50%")) == (Budget("macs", high / 2),)
-    assert resolve_budgets(tables, parse_budget("100%")) == (Budget("macs", high),)
-    for limit in (low, low + 1, high):
-        assert resolve_budgets(tables, (Budget("macs", limit),)) == (Budget("macs", limit),)
-    small = range_of(tables["params"])[0]
-    both = (Budget("macs", 50.0, percent=True), Budget("params", small))
-    assert resolve_budgets(tables, both) == (Budget("macs", high / 2), Budget("params", small))
-    # One limit that cannot bind is no error as long as another can.
-    loose = (Budget("macs", 10 * high), Budget("params", 2 * small))
-    assert resolve_budgets(tables, loose) == loose
-
-
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("side", ["below", "above"])
-def test_budgets_out_of_reach_name_the_range(metric, side):
-    tables = tables_of(supernet_space("mobilenet_v2"))
-    low, high = range_of(tables[metric])
-    budget = Budget(metric, low * 0.999 if side == "below" else high * 1.001)
-    with pytest.raises(UserError) as caught:
-        resolve_budgets(tables, (budget,))
-    message = str(caught.value)
-    assert all(part in message for part in (str(budget), show(metric, low), show(metric, high))) and "\n" not in message
-
-
-def test_two_budgets_of_which_none_can_bind_or_one_cannot_be_kept():
-    tables = tables_of(supernet_space("mobilenet_v2"))
-    (low, high), (fewest, most) = range_of(tables["macs"]), range_of(tables["params"])
-    with pytest.raises(UserError, match="out of reach"):
-        resolve_budgets(tables, (Budget("macs", 2 * high), Budget("params", 2 * most)))
-    with pytest.raises(UserError, match=show("params", fewest)):
-        resolve_budgets(tables, (Budget("macs", (low + high) / 2), Budget("params", fewest / 2)))
-    with pytest.raises(UserError, match="1% is out of reach"):
-        resolve_budgets(tables, parse_budget("1%"))
 
 
 def test_the_macros_of_these_tests_hold_what_they_say():
