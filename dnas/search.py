@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -90,6 +91,14 @@ def mean_entropy(distributions: Iterable[Tensor]) -> Tensor:
     return torch.stack([torch.special.entr(p).sum() for p in distributions]).mean()
 
 
+def distilled_loss(logits: Tensor, y: Tensor, smoothing: float) -> Tensor:
+    """Cross entropy of the first [B] rows of ``logits`` [k * B, classes]; every further [B] rows learn from those."""
+    widest, *others = logits.split(len(y))
+    teacher = widest.detach().softmax(1)
+    loss = F.cross_entropy(widest, y, label_smoothing=smoothing)
+    return loss + sum(F.cross_entropy(other, teacher) for other in others)
+
+
 def check_gradients(net: Supernet, step: int) -> None:
     """RuntimeError if an open gate got no gradient: a search with dead gates would end as it began, in silence."""
     for name, gate in net.gates().items():
@@ -155,12 +164,6 @@ def search(
         if config.weights_on == "sandwich":
             return torch.cat([net(x, a) for a in (net.widest(draws), net.narrowest(draws), net.draw(draws, even))])
         return net(x, net.widest(draws) if updates % 2 == 0 else net.draw(draws, even))
-
-    def criterion(logits: Tensor, y: Tensor) -> Tensor:
-        widest, *others = logits.split(len(y))
-        teacher = widest.detach().softmax(1)
-        distilled = (F.cross_entropy(other, teacher) for other in others)
-        return F.cross_entropy(widest, y, label_smoothing=recipe.smoothing) + sum(distilled)
 
     def teach_gates(t: float) -> dict:
         """One step of the gates on held-out images. Returns its row; its graph is gone when shrinking starts."""
@@ -228,4 +231,5 @@ def search(
         clock = time.perf_counter()
 
     net.train()
+    criterion = partial(distilled_loss, smoothing=recipe.smoothing)
     train(forward, net.weight_parameters(), batches, recipe, criterion=criterion, after_step=after_step)

@@ -10,7 +10,15 @@ from dnas.cost import CostTable, resolve_budgets
 from dnas.data import Data, load_data
 from dnas.derive import derive, enumerate_archs, gate_likelihood
 from dnas.gates import MarkovGate
-from dnas.search import SearchConfig, check_config, check_gradients, live_cost, search
+from dnas.search import (
+    SearchConfig,
+    check_config,
+    check_gradients,
+    distilled_loss,
+    live_cost,
+    mean_entropy,
+    search,
+)
 from dnas.supernet import Candidate, Supernet
 from dnas.train import Recipe
 from dnas.units import Budget, UserError, parse_budget
@@ -179,10 +187,66 @@ def test_nothing_to_search_is_an_error():
         search(net, tables_of(net), (Budget("macs", 1e9),), data, FROZEN, SearchConfig(), seed=0, on_row=print)
 
 
+def test_the_sandwich_is_taught_by_its_widest_net():
+    """Gradients in closed form: softmax minus target, the target of the others being the widest's softmax."""
+    torch.manual_seed(0)
+    logits, y = torch.randn(15, 4, dtype=torch.float64, requires_grad=True), torch.tensor([0, 3, 1, 2, 2])
+    distilled_loss(logits, y, 0.1).backward()
+    p = logits.detach().softmax(1)
+    smooth = 0.9 * torch.nn.functional.one_hot(y, 4) + 0.1 / 4
+    torch.testing.assert_close(logits.grad, torch.cat([p[:5] - smooth, p[5:10] - p[:5], p[10:] - p[:5]]) / 5)
+
+
+def test_mean_entropy_of_certain_and_even_gates():
+    even, certain = torch.full((8,), 1 / 8), torch.tensor([0.0, 1.0, 0.0])
+    assert float(mean_entropy([even, certain])) == pytest.approx(np.log(8) / 2)
+
+
+def watched(config, data):
+    """A short search of the toy, as (is the net hard, images, answers if so) of every forward pass."""
+    net, asked = Supernet(toy()), []
+    tables = tables_of(net)
+
+    def watch(module, args):  # soft answers would keep a graph alive while parameters shrink
+        x, answers = args
+        hard = not any(isinstance(a, torch.Tensor | dict) for a in answers.values())
+        asked.append((hard, x, answers if hard else {}))
+
+    net.register_forward_pre_hook(watch)
+    budgets = resolve_budgets(tables, parse_budget("50%"))
+    search(net, tables, budgets, data, replace(FROZEN, epochs=2), config, seed=0, on_row=lambda row: None)
+    return net, asked
+
+
+def test_weights_learn_on_what_they_are_told_to():
+    data = planted_data(0, num_train=256, num_val=8)
+    warm = replace(SearchConfig(), warmup=0.5)
+    for kind, first_step in (("hard", [True]), ("soft", [False]), ("sandwich", [True] * 3)):
+        net, asked = watched(replace(warm, weights_on=kind), data)
+        assert [hard for hard, _, _ in asked[: len(first_step)]] == first_step
+        images = [x for _, x, _ in asked[: len(first_step) + 1]]
+        assert all(x is images[0] for x in images[:-1]) and images[-1] is not images[0]
+    widest, narrowest, drawn = ([a[d.name] for d in net.space.decisions if d.is_width] for _, _, a in asked[:3])
+    assert all(low <= some <= high for low, some, high in zip(narrowest, drawn, widest, strict=True))
+    assert narrowest != widest
+
+
+@pytest.mark.parametrize("fraction, shared", [(0.0, True), (0.5, False)])
+def test_without_a_fraction_the_gates_see_the_weights_images(fraction, shared):
+    data = planted_data(0, num_train=256, num_val=8)
+    _, asked = watched(replace(FROM_THE_START, gate_fraction=fraction), data)
+    images = [(is_hard, bytes(image.numpy())) for is_hard, x, _ in asked for image in x]
+    seen = [{image for is_hard, image in images if is_hard == hard} for hard in (True, False)]
+    assert bool(seen[0] & seen[1]) == shared
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        {"gate_fraction": 1.0},
         {"gate_every": 0},
+        {"weights_on": "stone"},
+        {"entropy": -1.0},
         {"temperature": 0.0},
         {"skip_at": 1.5},
         {"budget_from": 0.8},

@@ -26,7 +26,7 @@ from dnas.arch import DROP, KEEP
 from dnas.cost import CostTable
 from dnas.export import build_net, count_macs, count_macs_torch, count_params
 from dnas.prunode import PairGate, Prunode
-from dnas.stochastic import SkipGate
+from dnas.stochastic import ChoiceGate, SkipGate
 from dnas.supernet import (
     Supernet,
     net_of,
@@ -103,6 +103,24 @@ def test_at_full_width_the_supernet_is_the_plain_net_bit_for_bit(name):
                 assert torch.equal(value, after[key]), key
     if name == "prunet":
         assert {"ir-k3", "er-k3", "er-k5-se"} <= taken
+
+
+@pytest.mark.parametrize("open_skips", [False, True])
+@every_macro
+def test_the_narrowest_net_is_the_cheapest_of_its_blocks(name, open_skips):
+    net = Supernet(MACROS[name]())
+    for gate in net.gates().values():
+        if isinstance(gate, SkipGate):
+            gate.is_open = open_skips
+    table = CostTable.build(net.space, "macs")
+    answers = net.narrowest(torch.Generator().manual_seed(0))
+    options = net.live_options()
+    for n, gate in net.gates().items():
+        if isinstance(gate, PairGate):
+            options[n] = [gate.low, gate.high]
+        elif isinstance(gate, ChoiceGate) or (isinstance(gate, SkipGate) and not open_skips):
+            options[n] = [net.space.by_name[n].index(answers[n])]
+    assert table.of(net.space.complete(answers)) == table.of(table.extremes(options)[0])
 
 
 @every_macro
