@@ -74,8 +74,8 @@ class Setup:
 SGD = Recipe(epochs=6, opt="sgd", lr=0.3, weight_decay=1e-3, warmup_epochs=1)
 SETUPS = {
     "digits": Setup("prunet", 0.35, 2, "10%", "digits", 1437, 8, Recipe(epochs=12), 12, 4),
-    "mobilenet_v2": Setup("mobilenet_v2", 0.5, 2, "10%", "cifar10", 5000, 12, SGD, 6, 2, most_layers=1),
-    "prunet": Setup("prunet", 0.35, 4, "10%", "cifar10", 5000, 12, SGD, 6, 3, most_layers=2),
+    "mobilenet_v2": Setup("mobilenet_v2", 0.5, 2, "10%", "cifar10", 5000, 12, SGD, 6, 5, most_layers=1),
+    "prunet": Setup("prunet", 0.35, 4, "10%", "cifar10", 5000, 12, SGD, 6, 9, most_layers=2),
 }
 
 
@@ -302,7 +302,11 @@ def summarise(table: Table) -> dict:
     means = [fmean(s.values()) for s in random.values()]
     noise, seeds = stats.noise(random), fmean(len(s) for s in random.values()) if random else math.nan
     uniform = fmean(scores["uniform"].values()) if "uniform" in scores else math.nan
-    judged = [stats.rank_correlation(row["judged"], scores) for row in table.rows if row["kind"] == "judged"]
+    judges = [row for row in table.rows if row["kind"] == "judged"]
+    agree = {
+        key: [stats.rank_correlation(row[key], scores) for row in judges if key in row]
+        for key in ("judged", "judged_running")
+    }
     return {
         "setup": table.path.stem,
         "n_random": len(random),
@@ -313,8 +317,9 @@ def summarise(table: Table) -> dict:
         "random_mean": fmean(means) if means else math.nan,
         "best_random": max(means, default=math.nan),
         "uniform": uniform,
-        "uniform_percentile": stats.percentile(uniform, means) if means else math.nan,
-        "rank_correlation": fmean(judged) if judged else math.nan,
+        "uniform_percentile": stats.percentile(uniform, means) if means and math.isfinite(uniform) else math.nan,
+        "rank_correlation": fmean(agree["judged"]) if agree["judged"] else math.nan,
+        "rank_correlation_running": fmean(agree["judged_running"]) if agree["judged_running"] else math.nan,
     }
 
 
@@ -362,7 +367,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("setup", nargs="?", choices=list(SETUPS), default="digits")
-    p.add_argument("--random", type=int, default=0, help="train this many random nets, two seeds each")
+    p.add_argument("--random", type=int, default=0, help="train this many random nets")
     p.add_argument("--search", type=int, default=0, help="search with this many seeds, train each net with three")
     p.add_argument("--judge", type=int, default=0, help="let this many supernets judge the first random nets")
     p.add_argument("--variant", nargs="+", default=["default"], choices=[*VARIANTS, *opponents.OPPONENTS], help="how")

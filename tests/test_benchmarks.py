@@ -1,5 +1,6 @@
 """The statistics that nets are compared by, against simulations; a row of the instrument."""
 
+import copy
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ from statistics import fmean
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import norm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -94,7 +96,7 @@ def lab():
     return iso_flops.open_lab(SMALL, "", "cpu")
 
 
-@pytest.mark.parametrize("method", ["default", "half-length", *iso_flops.opponents.OPPONENTS])
+@pytest.mark.parametrize("method", ["default", "half-length", "fixed-grid", "sandwich", *iso_flops.opponents.OPPONENTS])
 def test_every_method_ends_inside_the_budget(method, lab, monkeypatch):
     monkeypatch.setattr(iso_flops.opponents, "POPULATION", 8)
     monkeypatch.setattr(iso_flops.opponents, "GENERATIONS", 2)
@@ -173,5 +175,33 @@ def test_judges_look_at_all_nets(lab):
         f"random/{k}": dict(iso_flops.random_arch(iso_flops.space_of(lab.macro), lab.tables, lab.budgets, k))
         for k in range(4)
     }
-    judged = iso_flops.judge_nets(lab, archs, seed=0)["judged"]
-    assert set(judged) == set(archs) and all(0 <= v <= 100 for v in judged.values())
+    row = iso_flops.judge_nets(lab, archs, seed=0)
+    for judged in (row["judged"], row["judged_running"]):
+        assert set(judged) == set(archs) and all(0 <= v <= 100 for v in judged.values())
+
+
+def test_a_judge_leaves_the_statistics_and_only_recalibrated_sees_its_own_images(lab):
+    """Shifted statistics mislead a judge that uses them, and not one that recalibrates."""
+    torch.manual_seed(0)
+    net = iso_flops.Supernet(lab.macro).train()
+    arch = iso_flops.uniform_arch(net.space, lab.tables, lab.budgets)
+    x, y = next(iter(lab.data.train_batches(64, seed=0)))
+    judge, before = iso_flops.opponents.judge, copy.deepcopy(net.state_dict())
+    own = judge(net, arch, x, y)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    with torch.no_grad():
+        net.bn1.running_var.fill_(1e6)
+        net.bn2.running_mean.fill_(1e6)
+    assert judge(net, arch, x, y) == own
+    misled = judge(net, arch, x, y, recalibrate=False)
+    assert misled == pytest.approx(100 * float((y == net.classifier.bias.argmax()).float().mean())) != own
+
+
+def test_the_expected_width_is_the_likeliest(lab):
+    net = iso_flops.Supernet(lab.macro)
+    like = iso_flops.expected_width_likelihood(net)
+    for name, p in net.probabilities().items():
+        d = net.space.by_name[name]
+        if d.is_width:
+            expected = float(p.detach().double() @ torch.tensor(d.options, dtype=torch.float64))
+            assert abs(d.options[like[name].argmax()] - expected) == min(abs(w - expected) for w in d.options)
