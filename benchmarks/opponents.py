@@ -19,7 +19,7 @@ from dnas.derive import derive, random_arch
 from dnas.search import SearchConfig
 from dnas.supernet import Supernet
 from dnas.surgery import extract
-from dnas.train import cycle, train
+from dnas.train import cycle, make_optimizer, train
 
 if TYPE_CHECKING:
     from iso_flops import Lab
@@ -34,7 +34,7 @@ def train_shared(lab: "Lab", net: Supernet, forward: Callable[[Tensor], Tensor],
         net.to(memory_format=torch.channels_last)
     batches = lab.data.train_batches(recipe.batch_size, seed=seed, indices=images)
     net.train()
-    train(forward, net.weight_parameters(), batches, recipe)
+    train(forward, make_optimizer(net.weight_parameters(), recipe), batches, recipe)
     return recipe.epochs * len(batches) * recipe.batch_size
 
 

@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import Optimizer
 
 from dnas.cost import CostTable
 from dnas.data import Data
@@ -18,7 +17,7 @@ from dnas.prunode import PairGate
 from dnas.stochastic import ChoiceGate, SkipGate
 from dnas.supernet import Supernet
 from dnas.surgery import shrink
-from dnas.train import Recipe, autocast, cycle, train
+from dnas.train import Recipe, autocast, cycle, make_optimizer, train
 from dnas.units import Budget, UserError
 
 
@@ -144,6 +143,7 @@ def search(
             f"the gates learn nothing in {total} steps with {given}: more epochs or smaller values are needed"
         )
     gate_steps = max(1.0, total * (1 - config.warmup) / config.gate_every)
+    optimizer = make_optimizer(net.weight_parameters(), recipe)
     gate_lr = config.gate_lr or min(0.3, max(0.01, 20 / gate_steps))
     gate_optimizer = torch.optim.Adam(net.gate_parameters(), lr=gate_lr, betas=(0.5, 0.99))
     draws = torch.Generator().manual_seed(seed)
@@ -205,7 +205,7 @@ def search(
             "target": targets,
         }
 
-    def after_step(update: int, loss: Tensor, optimizer: Optimizer) -> None:
+    def after_step(update: int, loss: Tensor) -> None:
         nonlocal updates, gates_taught, clock, live, current
         row: dict = {"step": update, "loss": float(loss)}
         if not math.isfinite(row["loss"]):
@@ -232,4 +232,4 @@ def search(
 
     net.train()
     criterion = partial(distilled_loss, smoothing=recipe.smoothing)
-    train(forward, net.weight_parameters(), batches, recipe, criterion=criterion, after_step=after_step)
+    train(forward, optimizer, batches, recipe, criterion=criterion, after_step=after_step)

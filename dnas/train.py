@@ -106,25 +106,23 @@ def autocast(device: torch.device, recipe: Recipe) -> torch.autocast:
 
 def train(
     forward: Callable[[Tensor], Tensor],
-    parameters: Iterable[nn.Parameter],
+    optimizer: Optimizer,
     batches: Batches,
     recipe: Recipe,
     *,
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     mixup: Mixup | None = None,
-    after_step: Callable[[int, Tensor, Optimizer], None] | None = None,
+    after_step: Callable[[int, Tensor], None] | None = None,
 ) -> float:
     """All epochs of weight steps; the last one's mean loss. Raises UserError if training diverged.
 
     ``criterion(forward(images), labels)`` is the loss, by default the recipe's cross entropy.
-    ``after_step(update, loss, optimizer)`` comes after each step: the search's gates, the EMA, the progress bar.
+    ``after_step(update, loss)`` comes after each step: the search's gates, the EMA, the progress bar.
     """
-    parameters = list(parameters)
-    optimizer = make_optimizer(parameters, recipe)
     scheduler = make_scheduler(optimizer, recipe, len(batches))
     criterion = criterion or nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
     scales = recipe.amp and recipe.amp_dtype == "float16"
-    scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=scales)
+    scaler = torch.amp.GradScaler(optimizer.param_groups[0]["params"][0].device.type, enabled=scales)
     losses: list[Tensor] = []
     for epoch in range(recipe.epochs):
         batches.set_epoch(epoch)
@@ -149,7 +147,7 @@ def train(
             loss = loss.detach()  # frees the graph: what follows may change the shape of parameters
             losses.append(loss)
             if after_step:
-                after_step(update, loss, optimizer)
+                after_step(update, loss)
         if not losses[-1].isfinite():
             given = f"the loss is {float(losses[-1])} after epoch {epoch}"
             raise UserError(f"{given}: a lower --lr than {recipe.lr} is needed")
@@ -200,7 +198,7 @@ def train_from_scratch(
         mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=data.num_classes)
         criterion = SoftTargetCrossEntropy()
 
-    def after_step(update: int, loss: Tensor, optimizer: Optimizer) -> None:
+    def after_step(update: int, loss: Tensor) -> None:
         if ema is not None:
             ema.update(model, step=update)
         if on_step:
@@ -208,8 +206,8 @@ def train_from_scratch(
 
     started = time.perf_counter()
     model.train()
-    batches = data.train_batches(recipe.batch_size, seed=seed)
-    loss = train(model, model.parameters(), batches, recipe, criterion=criterion, mixup=mixup, after_step=after_step)
+    batches, optimizer = data.train_batches(recipe.batch_size, seed=seed), make_optimizer(model.parameters(), recipe)
+    loss = train(model, optimizer, batches, recipe, criterion=criterion, mixup=mixup, after_step=after_step)
     final = model if ema is None else ema.module
     scores = evaluate(final, data.val_batches(max(recipe.batch_size, 256)), recipe)
     seconds = time.perf_counter() - started

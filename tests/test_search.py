@@ -1,5 +1,7 @@
 """The search as a whole: planted answers, shrinking, gradients, determinism, and what it must not touch."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -185,6 +187,24 @@ def test_nothing_to_search_is_an_error():
     data = planted_data(0, num_train=64, num_val=8)
     with pytest.raises(UserError, match="nothing can be searched"):
         search(net, tables_of(net), (Budget("macs", 1e9),), data, FROZEN, SearchConfig(), seed=0, on_row=print)
+
+
+def test_what_was_cut_off_is_freed_while_the_search_goes_on():
+    net = plant(Supernet(toy()), 0)
+    weights, freed = {id(p): weakref.ref(p) for p in net.weight_parameters()}, []
+
+    def on_row(row):
+        alive = {id(p) for p in net.parameters()}
+        gone = [ref for key, ref in weights.items() if key not in alive]
+        if gone and not freed:
+            gc.collect()
+            freed.append(all(ref() is None for ref in gone))
+
+    tables = tables_of(net)
+    budgets = (Budget("macs", 1.02 * tables["macs"].of(planted_best(net.space))),)
+    data = planted_data(0, num_train=2048, num_val=8)
+    search(net, tables, budgets, data, FROZEN, FROM_THE_START, seed=0, on_row=on_row)
+    assert freed == [True]
 
 
 def test_the_sandwich_is_taught_by_its_widest_net():
