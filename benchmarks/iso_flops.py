@@ -312,7 +312,7 @@ def summarise(table: Table) -> dict:
         "n_random": len(random),
         "seeds_per_net": seeds,
         "noise": noise,
-        "noise_of_mean": noise / math.sqrt(seeds),
+        "noise_of_mean": noise * math.sqrt(fmean(1 / len(s) for s in random.values())) if random else math.nan,
         "spread": stats.spread(random, noise),
         "random_mean": fmean(means) if means else math.nan,
         "best_random": max(means, default=math.nan),

@@ -37,7 +37,7 @@ def setup_table(rows: list[dict]) -> list[str]:
     lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
         ratio = row["spread"] / row["noise_of_mean"]
-        cells = [row["setup"], f"{row['n_random']} x {row['seeds_per_net']:g} seeds"]
+        cells = [row["setup"], f"{row['n_random']} x {row['seeds_per_net']:.2g} seeds"]
         cells += [number(row["noise_of_mean"]), number(row["spread"]), number(ratio), number(row["random_mean"])]
         place = number(row["uniform_percentile"], 0)
         cells += [number(row["best_random"]), f"{number(row['uniform'])} (percentile {place})"]
@@ -93,7 +93,9 @@ def main() -> None:
             f"{setup.supernet} x {setup.width_mult} at {setup.budget}, {setup.num_train} images of {setup.img_size} px"
         )
         parts.append(f"## {name}\n\n{what} ({setup.data}), {setup.recipe.epochs} epochs from scratch.")
-        parts.append(f"![top-1 of nets of equal cost]({draw(table).name})\n\n" + "\n".join(method_table(table)))
+        parts.append(f"![top-1 of nets of equal cost]({draw(table).name})")
+        if best:
+            parts.append("\n".join(method_table(table)))
         extra = f"Best of N random nets at equal compute: {number(best.get('best_of_equal_compute'))}. "
         extra += f"Rank correlation of shared weights with training from scratch: {number(row['rank_correlation'])}."
         seen = sorted({f"{r['device']}, torch {r['torch']}, timm {r['timm']}" for r in table.rows})
