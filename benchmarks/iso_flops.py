@@ -338,6 +338,7 @@ def judge_method(table: Table, method: str) -> dict:
         "found_percentile": fmean(stats.percentile(fmean(s.values()), means) for s in found.values()),
         "found_minus_uniform": stats.minus_paired(found, scores["uniform"]),
         "found_minus_random": stats.minus_mean(found, random),
+        "found_minus_default": stats.minus_method(found, stats.of_method(scores, "default")),
         "search_in_trainings": cost,
         "best_of_equal_compute": stats.best_of(random, max(1, math.ceil(cost))),
     }

@@ -47,12 +47,13 @@ def setup_table(rows: list[dict]) -> list[str]:
 
 def method_table(table: Table) -> list[str]:
     """One line a method of one set-up."""
-    lines = ["| method | searches | top-1 | percentile | minus uniform | minus random mean | cost in trainings |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    head = ["method", "searches", "top-1", "percentile", "minus uniform", "minus random mean", "minus default"]
+    lines = ["| " + " | ".join([*head, "cost in trainings"]) + " |", "| --- " * (len(head) + 1) + "|"]
     for method in stats.methods(stats.scores_of(table.rows)):
         if row := judge_method(table, method):
             cells = [method, str(row["search_seeds"]), number(row["found_top1"]), number(row["found_percentile"], 0)]
             cells += [with_ends(row["found_minus_uniform"]), with_ends(row["found_minus_random"])]
+            cells.append("-" if method == "default" else with_ends(row["found_minus_default"]))
             lines.append("| " + " | ".join([*cells, number(row["search_in_trainings"], 1)]) + " |")
     return lines
 

@@ -70,6 +70,13 @@ def minus_paired(found: Scores, other: Mapping[int, float]) -> Interval:
     return interval([fmean(top1 - other[seed] for seed, top1 in net.items()) for net in found.values()])
 
 
+def minus_method(found: Scores, other: Scores) -> Interval:
+    """Found nets of one method minus another's, paired by the search's seed; NaN without common seeds."""
+    means = [{name.split("/")[1]: fmean(s.values()) for name, s in group.items()} for group in (found, other)]
+    common = [value - means[1][k] for k, value in means[0].items() if k in means[1]]
+    return interval(common) if common else (math.nan, math.nan, math.nan)
+
+
 def minus_mean(found: Scores, others: Scores) -> Interval:
     """Found nets minus the mean of others, Welch's interval over nets."""
     a, b = ([fmean(s.values()) for s in group.values()] for group in (found, others))

@@ -82,6 +82,15 @@ def test_methods_are_told_by_name_and_sorted_by_number():
     assert list(stats.of_method(scores, "uniform")) == ["uniform"]
 
 
+def test_methods_are_paired_by_the_seed_of_the_search():
+    """What the searches share (here 0 or 50) cancels; a search that the other method lacks does not count."""
+    other = {f"default/{k}": {3 * k: 50.0 * k, 3 * k + 1: 50.0 * k} for k in range(2)}
+    found = {f"l1/{k}": {3 * k: 50.0 * k + 1 + 2 * k, 3 * k + 1: 50.0 * k + 1 + 2 * k} for k in range(3)}
+    mean, low, high = stats.minus_method(found, other)
+    assert mean == pytest.approx(2.0) and high - low == pytest.approx(2 * 12.706 * 1.0, rel=1e-3)
+    assert all(math.isnan(v) for v in stats.minus_method(found, {}))
+
+
 def test_rank_correlation_of_judges():
     scores = {f"random/{k}": {0: float(k), 1: float(k)} for k in range(10)}
     assert stats.rank_correlation({name: 3 * s[0] ** 3 for name, s in scores.items()}, scores) == pytest.approx(1)
