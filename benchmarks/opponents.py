@@ -6,7 +6,6 @@ as a search counts them; an image that is only looked at forwards counts a third
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +28,7 @@ POPULATION, GENERATIONS = 40, 10
 
 def train_shared(lab: "Lab", net: Supernet, forward: Callable[[Tensor], Tensor], images: Tensor, seed: int) -> int:
     """Train the weights of ``net`` for as long as a search of this set-up. Returns the images seen."""
-    recipe = replace(lab.setup.recipe, epochs=lab.setup.search_epochs)
+    recipe = lab.setup.search
     if recipe.channels_last:
         net.to(memory_format=torch.channels_last)
     batches = lab.data.train_batches(recipe.batch_size, seed=seed, indices=images)

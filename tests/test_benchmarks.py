@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -97,7 +98,8 @@ def test_rank_correlation_of_judges():
     assert stats.rank_correlation({name: -s[0] for name, s in scores.items()}, scores) == pytest.approx(-1)
 
 
-SMALL = iso_flops.Setup("prunet", 0.25, 2, "20%", "digits", 200, 8, iso_flops.Recipe(epochs=2, batch_size=16), 3, 2)
+SHORT = iso_flops.Recipe(epochs=2, batch_size=16)
+SMALL = iso_flops.Setup("prunet", 0.25, 2, "20%", "digits", 200, 8, SHORT, replace(SHORT, epochs=3), 2)
 
 
 @pytest.fixture(scope="module")
