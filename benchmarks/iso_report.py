@@ -98,7 +98,8 @@ def main() -> None:
         if best:
             parts.append("\n".join(method_table(table)))
         extra = f"Best of N random nets at equal compute: {number(best.get('best_of_equal_compute'))}. "
-        extra += f"Rank correlation of shared weights with training from scratch: {number(row['rank_correlation'])}."
+        extra += f"Rank correlation of shared weights with training from scratch: {number(row['rank_correlation'])}"
+        extra += f" ({number(row['rank_correlation_running'])} with running statistics instead of recalibrated norms)."
         seen = sorted({f"{r['device']}, torch {r['torch']}, timm {r['timm']}" for r in table.rows})
         days = sorted({r["date"] for r in table.rows})
         parts.append(f"{extra}\n\nMachine: {'; '.join(seen)}; {days[0]} to {days[-1]}.")
