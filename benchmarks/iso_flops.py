@@ -73,7 +73,7 @@ class Setup:
 
 ADAMW = Recipe(epochs=12)
 SGD = Recipe(epochs=6, opt="sgd", lr=0.3, weight_decay=1e-3, warmup_epochs=1)
-SLOWER = replace(SGD, epochs=12, lr=0.1)  # at 0.3 the first epoch of the widest net ends above the loss of a guess
+SLOWER = replace(SGD, epochs=12, lr=0.1)  # at 0.3 a supernet spends its first epoch worse than a guess
 SETUPS = {
     "digits": Setup("prunet", 0.35, 2, "10%", "digits", 1437, 8, ADAMW, ADAMW, 3),
     "mobilenet_v2": Setup("mobilenet_v2", 0.5, 2, "10%", "cifar10", 5000, 12, SGD, SLOWER, 5, most_layers=1),

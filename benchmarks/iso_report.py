@@ -97,12 +97,14 @@ def main() -> None:
         parts.append(f"![top-1 of nets of equal cost]({draw(table).name})")
         if best:
             parts.append("\n".join(method_table(table)))
-        extra = f"Best of N random nets at equal compute: {number(best.get('best_of_equal_compute'))}. "
-        extra += f"Rank correlation of shared weights with training from scratch: {number(row['rank_correlation'])}"
-        extra += f" ({number(row['rank_correlation_running'])} with running statistics instead of recalibrated norms)."
+            parts.append(f"Best of N random nets at equal compute: {number(best['best_of_equal_compute'])}.")
+        if math.isfinite(row["rank_correlation"]):
+            agreed = f"{number(row['rank_correlation'])} with norms recalibrated for each net, "
+            agreed += f"{number(row['rank_correlation_running'])} with running statistics"
+            parts.append(f"Rank correlation of shared weights with training from scratch: {agreed}.")
         seen = sorted({f"{r['device']}, torch {r['torch']}, timm {r['timm']}" for r in table.rows})
         days = sorted({r["date"] for r in table.rows})
-        parts.append(f"{extra}\n\nMachine: {'; '.join(seen)}; {days[0]} to {days[-1]}.")
+        parts.append(f"Machine: {'; '.join(seen)}; {days[0]} to {days[-1]}.")
     readme = HERE / "README.md"
     before, rest = readme.read_text().split(START)
     readme.write_text(f"{before}{START}\n\n" + "\n\n".join(parts) + f"\n\n{END}{rest.split(END)[1]}")

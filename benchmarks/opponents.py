@@ -114,7 +114,7 @@ def _ranked(lab: "Lab", seed: int, by: str) -> tuple[Arch, int]:
     net = extract(net, widest).to(lab.device)
     rest, held_out = lab.data.split(SearchConfig.gate_fraction, seed)
     seen = train_shared(lab, net, lambda x: net(x, widest), rest, seed)
-    batches = cycle(lab.data.train_batches(lab.setup.recipe.batch_size, seed=seed, indices=held_out))
+    batches = cycle(lab.data.train_batches(lab.setup.search.batch_size, seed=seed, indices=held_out))
     squares: dict[nn.Module, Tensor] = {}
     for _ in range(10 if by == "taylor" else 0):
         x, y = next(batches)
