@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -334,7 +334,7 @@ def judge_method(table: Table, method: str) -> dict:
         return {}
     means = [fmean(s.values()) for s in random.values()]
     seconds = [row["seconds"] for row in table.rows if row["kind"] == "training" and row["net"] in random]
-    cost = fmean(nets[name]["search_seconds"] for name in found) / fmean(seconds)
+    cost = median(nets[name]["search_seconds"] for name in found) / median(seconds)  # a process may have been paused
     return {
         "search_seeds": len(found),
         "found_top1": fmean(fmean(s.values()) for s in found.values()),
