@@ -172,9 +172,6 @@ VARIANTS = {
     "fixed-grid": Variant(bipath=False),
     "slow-shrinking": Variant(SearchConfig(block_from=0.8, block_by=1.0, width_below=0.005)),
     "fast-shrinking": Variant(SearchConfig(block_from=0.2, block_by=0.4, width_below=0.2)),
-    "fast-shrinking-gates-every-step": Variant(
-        SearchConfig(block_from=0.2, block_by=0.4, width_below=0.2, gate_every=1)
-    ),
     "expected-width": Variant(likelihood=expected_width_likelihood),
 }
 
