@@ -17,12 +17,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -38,6 +40,7 @@ from dnas.cost import CostTable, resolve_budgets  # noqa: E402
 from dnas.data import Data, load_data  # noqa: E402
 from dnas.derive import Likelihood, derive, gate_likelihood, random_arch, uniform_arch  # noqa: E402
 from dnas.export import build_net  # noqa: E402
+from dnas.prunode import PairGate  # noqa: E402
 from dnas.runs import provenance, write_json  # noqa: E402
 from dnas.search import SearchConfig, search  # noqa: E402
 from dnas.supernet import Macro, Supernet, net_of, space_of  # noqa: E402
@@ -124,30 +127,35 @@ def run_search(lab: Lab, variant: str, seed: int) -> dict:
     rows: list[dict] = []
     if recipe.channels_last:
         net = net.to(memory_format=torch.channels_last)
-    search(net, lab.tables, lab.budgets, lab.data, recipe, how.config, seed=seed, on_row=rows.append)
+    with mock.patch("dnas.gates.without_scale", lambda factor: factor) if how.scale else nullcontext():
+        search(net, lab.tables, lab.budgets, lab.data, recipe, how.config, seed=seed, on_row=rows.append)
     arch = derive(net.space, lab.tables, lab.budgets, how.likelihood(net))
     images = sum(recipe.batch_size + row.get("images", 0) for row in rows)
     found = {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
     return net_row(lab, f"{variant}/{seed}", arch) | found
 
 
-def expected_width_likelihood(net: Supernet) -> Likelihood:
-    """As `gate_likelihood`, but the best width is the expected one; distances are in shares of the widest."""
+def likeliest_width(net: Supernet) -> Likelihood:
+    """As `gate_likelihood`, but of widths too it is the log-probability that counts."""
     like = dict(gate_likelihood(net))
     for name, p in net.probabilities().items():
         if net.space.by_name[name].is_width:
-            widths = np.array(net.space.by_name[name].options) / max(net.space.by_name[name].options)
-            like[name] = -((widths - float(p.detach().double().cpu().numpy() @ widths)) ** 2)
+            p = p.detach().double().cpu().numpy()
+            if isinstance(net.gates()[name], PairGate) and np.count_nonzero(p) > 1:  # it knows two: falling by e a step
+                at = np.arange(len(p))
+                p = np.exp(-np.abs(at[:, None] - at[p > 0])) @ p[p > 0]
+            like[name] = np.where(like[name] == -1000, -1000, np.log(np.maximum(p, 1e-30)))
     return like
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is changed in a search; ``length`` is a factor on its epochs."""
+    """What is changed in a search; ``length`` is a factor on its epochs, ``scale`` stays in the gates' gradient."""
 
     config: SearchConfig = SearchConfig()
     length: float = 1.0
     bipath: bool = True
+    scale: bool = False
     likelihood: Callable[[Supernet], Likelihood] = gate_likelihood
 
 
@@ -172,7 +180,8 @@ VARIANTS = {
     "fixed-grid": Variant(bipath=False),
     "slow-shrinking": Variant(SearchConfig(block_from=0.8, block_by=1.0, width_below=0.005)),
     "fast-shrinking": Variant(SearchConfig(block_from=0.2, block_by=0.4, width_below=0.2)),
-    "expected-width": Variant(likelihood=expected_width_likelihood),
+    "scale-in-gradient": Variant(scale=True),
+    "likeliest-width": Variant(likelihood=likeliest_width),
 }
 
 
@@ -334,6 +343,7 @@ def judge_method(table: Table, method: str) -> dict:
     if not random or not found or "uniform" not in scores:
         return {}
     means = [fmean(s.values()) for s in random.values()]
+    default = "old-default" if method.startswith("old-") else "default"  # the search before the expected width
     seconds = [row["seconds"] for row in table.rows if row["kind"] == "training" and row["net"] in random]
     cost = median(nets[name]["search_seconds"] for name in found) / median(seconds)  # a process may have been paused
     return {
@@ -342,7 +352,7 @@ def judge_method(table: Table, method: str) -> dict:
         "found_percentile": fmean(stats.percentile(fmean(s.values()), means) for s in found.values()),
         "found_minus_uniform": stats.minus_paired(found, scores["uniform"]),
         "found_minus_random": stats.minus_mean(found, random),
-        "found_minus_default": stats.minus_method(found, stats.of_method(scores, "default")),
+        "found_minus_default": stats.minus_method(found, stats.of_method(scores, default)),
         "search_in_trainings": cost,
         "best_of_equal_compute": stats.best_of(random, max(1, math.ceil(cost))),
     }

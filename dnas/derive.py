@@ -10,7 +10,6 @@ import numpy as np
 
 from dnas.arch import KEEP, Arch, Decision, Space
 from dnas.cost import CostTable
-from dnas.prunode import PairGate
 from dnas.supernet import Supernet
 from dnas.units import Budget, UserError, show
 
@@ -267,20 +266,23 @@ def _polish(walker: _Walker) -> None:
         walker.refresh()
 
 
-def gate_likelihood(net: Supernet) -> dict[str, np.ndarray]:
-    """Log-probabilities of the gates.
+def near(d: Decision, width: float) -> np.ndarray:
+    """How near each width of ``d`` is to ``width``: minus the squared difference of their logarithms."""
+    return -(np.log(np.array(d.options, dtype=float) / width) ** 2)
 
-    A pair of inner widths knows two widths only: widths near it are given likelihood that falls by e a grid step. What
-    was cut off is a last resort, -1000: where the grid is so coarse that what is left misses the band, the band wins.
+
+def gate_likelihood(net: Supernet) -> dict[str, np.ndarray]:
+    """Log-probabilities of the gates of blocks and layers; of widths, how near they are to the expected one.
+
+    Expected sampling (DMCP, Guo et al., CVPR 2020), here inside the band. The likeliest width of a chain whose links
+    are alike is its first or its last one, wherever the expectation, which the budget was met by, lies. What was cut
+    off is a last resort, -1000: where the grid is so coarse that what is left misses the band, the band wins.
     """
     like = {d.name: np.zeros(len(d.options)) for d in net.space.decisions}
     live = net.live_options()
     for name, gate in net.gates().items():
-        p = gate.probabilities().detach().double().cpu().numpy()
-        if isinstance(gate, PairGate) and len(p) > 1:
-            steps = np.abs(np.arange(len(p))[:, None] - np.array([gate.low, gate.high]))
-            p = np.exp(-steps) @ p[[gate.low, gate.high]]
-        like[name] = np.log(np.maximum(p, 1e-30))
+        d, p = net.space.by_name[name], gate.probabilities().detach().double().cpu().numpy()
+        like[name] = near(d, p @ np.array(d.options)) if d.is_width else np.log(np.maximum(p, 1e-30))
         like[name][np.setdiff1d(np.arange(len(p)), live[name])] = -1000
     return like
 
@@ -296,7 +298,7 @@ def uniform_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequenc
         like = {}
         for d in space.decisions:
             if d.is_width:
-                like[d.name] = -(np.log(np.array(d.options, dtype=float) / (scale * float(d.base))) ** 2)
+                like[d.name] = near(d, scale * float(d.base))
             else:
                 like[d.name] = np.where(np.array(d.options) == (KEEP if KEEP in d.options else d.base), 0.0, -1e3)
         return like

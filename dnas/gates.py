@@ -35,6 +35,12 @@ def one_hot_of(weights: Tensor) -> Tensor:
     return straight_through(nn.functional.one_hot(weights.argmax(), len(weights)).to(weights), weights)
 
 
+def without_scale(factor: Tensor) -> Tensor:
+    """``factor`` in value; in gradient without its part along ``factor``, a change that scales all of it alike."""
+    norm = torch.linalg.vector_norm(factor)
+    return factor * (norm.detach() / norm)
+
+
 def gumbel_softmax(
     logits: Tensor, temperature: float, generator: torch.Generator | None = None, hard: bool = False
 ) -> Tensor:
@@ -85,14 +91,18 @@ class MarkovGate(nn.Module):
     def soft(self, generator: torch.Generator | None = None, hard: bool = False) -> Tensor:
         """The factor of every channel, [widest live width]: the marginal of its group.
 
-        ``hard``: 1 up to a drawn width and 0 after it, with the gradient of the marginals.
+        Deviation from the paper: the gradient leaves out the scale that all channels share (`without_scale`). A narrow
+        network is not a quiet one, but soft factors make it so, and what is read with no norm behind it, above all by
+        the classifier, would ask for width only to be louder. ``hard``: 1 up to a drawn width and 0 after it, with the
+        gradient of the marginals, scale included: drawn networks are as loud as they are wide.
         """
         factor = keep = self.keep()
         if hard:
             last = draw_index(chain_distribution(keep), generator)
             factor = straight_through((torch.arange(len(keep), device=keep.device) <= last).to(keep), keep)
         sizes = torch.tensor([self.widths[0], *(b - a for a, b in zip(self.widths, self.widths[1:], strict=False))])
-        return torch.repeat_interleave(factor, sizes.to(self.alpha.device), output_size=self.widths[-1])
+        factor = torch.repeat_interleave(factor, sizes.to(self.alpha.device), output_size=self.widths[-1])
+        return factor if hard else without_scale(factor)
 
     def draw(self, generator: torch.Generator | None = None, uniform: bool = False) -> int:
         """A width: by the chain (the paper's direct sampling), or any live one with equal probability."""

@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import iso_flops  # noqa: E402
 import iso_stats as stats  # noqa: E402
 
+from dnas.prunode import PairGate  # noqa: E402
+
 NOISE, SPREAD = 0.7, 1.1
 
 
@@ -208,11 +210,12 @@ def test_a_judge_leaves_the_statistics_and_only_recalibrated_sees_its_own_images
     assert misled == pytest.approx(100 * float((y == net.classifier.bias.argmax()).float().mean())) != own
 
 
-def test_the_expected_width_is_the_likeliest(lab):
+def test_the_likeliest_width_is_the_one_that_the_gate_calls_best(lab):
     net = iso_flops.Supernet(lab.macro)
-    like = iso_flops.expected_width_likelihood(net)
-    for name, p in net.probabilities().items():
-        d = net.space.by_name[name]
-        if d.is_width:
-            expected = float(p.detach().double() @ torch.tensor(d.options, dtype=torch.float64))
-            assert abs(d.options[like[name].argmax()] - expected) == min(abs(w - expected) for w in d.options)
+    with torch.no_grad():
+        for k, p in enumerate(net.gate_parameters()):
+            p.add_((-1.0) ** k * (1 + torch.arange(p.numel()).reshape(p.shape) % 3))
+    like, gates = iso_flops.likeliest_width(net), net.gates()
+    widths = [d for d in net.space.decisions if d.is_width and d.name in gates]
+    assert all(d.options[like[d.name].argmax()] == gates[d.name].best() for d in widths)
+    assert {isinstance(gates[d.name], PairGate) for d in widths} == {True, False}

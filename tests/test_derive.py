@@ -10,7 +10,6 @@ from spaces import LARGE, METRICS, SMALL, Brute, assert_in_band, large, tables_o
 
 from dnas.arch import DROP, KEEP, Decision, Site, Space
 from dnas.derive import BAND, derive, gate_likelihood, in_band, random_arch, uniform_arch
-from dnas.prunode import PairGate
 from dnas.supernet import Supernet
 from dnas.surgery import cut_width, fit, remove_block
 from dnas.units import Budget, UserError, show
@@ -295,6 +294,23 @@ def test_beyond_the_base_net_some_layers_take_dearer_blocks_and_none_is_dropped(
 # What the gates know
 
 
+def test_a_chain_of_like_links_ends_at_its_expected_width_not_at_an_end():
+    net = Supernet(SUPERNETS["mobilenet_v2"](num_classes=4, img_size=16))
+    gate = net.widths["stage6/width"]
+    with torch.no_grad():
+        gate.alpha.fill_(3.0)
+    p, options = gate.probabilities().detach().double().numpy(), net.space.by_name["stage6/width"].options
+    assert p.argmax() in (0, len(p) - 1) and gate.best() in (options[0], options[-1])
+    chosen = options[gate_likelihood(net)["stage6/width"].argmax()]
+    mean = sum(draw_width(gate, seed) for seed in range(2000)) / 2000
+    assert options[0] < chosen < options[-1]
+    assert chosen == pytest.approx(mean, rel=0.08)
+
+
+def draw_width(gate, seed):
+    return gate.draw(torch.Generator().manual_seed(seed))
+
+
 def test_likelihood_of_the_gates():
     torch.manual_seed(0)
     net = Supernet(SUPERNETS["prunet"](num_classes=4, img_size=16, width_mult=0.5))
@@ -309,14 +325,11 @@ def test_likelihood_of_the_gates():
     assert all(len(like[d.name]) == len(d.options) for d in net.space.decisions)
     for name, gate in net.gates().items():
         p = gate.probabilities().detach().double().numpy()
-        if isinstance(gate, PairGate):
-            pair = [gate.low, gate.high]
-            assert np.isfinite(like[name]).all()
-            # Certain as far as the pair goes, then falling by e a grid step away from it.
-            assert like[name].argmax() in pair
-            assert np.diff(like[name][: gate.low + 1]) == pytest.approx(np.ones(gate.low), abs=1e-6)
-            middle = like[name][gate.low : gate.high + 1]
-            assert (np.diff(middle, 2) >= -1e-9).all()  # a valley between the two
+        if name == "stage2/width":
+            continue
+        if (d := net.space.by_name[name]).is_width:  # widths a factor away on either side are alike
+            expected = float(p @ np.array(d.options))
+            assert like[name] == pytest.approx([-(math.log(w / expected) ** 2) for w in d.options], abs=1e-9)
         else:
             assert np.exp(like[name]) == pytest.approx(p, abs=1e-12)  # a probability of 0 included
     # What was cut off is far less likely than anything that is left.

@@ -294,3 +294,31 @@ def test_uniform_draws_are_even_over_what_is_alive():
     assert_frequencies(frequencies(pair, [pair.small, pair.large], uniform=True), [0.5] * 2)
     assert_frequencies(frequencies(choice, choice.options, uniform=True), [0.5] * 2)
     assert_frequencies(frequencies(skip, [DROP, KEEP], uniform=True), [0.5] * 2)
+
+
+# The common scale
+
+
+def test_a_factor_asks_for_no_common_scale():
+    gate = chain_gate([4, 7, 12], 0.5)
+    gate.soft().square().sum().backward()
+    assert gate.alpha.grad.abs().max() < 1e-12
+    worth = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def loss(alpha):  # what a reader with a norm would see: direction only, at today's loudness
+        first, then = torch.sigmoid(alpha).tolist()
+        factor = torch.tensor([1.0] * 4 + [first] * 3 + [first * then] * 5, dtype=torch.float64)
+        return float((worth * factor).sum() / factor.norm())
+
+    loudness = float(gate.soft().detach().norm())
+    gate.alpha.grad = None
+    (worth * gate.soft()).sum().backward()
+    alpha, step = gate.alpha.detach(), 1e-4
+    for k in range(2):
+        e = torch.zeros(2, dtype=torch.float64)
+        e[k] = step
+        slope = loudness * (loss(alpha + e) - loss(alpha - e)) / (2 * step)
+        assert float(gate.alpha.grad[k]) == pytest.approx(slope, rel=1e-5)
+    gate.alpha.grad = None
+    gate.soft(generator(0), hard=True).square().sum().backward()  # drawn networks are as loud as they are wide
+    assert gate.alpha.grad.abs().min() > 0.1
