@@ -16,6 +16,7 @@ from scipy.stats import norm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import iso_flops  # noqa: E402
+import iso_report  # noqa: E402
 import iso_stats as stats  # noqa: E402
 
 from dnas.prunode import PairGate  # noqa: E402
@@ -219,3 +220,42 @@ def test_the_likeliest_width_is_the_one_that_the_gate_calls_best(lab):
     widths = [d for d in net.space.decisions if d.is_width and d.name in gates]
     assert all(d.options[like[d.name].argmax()] == gates[d.name].best() for d in widths)
     assert {isinstance(gates[d.name], PairGate) for d in widths} == {True, False}
+
+
+def planted_rows(setup, found):
+    """Random nets of 50, 51, ... 59 %, the uniform one of 54.5 %, found ones of 58.3 and 58.7 %."""
+    info = {"device": "a machine", "torch": "2", "timm": "1", "date": "2026-01-02"}
+    means = {f"random/{k}": 50.0 + k for k in range(10)} | {"uniform": 54.5}
+    means |= {f"default/{k}": 58.3 + 0.4 * k for k in range(found)}
+    rows = []
+    for net, mean in means.items():
+        rows.append(info | {"kind": "net", "net": net, "search_seconds": 30.0})
+        seeds = iso_flops.own_seeds(net) if net.startswith("default") else range(6)
+        rows += [
+            info | {"kind": "training", "net": net, "seed": s, "top1": mean + s % 3 - 1, "seconds": 10} for s in seeds
+        ]
+    (iso_flops.RESULTS / f"{setup}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_report_says_what_was_planted_and_leaves_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(iso_flops, "RESULTS", tmp_path)
+    monkeypatch.setattr(iso_report, "HERE", tmp_path)
+    planted_rows("digits", 2)
+    planted_rows("prunet", 0)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{iso_report.START}\nold\n{iso_report.END}\nafter\n")
+    iso_report.main()
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    # The seeds' -1, 0, 1 twice have the variance 4 / 5; a mean of six a sixth of it.
+    noise = math.sqrt(4 / 5 / 6)
+    spread = math.sqrt(np.var(range(10), ddof=1) - noise**2)
+    start = f"10 x 6 seeds | {noise:.2f} | {spread:.2f} | {spread / noise:.2f} | 54.50 | 59.00 | 54.50 (percentile 50)"
+    assert text.count(start) == 2
+    # Two differences of 3.8 and 4.2: a standard error of 0.2 and Student's t of 12.71.
+    line = "| default | 2 | 58.50 | 90 | +4.00 [+1.46, +6.54] | +4.00 "
+    assert text.count("| default |") == 1 and line in text and text.count("Best of N") == 1
+    pictures = {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
+    assert set(pictures) == {"digits.svg", "prunet.svg"}
+    iso_report.main()
+    assert readme.read_text() == text and all((tmp_path / k).read_bytes() == v for k, v in pictures.items())
