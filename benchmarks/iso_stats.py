@@ -43,7 +43,7 @@ def noise(scores: Scores) -> float:
 
 def spread(scores: Scores, training_noise: float) -> float:
     """Standard deviation over nets of what more seeds would converge to: the noise of the means is taken out."""
-    if len(scores) < 2:
+    if len(scores) < 2 or math.isnan(training_noise):
         return math.nan
     of_means = variance(fmean(s.values()) for s in scores.values())
     return math.sqrt(max(0.0, of_means - training_noise**2 * fmean(1 / len(s) for s in scores.values())))
@@ -89,13 +89,15 @@ def minus_mean(found: Scores, others: Scores) -> Interval:
 def best_of(scores: Scores, n: int) -> float:
     """Expected top-1 of the best of ``n`` random nets: chosen by one training, reported by the mean of its others.
 
-    Exact over all subsets of the nets that have two trainings or more. The choice looks at the images that the report
+    Exact over all subsets of the nets that have two trainings or more; NaN if there is none. The choice looks at the images that the report
     uses, which a search must not: this favours the opponent a little.
     """
     pairs = sorted(
         ((s[min(s)], fmean(v for k, v in s.items() if k != min(s))) for s in scores.values() if len(s) > 1),
         reverse=True,
     )
+    if not pairs:
+        return math.nan
     total = len(pairs)
     n = min(n, total)
     chosen = [math.comb(total - 1 - rank, n - 1) / math.comb(total, n) for rank in range(total)]

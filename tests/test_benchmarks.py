@@ -44,7 +44,9 @@ def test_noise_and_spread_are_told_apart():
 
 
 def test_noise_of_single_trainings_is_unknown():
-    assert math.isnan(stats.noise({"random/0": {0: 1.0}, "random/1": {0: 2.0}}))
+    once = {"random/0": {0: 1.0}, "random/1": {0: 2.0}}
+    assert math.isnan(stats.noise(once))
+    assert math.isnan(stats.spread(once, stats.noise(once))) and math.isnan(stats.best_of(once, 1))
 
 
 def test_percentile_counts_ties_half():
