@@ -89,8 +89,8 @@ def minus_mean(found: Scores, others: Scores) -> Interval:
 def best_of(scores: Scores, n: int) -> float:
     """Expected top-1 of the best of ``n`` random nets: chosen by one training, reported by the mean of its others.
 
-    Exact over all subsets of the nets that have two trainings or more; NaN if there is none. The choice looks at the images that the report
-    uses, which a search must not: this favours the opponent a little.
+    Exact over all subsets of the nets that have two trainings or more; NaN if there is none. The choice looks at the
+    images that the report uses, which a search must not: this favours the opponent a little.
     """
     pairs = sorted(
         ((s[min(s)], fmean(v for k, v in s.items() if k != min(s))) for s in scores.values() if len(s) > 1),
