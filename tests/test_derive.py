@@ -326,7 +326,7 @@ def test_likelihood_of_the_gates():
     for name, gate in net.gates().items():
         p = gate.probabilities().detach().double().numpy()
         if name == "stage2/width":
-            continue
+            continue  # cut to one width: looked at below
         if (d := net.space.by_name[name]).is_width:  # widths a factor away on either side are alike
             expected = float(p @ np.array(d.options))
             assert like[name] == pytest.approx([-(math.log(w / expected) ** 2) for w in d.options], abs=1e-9)
