@@ -138,10 +138,10 @@ def run_search(lab: Lab, variant: str, seed: int) -> dict:
 def likeliest_width(net: Supernet) -> Likelihood:
     """As `gate_likelihood`, but of widths too it is the log-probability that counts."""
     like = dict(gate_likelihood(net))
-    for name, p in net.probabilities().items():
+    for name, gate in net.gates().items():
         if net.space.by_name[name].is_width:
-            p = p.detach().double().cpu().numpy()
-            if isinstance(net.gates()[name], PairGate) and np.count_nonzero(p) > 1:  # it knows two: falling by e a step
+            p = gate.probabilities().detach().double().cpu().numpy()
+            if isinstance(gate, PairGate) and np.count_nonzero(p) > 1:  # it knows two: falling by e a step
                 at = np.arange(len(p))
                 p = np.exp(-np.abs(at[:, None] - at[p > 0])) @ p[p > 0]
             like[name] = np.where(like[name] == -1000, -1000, np.log(np.maximum(p, 1e-30)))
@@ -343,7 +343,8 @@ def judge_method(table: Table, method: str) -> dict:
     if not random or not found or "uniform" not in scores:
         return {}
     means = [fmean(s.values()) for s in random.values()]
-    default = "old-default" if method.startswith("old-") else "default"  # the search before the expected width
+    # Searches before the expected width are compared with the default of then, and that one with today's.
+    default = "old-default" if method.startswith("old-") and method != "old-default" else "default"
     seconds = [row["seconds"] for row in table.rows if row["kind"] == "training" and row["net"] in random]
     cost = median(nets[name]["search_seconds"] for name in found) / median(seconds)  # a process may have been paused
     return {

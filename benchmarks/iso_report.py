@@ -53,7 +53,7 @@ def method_table(table: Table) -> list[str]:
         if row := judge_method(table, method):
             cells = [method, str(row["search_seeds"]), number(row["found_top1"]), number(row["found_percentile"], 0)]
             cells += [with_ends(row["found_minus_uniform"]), with_ends(row["found_minus_random"])]
-            cells.append("-" if method in ("default", "old-default") else with_ends(row["found_minus_default"]))
+            cells.append("-" if method == "default" else with_ends(row["found_minus_default"]))
             lines.append("| " + " | ".join([*cells, number(row["search_in_trainings"], 1)]) + " |")
     return lines
 
