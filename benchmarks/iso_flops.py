@@ -40,10 +40,11 @@ from dnas.cost import CostTable, resolve_budgets  # noqa: E402
 from dnas.data import Data, load_data  # noqa: E402
 from dnas.derive import Likelihood, derive, gate_likelihood, random_arch, uniform_arch  # noqa: E402
 from dnas.export import build_net  # noqa: E402
+from dnas.macro import Macro, MacroSupernet, net_of, space_of  # noqa: E402
 from dnas.prunode import PairGate  # noqa: E402
 from dnas.runs import provenance, write_json  # noqa: E402
 from dnas.search import SearchConfig, search  # noqa: E402
-from dnas.supernet import Macro, Supernet, net_of, space_of  # noqa: E402
+from dnas.supernet import Supernet  # noqa: E402
 from dnas.train import Recipe, train_from_scratch  # noqa: E402
 from dnas.units import Budget, UserError, parse_budget  # noqa: E402
 from supernets import SUPERNETS  # noqa: E402
@@ -79,7 +80,7 @@ SGD = Recipe(epochs=6, opt="sgd", lr=0.3, weight_decay=1e-3, warmup_epochs=1)
 SLOWER = replace(SGD, epochs=12, lr=0.1)  # at 0.3 a supernet spends its first epoch worse than a guess
 SETUPS = {
     "digits": Setup("prunet", 0.35, 2, "10%", "digits", 1437, 8, ADAMW, ADAMW, 3),
-    "mobilenet_v2": Setup("mobilenet_v2", 0.5, 2, "10%", "cifar10", 5000, 12, SGD, SLOWER, 5, most_layers=1),
+    "mobilenet_v2": Setup("mobilenet_v2", 0.5, 2, "10%", "cifar10", 5000, 12, SGD, SLOWER, 6, most_layers=1),
     "prunet": Setup("prunet", 0.35, 4, "10%", "cifar10", 5000, 12, SGD, SLOWER, 9, most_layers=2),
 }
 
@@ -123,7 +124,7 @@ def run_search(lab: Lab, variant: str, seed: int) -> dict:
     how = VARIANTS[variant]
     recipe = replace(lab.setup.search, epochs=round(lab.setup.search.epochs * how.length))
     random_seed(seed)
-    net = Supernet(replace(lab.macro, bipath=lab.macro.bipath and how.bipath)).to(lab.device)
+    net = MacroSupernet(replace(lab.macro, bipath=lab.macro.bipath and how.bipath)).to(lab.device)
     rows: list[dict] = []
     if recipe.channels_last:
         net = net.to(memory_format=torch.channels_last)

@@ -48,6 +48,17 @@ def _fused_macs(*, kernel, size, size_in, se, mid, **width):
     return width["in"] * mid * kernel**2 * size + _squeeze_macs(mid, se) + mid * width["out"] * size
 
 
+# A share of a layer whose widths go with whole groups of channels: its cost for one step of each (dnas.timm_net).
+
+
+def _channels_macs(*, macs, params, step_in, step_out, **width):
+    return macs * (width["in"] // step_in) * (width["out"] // step_out)
+
+
+def _channels_params(*, macs, params, step_in, step_out, **width):
+    return params * (width["in"] // step_in) * (width["out"] // step_out)
+
+
 # Parameters: a norm has two a channel; squeeze-excite's convolutions have biases, no other convolution has one.
 
 
@@ -82,6 +93,7 @@ CLOSED_FORMS: dict[str, dict[str, Form]] = {
         "ds": _separable_macs,
         "ir": _inverted_macs,
         "er": _fused_macs,
+        "channels": _channels_macs,
     },
     "params": {
         "conv": _conv_params,
@@ -89,6 +101,7 @@ CLOSED_FORMS: dict[str, dict[str, Form]] = {
         "ds": _separable_params,
         "ir": _inverted_params,
         "er": _fused_params,
+        "channels": _channels_params,
     },
 }
 

@@ -1,15 +1,12 @@
 """A found network out of dnas: checked, counted, and written as a plain timm model with its ``arch.json``.
 
-A network is data (`NET`). Whatever goes into ``model.py`` is validated first and written by ``repr`` of numbers,
-booleans and known words: an arch file is data, it never becomes code.
+A network is data (`dnas.schema`). Whatever goes into ``model.py`` is validated first and written by ``repr`` of
+numbers, booleans and known words: an arch file is data, it never becomes code.
 """
 
-import builtins
 import inspect
 import json
-import keyword
 import math
-import re
 import shutil
 import subprocess
 import sys
@@ -18,150 +15,66 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import Any
 
 import safetensors.torch
 import torch
 from fvcore.nn import FlopCountAnalysis
-from timm.models import clean_state_dict, is_model, model_entrypoint
+from timm.models import clean_state_dict, get_pretrained_cfg
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dnas import native
+from dnas import narrowed, native
 from dnas.runs import write_whole
+from dnas.schema import ARCH, DATA, MAX_BYTES, SCHEMA, Floats, check, check_data, check_name, check_net, fail
+from dnas.timm_net import outline
 from dnas.units import UserError
-
-Floats = Sequence[float]
-
-# What is allowed, as data for `_check`: a dict has exactly these keys; a list is [entry, how many]; a range holds whole
-# numbers and a tuple known values; `str` is a short line of text, `float` any finite number, `dict` any plain dict.
-SCHEMA = 1
-MAX_BYTES = 1_000_000
-WIDTH, CHANNELS, COUNT = range(1, 16_385), range(1, 1_025), range(1, 2**63)
-ROW = {  # one block; ds = depthwise separable (mid: its input width), ir = inverted residual, er = fused
-    "kind": ("ds", "ir", "er"),
-    "kernel": (1, 3, 5, 7),
-    "stride": (1, 2),  # 2 only in the first block of a stage
-    "mid": WIDTH,
-    "out": WIDTH,
-    "se": range(16_385),  # squeeze width in channels; 0: none
-    "skip": (True, False),
-}
-NET = {
-    "act": tuple(native.ACTS),
-    "stem": {"width": WIDTH, "stride": (1, 2)},
-    "stages": [[ROW, range(1, 65)], range(1, 65)],
-    "head": WIDTH,
-}
-# What the network sees and says: img_size in pixels; mean and std of pixels in [0, 1], one a channel.
-SIZES = {"img_size": range(1, 8_193), "in_chans": CHANNELS, "num_classes": range(1, 1_000_001)}
-DATA: dict[str, Any] = {**SIZES, "mean": [float, CHANNELS], "std": [float, CHANNELS]}
-BUDGET = [{"metric": str, "limit": float, "reached": float}, range(17)]
-ARCH = {"schema": (SCHEMA,), "name": str, "supernet": str, **DATA, "answers": dict, "net": NET, "widths": dict}
-ARCH |= {"macs": COUNT, "params": COUNT, "budget": BUDGET, "provenance": dict}
-
-
-def _fail(where: str, value: object, allowed: str) -> NoReturn:
-    try:
-        shown = " ".join(repr(value).split())
-    except ValueError:  # Python refuses to print integers of thousands of digits
-        shown = "a huge number"
-    raise UserError(f"{where} is {shown if len(shown) <= 60 else shown[:57] + '...'}: it must be {allowed}")
-
-
-def _check(where: str, value: Any, allowed: Any) -> None:
-    """Raise UserError, naming the entry, unless ``value`` is ``allowed``; types are exact, so that True is no 1."""
-    kind, parts = type(value), []
-    if isinstance(allowed, dict):
-        ok, text = kind is dict and value.keys() == allowed.keys(), f"a dict with the keys {', '.join(allowed)}"
-        if kind is dict and not ok:
-            odd = ", ".join(sorted(map(repr, value.keys() ^ allowed.keys())))[:80]
-            raise UserError(f"{where} has missing or unknown keys, {odd}: it must be {text}")
-        parts = [(f"{where}.{key}", key, entry) for key, entry in allowed.items()]
-    elif isinstance(allowed, list):
-        entry, sizes = allowed
-        ok, text = kind is list and len(value) in sizes, f"a list of {sizes[0]} to {sizes[-1]} entries"
-        parts = [(f"{where}[{i}]", i, entry) for i in range(len(value) if ok else 0)]
-    elif isinstance(allowed, range):
-        ok, text = kind is int and value in allowed, f"a whole number from {allowed[0]} to {allowed[-1]}"
-    elif isinstance(allowed, tuple):
-        ok = any(kind is type(known) and value == known for known in allowed)
-        text = f"one of {', '.join(map(str, allowed))}"
-    elif allowed is str:
-        ok, text = kind is str and 1 <= len(value) <= 128 and value.isprintable(), "1 to 128 printable characters"
-    elif allowed is float:
-        ok, text = kind in (int, float) and abs(value) < math.inf, "a finite number"
-    else:
-        ok, text = kind is allowed, f"a {allowed.__name__}"
-    if not ok:
-        _fail(where, value, text)
-    for name, key, entry in parts:
-        _check(name, value[key], entry)
-
-
-def check_net(net: Any) -> None:
-    """Raise UserError, naming the entry, unless ``net`` follows `NET` and can be built exactly as it says."""
-    _check("net", net, NET)
-    width = net["stem"]["width"]
-    for i, rows in enumerate(net["stages"]):
-        for j, row in enumerate(rows):
-            where = f"net.stages[{i}][{j}]"
-            if row["kind"] == "ds" and row["mid"] != width:
-                _fail(f"{where}.mid", row["mid"], f"the input width {width}, for kind ds has no expansion")
-            if row["stride"] == 2 and j > 0:
-                _fail(f"{where}.stride", 2, "1, for only the first block of a stage may have stride 2")
-            if row["skip"] and (row["stride"] == 2 or row["out"] != width):
-                _fail(f"{where}.skip", True, f"False, for stride is not 1 or out is not the input width {width}")
-            width = row["out"]
-
-
-def check_name(name: Any) -> None:
-    """Raise UserError unless ``name`` can name the entry point in ``model.py`` and is no model of timm's own."""
-    if type(name) is not str or not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name):
-        _fail("name", name, "1 to 64 of a-z, 0-9 and _, a letter first")
-    taken = {*dir(builtins), *dir(native), "default_cfgs", "generate_default_cfgs", "register_model"}
-    if keyword.iskeyword(name) or name in taken:
-        _fail("name", name, "no word that Python or model.py itself uses")
-    # A network of ours may be exported again: its entry point has NET beside it.
-    if is_model(name) and "NET" not in getattr(model_entrypoint(name), "__globals__", {}):
-        _fail("name", name, "no model that timm already has")
-
-
-def _data(num_classes: int, in_chans: int, img_size: int, mean: Floats, std: Floats) -> dict[str, Any]:
-    """These five as a dict that follows `DATA`. Raises UserError otherwise."""
-    data: dict[str, Any] = dict(zip(DATA, (img_size, in_chans, num_classes, [*mean], [*std]), strict=True))
-    _check("arch", data, DATA)
-    for key in ("mean", "std"):
-        if len(data[key]) != in_chans:
-            _fail(f"arch.{key}", data[key], f"{in_chans} numbers, one a channel")
-    if min(std) <= 0:
-        _fail("arch.std", data["std"], "above 0")
-    return data
 
 
 def check_document(document: Any) -> None:
     """Raise UserError unless ``document`` follows `ARCH` and its figures are those of its net, built anew."""
-    _check("arch", document, ARCH)
+    check("arch", document, ARCH)
     check_name(document["name"])
-    _data(**{key: document[key] for key in DATA})
+    check_data(**{key: document[key] for key in DATA})
     for decision, option in document["answers"].items():
-        _check(f"arch.answers[{decision!r}]", option, int if type(option) is int else str)
+        check(f"arch.answers[{decision!r}]", option, int if type(option) is int else str)
     for key, value in _counts(document["net"], document).items():
         if json.dumps(document[key]) != json.dumps(value):
-            _fail(f"arch.{key}", document[key], "that of the net, built anew" + f": {value}" * (key != "widths"))
+            fail(f"arch.{key}", document[key], "that of the net, built anew" + f": {value}" * (key != "widths"))
     for i, row in enumerate(document["budget"]):
         if row["reached"] != document.get(row["metric"], row["reached"]):
-            _fail(f"arch.budget[{i}].reached", row["reached"], f"the {row['metric']} of the net")
+            fail(f"arch.budget[{i}].reached", row["reached"], f"the {row['metric']} of the net")
 
 
 def build_net(
     net: dict[str, Any], *, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0, drop_path_rate: float = 0.0
 ) -> nn.Module:
-    """The timm `EfficientNet` of ``net``, freshly initialised. Raises UserError where ``net`` is wrong."""
+    """The timm network of ``net``, freshly initialised. Raises UserError where ``net`` is wrong.
+
+    Rates of 0 are not passed on: not every network of timm's knows them.
+    """
     check_net(net)
-    cfg: dict[str, Any] = {"num_classes": num_classes, "input_size": (in_chans, 224, 224)}
-    cfg |= {"first_conv": "conv_stem", "classifier": "classifier"}
-    return native.build(net, "dnas", pretrained_cfg=cfg, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+    cfg: dict[str, Any] = {"num_classes": num_classes, "input_size": (in_chans, 224, 224), **_heads(net)}
+    rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+    rates = {name: rate for name, rate in rates.items() if rate}
+    try:
+        return _kind(net).build(net, "dnas", pretrained_cfg=cfg, **rates)
+    except TypeError as error:
+        raise UserError(f"{net['base']} does not take {', '.join(rates)}: {error}" if rates else str(error)) from None
+
+
+def _kind(net: dict[str, Any]) -> ModuleType:
+    """The module whose text builds ``net``."""
+    return narrowed if "base" in net else native
+
+
+def _heads(net: dict[str, Any]) -> dict[str, Any]:
+    """Where timm finds the first convolution and the classifier."""
+    if "base" not in net:
+        return {"first_conv": "conv_stem", "classifier": "classifier"}
+    cfg = get_pretrained_cfg(net["base"])
+    return {key: getattr(cfg, key, None) for key in ("first_conv", "classifier")}
 
 
 @contextmanager
@@ -179,18 +92,29 @@ def _one_image(model: nn.Module, in_chans: int, img_size: int) -> Iterator[torch
 
 
 def count_macs(model: nn.Module, in_chans: int, img_size: int) -> int:
-    """Multiply-accumulates of convolutions and linear layers for one image, counted by fvcore."""
+    """Multiply-accumulates for one image: convolutions and linear layers as fvcore counts them, products as torch does.
+
+    Products are those of two feature maps (attention), which fvcore misses where they are fused.
+    """
     with _one_image(model, in_chans, img_size) as x:
         analysis = FlopCountAnalysis(model, x).unsupported_ops_warnings(False).tracer_warnings("none")
         by_operator = analysis.uncalled_modules_warnings(False).by_operator()
-    return int(by_operator["conv"] + by_operator["linear"])  # fvcore's total has batch norm and pooling in it, too
+    # fvcore's total has batch norm and pooling in it, too
+    return int(by_operator["conv"] + by_operator["linear"]) + _by_torch(model, in_chans, img_size)[1]
 
 
 def count_macs_torch(model: nn.Module, in_chans: int, img_size: int) -> int:
-    """The same by torch's own counter, which counts 2 for a MAC; works on the meta device, too."""
+    """The same by torch's own counter alone; works on the meta device, too."""
+    return sum(_by_torch(model, in_chans, img_size))
+
+
+def _by_torch(model: nn.Module, in_chans: int, img_size: int) -> tuple[int, int]:
+    """Multiply-accumulates (layers, products); torch counts 2 for each."""
     with _one_image(model, in_chans, img_size) as x, FlopCounterMode(display=False) as counter:
         model(x)
-    return int(counter.get_total_flops()) // 2
+    counts = {op.__name__: flops // 2 for op, flops in counter.get_flop_counts().get("Global", {}).items()}
+    layers = sum(counts.pop(op, 0) for op in ("convolution", "addmm", "mm"))
+    return layers, sum(counts.values())
 
 
 def count_params(model: nn.Module) -> int:
@@ -201,12 +125,18 @@ def count_params(model: nn.Module) -> int:
 def _counts(net: dict[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """``{"widths": {module: [in, out]}, "macs", "params"}`` of ``net``; raises UserError where it is wrong."""
     check_net(net)
-    with torch.device("meta"):  # takes no memory, whatever an arch file from elsewhere asks for
-        model = native.network(net, num_classes=data["num_classes"], in_chans=data["in_chans"])
+    try:
+        with torch.device("meta"):  # takes no memory, whatever an arch file from elsewhere asks for
+            model = _kind(net).network(net, num_classes=data["num_classes"], in_chans=data["in_chans"])
+        macs = count_macs_torch(model, data["in_chans"], data["img_size"])
+        features = outline(model, data["in_chans"], data["img_size"])["features"] if "base" in net else []
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the network cannot be run: {str(error).splitlines()[0]}") from None
+    if features != net.get("features", []):
+        fail("net.features", net["features"], f"the channels of its feature levels: {features}")
     modules = dict(model.named_modules())
     widths = {name: [m.in_channels, m.out_channels] for name, m in modules.items() if isinstance(m, nn.Conv2d)}
     widths |= {name: [m.in_features, m.out_features] for name, m in modules.items() if isinstance(m, nn.Linear)}
-    macs = count_macs_torch(model, data["in_chans"], data["img_size"])
     return {"widths": widths, "macs": macs, "params": count_params(model)}
 
 
@@ -224,12 +154,11 @@ from pathlib import Path
 
 from timm.models import generate_default_cfgs, register_model
 
-# From here to NET: dnas/native.py as it stands.
-{native}
+# From here to NET: {kind} as it stands.
+{body}
 
 
-# One row a block: kind (ds depthwise separable, ir inverted residual, er fused), hidden and output width,
-# se = squeeze width (0: none), skip = shortcut. Widths are in channels.
+{about}
 NET = {net}
 
 WEIGHTS = Path(__file__).resolve().with_name("model.safetensors")
@@ -245,6 +174,16 @@ def {name}(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 '''
 
 
+_ABOUT = {
+    native: """\
+# One row a block: kind (ds depthwise separable, ir inverted residual, er fused), hidden and output width,
+# se = squeeze width (0: none), skip = shortcut. Widths are in channels.""",
+    narrowed: """\
+# The network of timm's that this is a narrower version of; the channels of its feature levels; for each module what is
+# smaller than there: shapes of tensors (None: as there) and the numbers that the module keeps.""",
+}
+
+
 def model_source(
     name: str, net: dict[str, Any], *, num_classes: int, in_chans: int, img_size: int, mean: Floats, std: Floats
 ) -> str:
@@ -254,17 +193,27 @@ def model_source(
     """
     check_name(name)
     check_net(net)
-    data = _data(num_classes, in_chans, img_size, mean, std)
-    strides = [net["stem"]["stride"], *(rows[0]["stride"] for rows in net["stages"])]
-    last = -(-img_size // math.prod(strides))  # every stride halves and rounds up
+    data = check_data(num_classes, in_chans, img_size, mean, std)
+    kind = _kind(net)
     crop_pct = 0.875 if img_size >= 96 else 1.0  # small images come at their final size: nothing to crop
-    cfg: dict[str, Any] = {"input_size": (in_chans, img_size, img_size), "pool_size": (last, last)}
+    cfg: dict[str, Any] = {"input_size": (in_chans, img_size, img_size), "pool_size": _pool_size(net, data)}
     cfg |= {key: tuple(map(float, data[key])) for key in ("mean", "std")} | {"num_classes": num_classes}
-    cfg |= {"interpolation": "bicubic", "crop_pct": crop_pct, "first_conv": "conv_stem", "classifier": "classifier"}
-    body = inspect.getsource(native).split('"""\n', 1)[1].strip()  # without its docstring
+    cfg |= {"interpolation": "bicubic", "crop_pct": crop_pct, **_heads(net)}
+    body = inspect.getsource(kind).split('"""\n', 1)[1].strip()  # without its docstring
     # Numbers, booleans and known words have no quotes inside.
     net_text, cfg_text = (_pretty(part, repr).replace("'", '"') for part in (net, cfg))
-    return _SOURCE.format(name=name, native=body, net=net_text, cfg=cfg_text, **data)
+    path = f"dnas/{kind.__name__.split('.')[-1]}.py"
+    return _SOURCE.format(name=name, kind=path, body=body, about=_ABOUT[kind], net=net_text, cfg=cfg_text, **data)
+
+
+def _pool_size(net: dict[str, Any], data: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the last feature map."""
+    if "base" not in net:
+        strides = [net["stem"]["stride"], *(rows[0]["stride"] for rows in net["stages"])]
+        return (-(-data["img_size"] // math.prod(strides)),) * 2  # every stride halves and rounds up
+    with torch.device("meta"):
+        model = narrowed.network(net, num_classes=data["num_classes"], in_chans=data["in_chans"])
+    return outline(model, data["in_chans"], data["img_size"])["pool_size"]
 
 
 def _pretty(value: Any, write: Callable[[Any], str], indent: int = 0) -> str:
@@ -295,7 +244,7 @@ def arch_document(
     ``data`` holds the keywords of `model_source`, ``budget`` rows ``{"metric", "limit", "reached"}``. Raises UserError
     where something is not what it should be.
     """
-    data = _data(**data)
+    data = check_data(**data)
     document = {"schema": SCHEMA, "name": name, "supernet": supernet, **data, "answers": dict(answers), "net": net}
     document |= {**_counts(net, data), "budget": [*map(dict, budget)], "provenance": dict(provenance or {})}
     document = _parse(_dump(document).encode(), "arch document")  # a copy, of JSON's own types
@@ -367,10 +316,12 @@ x = torch.zeros(1, int(sys.argv[2]), img_size, img_size)
 with torch.no_grad(), FlopCounterMode(display=False) as counter:
     found = {"outputs": list(net(x).shape), "params": sum(p.numel() for p in net.parameters())}
 found.update(macs=counter.get_total_flops() // 2, counted_by="torch")
+counts = {op.__name__: flops // 2 for op, flops in counter.get_flop_counts().get("Global", {}).items()}
+products = sum(n for op, n in counts.items() if op not in ("convolution", "addmm", "mm"))
 try:
     from fvcore.nn import FlopCountAnalysis
     ops = FlopCountAnalysis(net, x).unsupported_ops_warnings(False).tracer_warnings("none").by_operator()
-    found.update(macs=int(ops["conv"] + ops["linear"]), counted_by="fvcore")
+    found.update(macs=int(ops["conv"] + ops["linear"]) + products, counted_by="fvcore")
 except ImportError:
     pass
 found["packages"] = sorted({type(m).__module__.partition(".")[0] for m in net.modules()})

@@ -133,7 +133,7 @@ def search(
     the narrowest and a drawn one together, the others taught by the widest (the sandwich rule, arXiv 1903.05134).
     """
     if net.space.num_archs() < 2:
-        raise UserError(f"nothing can be searched: every decision of the space {net.macro.name} has one option only")
+        raise UserError(f"nothing can be searched: every decision of the space {net.name} has one option only")
     device = next(net.parameters()).device
     rest, held_out = data.split(config.gate_fraction, seed) if config.gate_fraction else (None, None)
     batches = data.train_batches(recipe.batch_size, seed=seed, indices=rest)

@@ -1,8 +1,4 @@
-"""Cut dead parts off a supernet for good, together with their optimizer state, while it trains.
-
-Parameters keep their identity (``param.data`` is replaced), so that optimizers and gates need not be rebuilt; every
-optimizer buffer of a parameter's shape is cut along with it.
-"""
+"""Cut dead parts off a supernet for good, together with their optimizer state, while it trains."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,71 +10,18 @@ from torch.optim import Optimizer
 from dnas.arch import DROP, Arch, Option
 from dnas.gates import MarkovGate
 from dnas.prunode import Prunode, parts
+from dnas.resize import remove_channels, resize_module, resize_tensor
 from dnas.stochastic import StochasticLayer
 from dnas.supernet import Supernet
-
-# side of a module -> attributes that hold the width, and tensor name -> dimension that is cut
-_SIDES: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
-    "out": (("out_channels", "out_features"), {"weight": 0, "bias": 0}),
-    "in": (("in_channels", "in_features"), {"weight": 1}),
-    "depthwise": (("in_channels", "out_channels", "groups"), {"weight": 0, "bias": 0}),
-    "norm": (("num_features",), {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}),
-}
-
-
-def _resized(old: Tensor, dim: int, width: int, fill: float | None) -> Tensor:
-    """The first ``width`` slices of ``old`` along ``dim``; new ones are ``fill``, or like the old ones at random."""
-    if width <= old.shape[dim]:
-        return old.narrow(dim, 0, width).clone(memory_format=torch.preserve_format)
-    shape = (*old.shape[:dim], width - old.shape[dim], *old.shape[dim + 1 :])
-    if fill is None:
-        return torch.cat([old, torch.randn(shape, dtype=old.dtype, device=old.device) * old.std()], dim)
-    return torch.cat([old, old.new_full(shape, fill)], dim)
-
-
-@torch.no_grad()
-def resize_tensor(
-    owner: nn.Module, name: str, dim: int, width: int, optimizers: Iterable[Optimizer] = (), fill: float | None = 0.0
-) -> None:
-    """Cut or lengthen one parameter or buffer of ``owner`` along ``dim``, and its optimizer buffers (new: zero)."""
-    tensor = getattr(owner, name)
-    if tensor is None or tensor.shape[dim] == width:
-        return
-    old_shape = tensor.shape
-    if not isinstance(tensor, nn.Parameter):
-        setattr(owner, name, _resized(tensor, dim, width, fill))
-        return
-    tensor.data, tensor.grad = _resized(tensor.data, dim, width, fill), None
-    for optimizer in optimizers:
-        state = optimizer.state.get(tensor, {})
-        if any(isinstance(v, Tensor) and v.ndim and v.shape != old_shape for v in state.values()):
-            del optimizer.state[tensor]  # factored statistics (adafactor) cannot be cut: they start anew
-            continue
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.ndim:
-                state[key] = _resized(value, dim, width, 0.0)
-
-
-def resize_module(module: nn.Module, side: str, width: int, optimizers: Iterable[Optimizer] = ()) -> None:
-    """Give one side of a convolution, linear layer or norm ``width`` channels: the first ones stay.
-
-    New channels (a pair of inner widths that slides up) start so that they change nothing yet: an ``in`` side with zero
-    weights, the others like their neighbours, a norm as the identity.
-    """
-    attributes, tensors = _SIDES[side]
-    for name in attributes:
-        if hasattr(module, name):
-            setattr(module, name, width)
-    for name, dim in tensors.items():
-        ones = side == "norm" and name in ("weight", "running_var")
-        fill = None if name == "weight" and side in ("out", "depthwise") else float(ones)
-        if getattr(module, name, None) is not None:
-            resize_tensor(module, name, dim, width, optimizers, fill)
+from dnas.timm_net import TimmSupernet
 
 
 def fit(net: Supernet, optimizers: Sequence[Optimizer] = ()) -> None:
     """Make every module exactly as wide as the live gates need it: a module that several share, as the widest needs."""
     gates = net.gates()
+    if isinstance(net, TimmSupernet):
+        remove_channels(net.model, net.cut(), optimizers)
+        return
     needs: dict[tuple[int, str], int] = {}
     modules: dict[tuple[int, str], nn.Module] = {}
     for name, places in net.slices().items():
@@ -242,19 +185,5 @@ def extract(net: Supernet, arch: Mapping[str, Option]) -> Supernet:
 
 
 def plain_state(net: Supernet, arch: Arch) -> dict[str, Tensor]:
-    """The weights of one architecture under timm's EfficientNet names, from a supernet."""
-    net = extract(net, arch)
-    state = {
-        n: t
-        for n, t in net.state_dict().items()
-        if n.split(".")[0] in {"conv_stem", "bn1", "conv_head", "bn2", "classifier"}
-    }
-    position: dict[str, int] = {}
-    for layer in net.layers:
-        if not len(layer.blocks):
-            continue
-        stage = layer.name.split("/")[0].removeprefix("stage")
-        place = position[stage] = position.get(stage, -1) + 1
-        block = layer.blocks[layer.only].block
-        state |= {f"blocks.{stage}.{place}.{n}": t for n, t in block.state_dict().items()}
-    return state
+    """The weights of one architecture, from a supernet, under the names of the plain network."""
+    return extract(net, arch).plain_state()

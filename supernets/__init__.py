@@ -1,8 +1,8 @@
-"""Search spaces, one a file. Each is a function from a few numbers to a `Macro`; ``Supernet(macro)`` builds it."""
+"""Search spaces, one a file. Each is a function from a few numbers to a `Macro`; ``MacroSupernet(macro)`` builds it."""
 
 from collections.abc import Callable
 
-from dnas.supernet import Macro
+from dnas.macro import Macro
 from supernets.mobilenet_v2 import mobilenet_v2
 from supernets.prunet import prunet
 from supernets.toy import toy

@@ -7,13 +7,7 @@ import torch
 from torch import nn
 
 from dnas.export import build_net
-from dnas.supernet import (
-    Candidate,
-    Macro,
-    Stage,
-    Supernet,
-    net_of,
-)
+from dnas.macro import Candidate, Macro, MacroSupernet, Stage, net_of
 from dnas.surgery import plain_state
 from supernets import SUPERNETS
 
@@ -73,7 +67,7 @@ def unsettle(module, seed=0):
 def settled(macro, seed=0):
     """A supernet that has seen a few batches in training mode, with nontrivial norms."""
     torch.manual_seed(seed)
-    net = unsettle(Supernet(macro), seed).train()
+    net = unsettle(MacroSupernet(macro), seed).train()
     for k in range(4):
         net(images(macro, 100 + k, 8), net.widest() if k % 2 else random_arch(net.space, k))
     return net

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dnas.macro import Candidate, Macro, MacroSupernet, Stage
 from dnas.prunode import PairGate
 from dnas.stochastic import SkipGate
-from dnas.supernet import Candidate, Macro, Stage, Supernet
 
 CLASSES, IMG = 4, 12
 FEW = {"move_above": 2.0, "block_below": 0.0, "layer_below": 0.0, "width_below": 0.0, "patience": 1}  # nothing happens
@@ -56,7 +56,7 @@ def gate_step(net, optimizer, generator):
 def trained(opt="adamw", bipath=True, open_skips=False, steps=6, seed=0):
     """(net, [weight optimizer, gate optimizer]) after a few steps of both, on the widest and on random nets."""
     torch.manual_seed(seed)
-    net = Supernet(macro_of(bipath))
+    net = MacroSupernet(macro_of(bipath))
     optimizers = [OPTIMIZERS[opt](net.weight_parameters()), torch.optim.Adam(net.gate_parameters(), lr=0.01)]
     draws = torch.Generator().manual_seed(seed)
     for gate in net.gates().values():

@@ -4,7 +4,7 @@ import numpy as np
 
 from dnas.cost import CostTable
 from dnas.derive import enumerate_archs
-from dnas.supernet import Candidate, Macro, Stage, space_of
+from dnas.macro import Candidate, Macro, Stage, space_of
 from supernets import SUPERNETS
 
 METRICS = ("macs", "params")

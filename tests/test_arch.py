@@ -13,7 +13,7 @@ import pytest
 
 from dnas.arch import DROP, KEEP, Arch, Decision, Site, Space
 from dnas.derive import enumerate_archs
-from dnas.supernet import Candidate, Macro, Stage, space_of
+from dnas.macro import Candidate, Macro, Stage, space_of
 from dnas.units import UserError
 
 IN_LAYER = (("keep", KEEP),)

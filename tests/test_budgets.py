@@ -3,7 +3,7 @@
 import pytest
 
 from dnas.cost import CostTable, resolve_budgets
-from dnas.supernet import space_of
+from dnas.macro import space_of
 from dnas.units import Budget, UserError, parse_budget, show
 from supernets import SUPERNETS
 

@@ -10,7 +10,7 @@ from spaces import LARGE, METRICS, SMALL, Brute, assert_in_band, large, tables_o
 
 from dnas.arch import DROP, KEEP, Decision, Site, Space
 from dnas.derive import BAND, derive, gate_likelihood, in_band, random_arch, uniform_arch
-from dnas.supernet import Supernet
+from dnas.macro import MacroSupernet
 from dnas.surgery import cut_width, fit, remove_block
 from dnas.units import Budget, UserError, show
 from supernets import SUPERNETS
@@ -295,7 +295,7 @@ def test_beyond_the_base_net_some_layers_take_dearer_blocks_and_none_is_dropped(
 
 
 def test_a_chain_of_like_links_ends_at_its_expected_width_not_at_an_end():
-    net = Supernet(SUPERNETS["mobilenet_v2"](num_classes=4, img_size=16))
+    net = MacroSupernet(SUPERNETS["mobilenet_v2"](num_classes=4, img_size=16))
     gate = net.widths["stage6/width"]
     with torch.no_grad():
         gate.alpha.fill_(3.0)
@@ -313,7 +313,7 @@ def draw_width(gate, seed):
 
 def test_likelihood_of_the_gates():
     torch.manual_seed(0)
-    net = Supernet(SUPERNETS["prunet"](num_classes=4, img_size=16, width_mult=0.5))
+    net = MacroSupernet(SUPERNETS["prunet"](num_classes=4, img_size=16, width_mult=0.5))
     cut = net.widths["stage2/width"]
     cut_width(net, "stage2/width", cut.widths[0])
     layer = next(layer for layer in net.layers if layer.choice)

@@ -18,7 +18,7 @@ from documents import (
 )
 from torch import nn
 
-from dnas import export, native
+from dnas import export, native, schema
 from dnas.units import UserError
 
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 def test_arch_json_reads_as_it_was_written(folder):
     written = export.read_arch(folder / "arch.json")
-    assert tuple(written) == tuple(export.ARCH)
+    assert tuple(written) == tuple(schema.ARCH)
     assert (written["macs"], written["params"]) == closed_form(NET)
     assert written["net"] == NET
     assert written["widths"] == {name: [n_in, n_out] for name, n_in, n_out, *_ in layers(NET)}

@@ -15,7 +15,7 @@ from documents import (
     document,
 )
 
-from dnas import export
+from dnas import export, schema
 from dnas.units import UserError
 
 # Wrong inputs. A path leads to the entry that is replaced; DELETE removes it.
@@ -103,7 +103,7 @@ def test_a_wrong_net_is_refused(path, value):
         export.check_net(net)
     message = str(caught.value)
     assert message.startswith("net") and "\n" not in message and len(message) < 300
-    if len(path) == 4 and value is not DELETE and path[-1] in export.ROW and path != (*SECOND, "out"):
+    if len(path) == 4 and value is not DELETE and path[-1] in schema.ROW and path != (*SECOND, "out"):
         assert f"net.stages[{path[1]}][{path[2]}].{path[3]}" in message
     for use in (
         lambda: export.build_net(net, num_classes=2),

@@ -6,13 +6,7 @@ import random
 import pytest
 
 from dnas.cost import CostTable
-from dnas.supernet import (
-    fit_strides,
-    round_width,
-    size_to,
-    space_of,
-    width_grid,
-)
+from dnas.macro import fit_strides, round_width, size_to, space_of, width_grid
 from dnas.units import Budget
 from supernets import SUPERNETS
 

@@ -12,6 +12,7 @@ from dnas.cost import CostTable, resolve_budgets
 from dnas.data import Data, load_data
 from dnas.derive import derive, enumerate_archs, gate_likelihood
 from dnas.gates import MarkovGate
+from dnas.macro import Candidate, MacroSupernet
 from dnas.search import (
     SearchConfig,
     check_config,
@@ -21,7 +22,6 @@ from dnas.search import (
     mean_entropy,
     search,
 )
-from dnas.supernet import Candidate, Supernet
 from dnas.train import Recipe
 from dnas.units import Budget, UserError, parse_budget
 from supernets import SUPERNETS
@@ -42,7 +42,7 @@ def planted_best(space):
 def run_toy(seed):
     torch.manual_seed(seed)
     data = planted_data(seed, num_train=2048, num_val=8)
-    net = plant(Supernet(toy()), seed)
+    net = plant(MacroSupernet(toy()), seed)
     tables, rows = tables_of(net), []
     budgets = (Budget("macs", 1.02 * tables["macs"].of(planted_best(net.space))),)
     search(net, tables, budgets, data, FROZEN, FROM_THE_START, seed=seed, on_row=rows.append)
@@ -57,7 +57,7 @@ def test_toy_finds_the_planted_width_block_and_depth(seed):
 
 def test_toy_budget_alone_does_not_give_the_answer():
     """Many networks fit the budget of the planted one: the images have to tell them apart."""
-    net = Supernet(toy())
+    net = MacroSupernet(toy())
     table = tables_of(net)["macs"]
     limit = 1.02 * table.of(planted_best(net.space))
     fitting = [a for a in enumerate_archs(net.space) if 0.98 * limit <= table.of(a) <= limit]
@@ -67,7 +67,7 @@ def test_toy_budget_alone_does_not_give_the_answer():
 
 def test_planted_answer_is_the_best_of_its_neighbours():
     data = planted_data(3, num_train=1024)
-    net = plant(Supernet(toy()), 3).train()
+    net = plant(MacroSupernet(toy()), 3).train()
     x, y = next(iter(data.train_batches(512, seed=0)))
     best = dict(planted_best(net.space))
     other_layer = {"stage0/1/keep": "keep", "stage0/1/block": "ir-k3", "stage0/1/ir-k3/mid": 8}
@@ -86,7 +86,7 @@ def small_search():
     """A short search of the default space on the digits, at 16 px to be quick."""
     torch.manual_seed(0)
     data = load_data(img_size=16)
-    net = Supernet(SUPERNETS["prunet"](num_classes=10, img_size=16, width_mult=0.4))
+    net = MacroSupernet(SUPERNETS["prunet"](num_classes=10, img_size=16, width_mult=0.4))
     tables, rows = tables_of(net), []
     budgets = resolve_budgets(tables, parse_budget("40%"))
     recipe = Recipe(epochs=8, batch_size=32, smoothing=0.0)
@@ -125,7 +125,7 @@ def test_nothing_dead_is_left_in_the_modules(small_search):
         width = gate.widths[-1] if isinstance(gate, MarkovGate) else gate.large
         sizes = {module.weight.shape[1 if side == "in" else 0] for module, side in places}
         assert sizes == {width}, name
-    fresh = Supernet(net.macro)
+    fresh = MacroSupernet(net.macro)
     assert sum(p.numel() for p in net.parameters()) < 0.6 * sum(p.numel() for p in fresh.parameters())
 
 
@@ -146,7 +146,7 @@ def test_search_never_opens_the_validation_images():
     data = replace(data, _val=poisoned)
     with pytest.raises(AssertionError):
         next(iter(data.val_batches(4)))
-    net = plant(Supernet(toy()))
+    net = plant(MacroSupernet(toy()))
     recipe = replace(FROZEN, epochs=2)
     search(net, tables_of(net), parse_budget("0.3M"), data, recipe, FROM_THE_START, seed=0, on_row=lambda row: None)
 
@@ -161,7 +161,7 @@ def test_weights_and_gates_learn_from_different_images(monkeypatch):
 
     monkeypatch.setattr(Data, "train_batches", spy)
     data = planted_data(0, num_train=256, num_val=8)
-    net = plant(Supernet(toy()))
+    net = plant(MacroSupernet(toy()))
     recipe = replace(FROZEN, epochs=2)
     search(net, tables_of(net), parse_budget("0.3M"), data, recipe, FROM_THE_START, seed=0, on_row=lambda row: None)
     weights, gates = asked
@@ -169,7 +169,7 @@ def test_weights_and_gates_learn_from_different_images(monkeypatch):
 
 
 def test_dead_gates_stop_the_search():
-    net = Supernet(toy())
+    net = MacroSupernet(toy())
     for p in net.parameters():
         p.grad = torch.ones_like(p)
     check_gradients(net, 0)
@@ -182,7 +182,7 @@ def test_dead_gates_stop_the_search():
 def test_nothing_to_search_is_an_error():
     only = Candidate("ir", 3, expand=1, base=1)
     stage = replace(toy().stages[0], depth=1, width=8, candidates=(only,))
-    net = Supernet(replace(toy(), stages=(stage,), divisor=8, stem=8, head=8))
+    net = MacroSupernet(replace(toy(), stages=(stage,), divisor=8, stem=8, head=8))
     assert net.space.num_archs() == 1
     data = planted_data(0, num_train=64, num_val=8)
     with pytest.raises(UserError, match="nothing can be searched"):
@@ -190,7 +190,7 @@ def test_nothing_to_search_is_an_error():
 
 
 def test_what_was_cut_off_is_freed_while_the_search_goes_on():
-    net = plant(Supernet(toy()), 0)
+    net = plant(MacroSupernet(toy()), 0)
     weights, freed = {id(p): weakref.ref(p) for p in net.weight_parameters()}, []
 
     def on_row(row):
@@ -224,7 +224,7 @@ def test_mean_entropy_of_certain_and_even_gates():
 
 def watched(config, data):
     """A short search of the toy, as (is the net hard, images, answers if so, else factors) of every forward pass."""
-    net, asked = Supernet(toy()), []
+    net, asked = MacroSupernet(toy()), []
     tables = tables_of(net)
 
     def factors(answer):

@@ -22,14 +22,11 @@ from dnas.arch import KEEP
 from dnas.cost import CostTable
 from dnas.export import build_net
 from dnas.gates import MarkovGate
+from dnas.macro import net_of
 from dnas.prunode import PairGate
+from dnas.resize import resize_module
 from dnas.stochastic import ChoiceGate, SkipGate
-from dnas.supernet import net_of
-from dnas.surgery import (
-    plain_state,
-    resize_module,
-    shrink,
-)
+from dnas.surgery import plain_state, shrink
 
 
 def gates_of(net, kind):

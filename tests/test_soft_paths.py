@@ -25,14 +25,9 @@ from torch.nn import functional as F
 
 from dnas.arch import DROP, KEEP
 from dnas.gates import MarkovGate
+from dnas.macro import Candidate, Macro, MacroSupernet, Stage
 from dnas.prunode import GatedBlock, PairGate, Prunode
 from dnas.stochastic import ChoiceGate, scale_channels
-from dnas.supernet import (
-    Candidate,
-    Macro,
-    Stage,
-    Supernet,
-)
 from dnas.surgery import fit, move_pair
 
 # The soft path of the bi-path block.
@@ -285,7 +280,7 @@ def test_a_skip_coefficient_of_zero_is_the_net_without_the_layer(name):
 
 def test_candidates_of_a_layer_share_what_they_have_in_common_and_start_alike():
     torch.manual_seed(0)
-    net = Supernet(MACROS["prunet"]()).eval()
+    net = MacroSupernet(MACROS["prunet"]()).eval()
     layer = next(layer for layer in net.layers if len(layer.blocks) == 8 and layer.residual)
     blocks = {n: b.block for n, b in layer.blocks.items()}
     assert len({id(b.conv_pwl) for b in blocks.values()}) == 1
@@ -334,7 +329,7 @@ def test_candidates_of_any_widths_can_share(case):
     torch.manual_seed(0)
     stage = Stage(16, 2, 1, UNEVEN[case])
     macro = Macro("uneven", 16, 1, (stage,), 24, "relu", True, CLASSES, 3, 8, 8)
-    net = unsettle(Supernet(macro)).eval()
+    net = unsettle(MacroSupernet(macro)).eval()
     names, x = [c.name for c in UNEVEN[case]], images(macro)
     soft = net(x, net.soft(torch.Generator().manual_seed(0)))
     soft.sum().backward()

@@ -6,9 +6,9 @@ from draws import assert_frequencies, generator
 from settled_nets import MACROS, close, images, settled
 
 from dnas.gates import MarkovGate, chain_distribution, gumbel_softmax
+from dnas.macro import MacroSupernet
 from dnas.prunode import PairGate
 from dnas.stochastic import ChoiceGate, SkipGate
-from dnas.supernet import Supernet
 
 
 def markov_gate(seed=3):
@@ -102,7 +102,7 @@ def test_a_net_with_hard_answers_is_the_drawn_net(name, training):
 def test_every_gate_hears_of_the_loss_sooner_or_later(name):
     """A block that was not drawn is multiplied by zero: the gate of its inner width waits for its turn."""
     macro = MACROS[name]()
-    net = Supernet(macro)
+    net = MacroSupernet(macro)
     learns = [p for g in net.gates().values() if not isinstance(g, SkipGate) for p in g.parameters() if p.numel()]
     heard = [torch.zeros_like(p, dtype=torch.bool) for p in learns]
     for seed in range(30):

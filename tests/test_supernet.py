@@ -25,13 +25,9 @@ from torch.nn import functional as F
 from dnas.arch import DROP, KEEP
 from dnas.cost import CostTable
 from dnas.export import build_net, count_macs, count_macs_torch, count_params
+from dnas.macro import MacroSupernet, net_of, space_of
 from dnas.prunode import PairGate, Prunode
 from dnas.stochastic import ChoiceGate, SkipGate
-from dnas.supernet import (
-    Supernet,
-    net_of,
-    space_of,
-)
 from dnas.surgery import plain_state
 from supernets import SUPERNETS
 
@@ -70,7 +66,7 @@ def test_tables_count_what_fvcore_and_torch_count(name):
 
 def test_mobilenet_v2_is_the_published_one_and_timms_own_bit_for_bit():
     macro = SUPERNETS["mobilenet_v2"](num_classes=1000, img_size=224)
-    net = unsettle(Supernet(macro))
+    net = unsettle(MacroSupernet(macro))
     arch = net.space.complete(net.widest())
     assert CostTable.build(net.space, "macs").of(arch) == 300_774_272  # 300.8 M
     assert CostTable.build(net.space, "params").of(arch) == 3_504_872  # 3.50 M
@@ -108,7 +104,7 @@ def test_at_full_width_the_supernet_is_the_plain_net_bit_for_bit(name):
 @pytest.mark.parametrize("open_skips", [False, True])
 @every_macro
 def test_the_narrowest_net_is_the_cheapest_of_its_blocks(name, open_skips):
-    net = Supernet(MACROS[name]())
+    net = MacroSupernet(MACROS[name]())
     for gate in net.gates().values():
         if isinstance(gate, SkipGate):
             gate.is_open = open_skips
@@ -198,7 +194,7 @@ def test_every_gate_has_a_gradient_from_the_task_at_the_first_step(name, open_sk
     for seed in range(2 - open_skips):
         torch.manual_seed(seed)
         macro = MACROS[name]()
-        net = Supernet(macro).train()
+        net = MacroSupernet(macro).train()
         for gate in net.gates().values():
             if isinstance(gate, SkipGate):
                 gate.is_open = open_skips
@@ -218,7 +214,7 @@ def test_every_gate_has_a_gradient_from_the_task_at_the_first_step(name, open_sk
 
 def test_every_decision_has_a_gate_and_every_gate_a_distribution():
     for name in MACROS:
-        net = Supernet(MACROS[name]())
+        net = MacroSupernet(MACROS[name]())
         assert net.gates().keys() == net.space.by_name.keys()
         for decision, p in ((d, p.detach()) for d, p in net.probabilities().items()):
             assert len(p) == len(net.space.by_name[decision].options)
@@ -234,7 +230,7 @@ def test_every_decision_has_a_gate_and_every_gate_a_distribution():
 
 
 def test_slices_name_every_side_of_every_module_but_the_fixed_ones():
-    net = Supernet(mixed(True))
+    net = MacroSupernet(mixed(True))
     top = {d.name: d.options[-1] for d in net.space.decisions if d.is_width}
     dim_of = {"out": 0, "in": 1, "depthwise": 0, "norm": 0}
     cut = {}

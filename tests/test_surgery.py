@@ -25,9 +25,9 @@ from small_nets import (
 
 from dnas.arch import DROP, KEEP
 from dnas.export import build_net, count_params
+from dnas.macro import MacroSupernet, net_of
 from dnas.prunode import PairGate, Prunode
 from dnas.stochastic import ChoiceGate
-from dnas.supernet import Supernet, net_of
 from dnas.surgery import (
     cut_width,
     extract,
@@ -252,7 +252,7 @@ def test_a_shared_bank_is_as_wide_as_the_neediest_candidate():
 def test_an_extracted_architecture_loads_strictly_and_is_the_masked_one(name):
     if name in SUPERNETS:
         torch.manual_seed(0)
-        net = Supernet(SUPERNETS[name](num_classes=CLASSES, img_size=IMG, width_mult=0.25))
+        net = MacroSupernet(SUPERNETS[name](num_classes=CLASSES, img_size=IMG, width_mult=0.25))
         with torch.no_grad():
             for k in range(2):
                 net.train()(batch(k)[0], net.widest())

@@ -17,7 +17,7 @@ import search as search_tool  # noqa: E402
 
 from dnas.cost import CostTable  # noqa: E402
 from dnas.export import read_arch, verify_export, write_export  # noqa: E402
-from dnas.supernet import space_of  # noqa: E402
+from dnas.macro import space_of  # noqa: E402
 from supernets import SUPERNETS  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")

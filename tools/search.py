@@ -30,9 +30,11 @@ from dnas.cost import CostTable, resolve_budgets
 from dnas.data import Data
 from dnas.derive import derive, gate_likelihood, random_arch, uniform_arch
 from dnas.export import arch_document, build_net, check_name, count_macs, save_weights, verify_export, write_export
+from dnas.macro import Macro, MacroSupernet, size_to
 from dnas.runs import append_row, check_new_folder, peak_memory_mb, provenance, whole_folder, write_json
 from dnas.search import SearchConfig, check_config, search
-from dnas.supernet import Macro, Supernet, net_of, size_to
+from dnas.supernet import Supernet
+from dnas.timm_net import TimmBase, TimmSupernet
 from dnas.train import Recipe, time_step, train_from_scratch
 from dnas.units import Budget, UserError, parse_budget, show
 from supernets import SUPERNETS
@@ -42,7 +44,12 @@ def parser() -> OneLineParser:
     """All flags."""
     p = OneLineParser(description=__doc__)
     p.add_argument("--budget", required=True, help="300MFLOPs (= MMACs), 5MParams, 50%%; several joined by commas")
-    p.add_argument("--supernet", default="prunet", choices=list(SUPERNETS), help="search space (default prunet)")
+    p.add_argument("--supernet", choices=list(SUPERNETS), help="search space (default prunet)")
+    p.add_argument(
+        "--model", help="instead of a supernet: any convolutional network of timm's, searched for its widths"
+    )
+    p.add_argument("--pretrained", action="store_true", help="with --model: the search starts from timm's weights")
+    p.add_argument("--initial-checkpoint", help="with --model: the search starts from the weights in this file")
     p.add_argument("--width-mult", type=float, help="width of the widest net (default: the budget is half of its cost)")
     p.add_argument("--divisor", type=int, help="widths are multiples of this (default 8; 4 for toy)")
     p.add_argument("--search-epochs", type=int, default=10, help="epochs of the search (default 10)")
@@ -61,8 +68,8 @@ def parser() -> OneLineParser:
     return p
 
 
-def plan_space(args, data: Data, budgets: tuple[Budget, ...]) -> Macro:
-    """The search space, sized so that the budget is about half of its widest net unless a width is given."""
+def plan_supernet(args, data: Data, budgets: tuple[Budget, ...]) -> Supernet:
+    """The supernet. If made of layers, the budget is half of its widest net unless a width is given."""
     fixed = {"num_classes": data.num_classes, "in_chans": data.in_chans, "img_size": data.img_size}
     if args.divisor is not None:
         if not 1 <= args.divisor <= 64:
@@ -71,21 +78,28 @@ def plan_space(args, data: Data, budgets: tuple[Budget, ...]) -> Macro:
     if args.width_mult is not None and not 0.05 <= args.width_mult <= 32:
         raise UserError(f"--width-mult {args.width_mult} is not between 0.05 and 32")
 
+    if args.model:
+        if args.supernet or args.width_mult is not None:
+            raise UserError("--model is the search space: neither --supernet nor --width-mult goes with it")
+        return TimmSupernet(TimmBase(args.model, **fixed), args.pretrained, args.initial_checkpoint)
+    if args.pretrained or args.initial_checkpoint:
+        raise UserError("--pretrained and --initial-checkpoint go with --model: a supernet has no such weights")
+
     def outline(width_mult: float) -> Macro:
-        return SUPERNETS[args.supernet](**fixed, width_mult=width_mult)
+        return SUPERNETS[args.supernet or "prunet"](**fixed, width_mult=width_mult)
 
     absolute = [b for b in budgets if not b.percent]
     if args.width_mult is not None or not absolute:
-        return outline(args.width_mult or 1.0)
-    return size_to(outline, absolute)
+        return MacroSupernet(outline(args.width_mult or 1.0))
+    return MacroSupernet(size_to(outline, absolute))
 
 
-def export_arch(folder: Path, name: str, macro: Macro, arch: Arch, data: Data, tables, budgets, info) -> dict:
+def export_arch(folder: Path, name: str, net: Supernet, arch: Arch, data: Data, tables, budgets, info) -> dict:
     """Write arch.json and model.py and check them: counted MACs equal the cost table's to the unit."""
     shown = {key: getattr(data, key) for key in ("num_classes", "in_chans", "img_size", "mean", "std")}
     rows = [{"metric": b.metric, "limit": int(b.limit), "reached": tables[b.metric].of(arch)} for b in budgets]
     document = arch_document(
-        name, net_of(macro, arch), shown, supernet=macro.name, answers=arch, budget=rows, provenance=info
+        name, net.net_of(arch), shown, supernet=net.name, answers=arch, budget=rows, provenance=info
     )
     plain = build_net(document["net"], num_classes=data.num_classes, in_chans=data.in_chans)
     counted = count_macs(plain, data.in_chans, data.img_size)
@@ -97,11 +111,11 @@ def export_arch(folder: Path, name: str, macro: Macro, arch: Arch, data: Data, t
     return document
 
 
-def train_arch(macro: Macro, arch: Arch, tables, data: Data, recipe: Recipe, seed: int, device, text: str):
+def train_arch(net: Supernet, arch: Arch, tables, data: Data, recipe: Recipe, seed: int, device, text: str):
     """Train one architecture from scratch. Returns (model, its row of metrics.json)."""
     random_seed(seed)
     rates = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
-    model = build_net(net_of(macro, arch), num_classes=data.num_classes, in_chans=data.in_chans, **rates).to(device)
+    model = build_net(net.net_of(arch), num_classes=data.num_classes, in_chans=data.in_chans, **rates).to(device)
     steps = recipe.epochs * len(data.train_batches(recipe.batch_size, seed=seed))
     with progress_bar(f"training {text}", steps) as advance:
         model, row = train_from_scratch(model, data, recipe, seed=seed, on_step=lambda update, loss: advance())
@@ -188,33 +202,36 @@ def main() -> None:
     if args.search_epochs < 1 or args.num_random < 0:
         given = f"--search-epochs {args.search_epochs} --num-random {args.num_random}"
         raise UserError(f"{given}: at least 1 epoch and no negative number is allowed")
-    default = f"runs/{args.supernet}-{args.budget.replace('%', 'pc').replace(',', '-')}-{args.seed}"
+    space = args.model or args.supernet or "prunet"
+    default = f"runs/{space}-{args.budget.replace('%', 'pc').replace(',', '-')}-{args.seed}"
     folder = check_new_folder(args.output or default)
     name = args.name or "dnas_" + re.sub("[^a-z0-9]", "_", folder.name.lower())[:58]
     check_name(name)
     data = data_of(args, device)
-    macro = plan_space(args, data, budgets)
     random_seed(args.seed)
-    net = Supernet(macro)
+    net = plan_supernet(args, data, budgets)
     tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
     budgets = resolve_budgets(tables, budgets)
     uniform = uniform_arch(net.space, tables, budgets)  # also shows that this grid of widths can meet the budget
     cheapest, dearest = tables["macs"].extremes()
     reach = " to ".join(show("macs", tables["macs"].of(arch)) for arch in (cheapest, dearest))
     images = f"{data.num_train} images of {data.img_size} px"
-    console.print(f"{macro.name} on {data.name}, {images}: {net.space.num_archs():.0e} nets of {reach}")
+    console.print(f"{net.name} on {data.name}, {images}: {net.space.num_archs():.0e} nets of {reach}")
+    if isinstance(net, TimmSupernet) and net.channels.fixed:
+        more = f" and {len(net.channels.fixed) - 3} more" if len(net.channels.fixed) > 3 else ""
+        console.print(f"channels that stay: {', '.join(net.channels.fixed[:3])}{more}", soft_wrap=True)
     info = provenance(device)
 
     with whole_folder(folder, complete_with="arch.json"):
-        write_json(folder / "config.json", {"args": vars(args), "macro": asdict(macro), "provenance": info})
+        write_json(folder / "config.json", {"args": vars(args), "space": asdict(net.outline), "provenance": info})
         if args.dry_run:
-            document = export_arch(folder, name, macro, uniform, data, tables, budgets, info)
+            document = export_arch(folder, name, net, uniform, data, tables, budgets, info)
             costs = {metric: document[metric] for metric in tables}
             write_json(folder / "metrics.json", {"budget": document["budget"], "uniform": costs})
             reached = ", ".join(show(metric, cost) for metric, cost in costs.items())
             console.print(f"dry run: the uniform net at {', '.join(map(str, budgets))} is in {folder} ({reached})")
             return
-        widest = build_net(net_of(macro, dearest), num_classes=data.num_classes, in_chans=data.in_chans).to(device)
+        widest = build_net(net.net_of(dearest), num_classes=data.num_classes, in_chans=data.in_chans).to(device)
         plain_ms = time_step(widest, data, recipe)
         del widest
         search_recipe = replace(recipe, epochs=args.search_epochs, mixup=0.0, cutmix=0.0, drop=0.0, drop_path=0.0)
@@ -231,11 +248,11 @@ def main() -> None:
         rows = run_search(net, tables, budgets, data, search_recipe, config, folder, args.seed)
         figures = search_figures(rows, recipe, time.perf_counter() - started, plain_ms, device)
         found = derive(net.space, tables, budgets, gate_likelihood(net))
-        document = export_arch(folder, name, macro, found, data, tables, budgets, info)
-        model, found_row = train_arch(macro, found, tables, data, recipe, args.seed, device, "found")
+        document = export_arch(folder, name, net, found, data, tables, budgets, info)
+        model, found_row = train_arch(net, found, tables, data, recipe, args.seed, device, "found")
         save_weights(model, folder)
         verify_export(folder)
-        _, uniform_row = train_arch(macro, uniform, tables, data, recipe, args.seed, device, "uniform")
+        _, uniform_row = train_arch(net, uniform, tables, data, recipe, args.seed, device, "uniform")
         metrics = {
             "budget": document["budget"],
             "search": figures,
@@ -245,7 +262,7 @@ def main() -> None:
         }
         for k in range(args.num_random):
             arch = random_arch(net.space, tables, budgets, seed=1000 * args.seed + k)
-            metrics["random"].append(train_arch(macro, arch, tables, data, recipe, args.seed, device, f"random {k}")[1])
+            metrics["random"].append(train_arch(net, arch, tables, data, recipe, args.seed, device, f"random {k}")[1])
         write_json(folder / "metrics.json", metrics)
     print_table(folder, name, metrics)
 

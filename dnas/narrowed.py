@@ -1,0 +1,69 @@
+"""A found network, given as a network of timm's and what is narrower in each of its modules.
+
+Everything below this docstring is copied as it stands into the ``model.py`` of an export, where dnas is absent:
+it may import torch and timm, nothing else.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.models import build_model_with_cfg
+from torch import nn
+
+
+def build(net: dict[str, Any], variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """What a timm entry point named ``variant`` returns for the network ``net``.
+
+    ``kwargs`` are timm's: num_classes, in_chans, features_only, out_indices, global_pool, drop_rate, drop_path_rate,
+    pretrained_cfg, ... All feature levels are returned by default, however many there are.
+    """
+    features = {"feature_cls": "getter", "out_indices": tuple(range(len(net["features"])))}
+    return build_model_with_cfg(partial(network, net), variant, pretrained, feature_cfg=features, **kwargs)
+
+
+def network(net: dict[str, Any], **kwargs: Any) -> nn.Module:
+    """The network ``net["base"]`` of timm's with the sizes of ``net["modules"]``, freshly initialised.
+
+    ``kwargs`` go to `timm.create_model`.
+    """
+    model = timm.create_model(net["base"], pretrained=False, **kwargs)
+    modules = dict(model.named_modules())
+    for path, sizes in net["modules"].items():
+        for name, size in sizes.items():
+            if hasattr(modules.get(path), name):  # without classes or features_only, timm leaves the head out
+                _narrow(modules[path], name, size)
+    for level, width in zip(model.feature_info, net["features"], strict=True):
+        level["num_chs"] = width
+    return model
+
+
+@torch.no_grad()
+def _narrow(module: nn.Module, name: str, size: Any) -> None:
+    """Cut a tensor of ``module`` to its first entries along each dimension, or set a number that the module keeps."""
+    old = getattr(module, name)
+    if isinstance(old, torch.Tensor):
+        new = old[tuple(slice(0, n) for n in size)].clone() * _scale(module, old, size)
+        setattr(module, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+    elif isinstance(old, (list, tuple)):
+        setattr(module, name, type(old)(n if n else o for n, o in zip(size, old, strict=True)))
+    else:
+        setattr(module, name, size)
+
+
+def _scale(module: nn.Module, old: torch.Tensor, size: list[int | None]) -> float:
+    """From the spread of the weights that timm drew for ``old`` to what it would have drawn at this ``size``.
+
+    The law is read off the weights: a variance of 2 / fan-out, 1 to 2 / fan-in, torch's own 1 / (3 fan-in), or one that
+    depends on no width.
+    """
+    if old.ndim < 2 or old.is_meta or not old.is_floating_point():
+        return 1.0
+    (outs, ins), area, variance = old.shape[:2], old[0, 0].numel(), max(float(old.var()), 1e-24)
+    narrower_out, narrower_in = outs / (size[0] or outs), ins / (size[1] or ins)
+    laws = [(2 * groups / (outs * area), narrower_out) for groups in (1, getattr(module, "groups", 1))]
+    laws += [(k / (ins * area), narrower_in) for k in (2, 1, 1 / 3)]
+    law, ratio = min(laws, key=lambda entry: abs(math.log(entry[0] / variance)))
+    return math.sqrt(ratio) if 0.8 < law / variance < 1.25 else 1.0

@@ -1,0 +1,326 @@
+"""A supernet around any convolutional network of timm's: a width gate on every group of channels that may get narrower.
+
+Nothing is added to the network. A gate acts where its channels are read: the factor of a channel scales the weights of
+the convolutions and linear layers that read it, ``conv(x * f, w) = conv(x, w * f)``, which costs a product of weights
+instead of feature maps, applies each gate exactly once on every path, and leaves no norm behind it that could undo it.
+"""
+
+import copy
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.models import get_pretrained_cfg, load_state_dict
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dnas.arch import Decision, Option, Site, Space
+from dnas.channels import Axis, Channels
+from dnas.gates import MarkovGate
+from dnas.prunode import prefix_mask
+from dnas.resize import remove_channels
+from dnas.stochastic import Answers
+from dnas.supernet import Gate, Supernet
+from dnas.tracing import trace
+from dnas.units import UserError
+
+
+@dataclass(frozen=True)
+class TimmBase:
+    """A network of timm's as it is, the widest of a space. ``divisor`` is the step of the width grids."""
+
+    name: str
+    num_classes: int
+    in_chans: int = 3
+    img_size: int = 224
+    divisor: int = 8
+
+    def create(self, pretrained: bool = False, checkpoint: str | None = None, device: str = "cpu") -> nn.Module:
+        """The network itself, with weights of timm's or from a file if asked for.
+
+        Raises UserError if timm has no model of this name, or its weights cannot be had or do not fit.
+        """
+        if not timm.is_model(self.name):
+            near = difflib.get_close_matches(self.name, timm.list_models(), 4, 0.4)
+            raise UserError(f"--model {self.name!r} is no model of timm's; near are {', '.join(near) or 'none'}")
+        if checkpoint and not Path(checkpoint).is_file():
+            raise UserError(f"--initial-checkpoint {checkpoint!r} is no file")
+        sizes = {"num_classes": self.num_classes, "in_chans": self.in_chans}
+        given = f"--initial-checkpoint {checkpoint!r}" if checkpoint else f"--model {self.name} with {sizes}"
+        overlay = {}
+        try:
+            if checkpoint:
+                state = load_state_dict(checkpoint, weights_only=True)
+                classifier = get_pretrained_cfg(self.name).classifier or ()
+                heads = tuple(f"{c}." for c in ((classifier,) if isinstance(classifier, str) else classifier))
+                needed = [n for n, _ in self.create(device="meta").named_parameters() if not n.startswith(heads)]
+                if missing := [n for n in needed if n not in state]:
+                    raise UserError(f"{given} has no weights for {missing[0]} and {len(missing) - 1} more tensors")
+                overlay = {"pretrained_cfg_overlay": {"state_dict": state}}
+            with torch.device(device):
+                return timm.create_model(self.name, pretrained=pretrained or bool(checkpoint), **sizes, **overlay)
+        except UserError:
+            raise
+        except (RuntimeError, OSError, ValueError, KeyError, UnpicklingError) as error:
+            raise UserError(f"{given} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def channel_grid(top: int, step: int, divisor: int, most: int = 32) -> tuple[int, ...]:
+    """``top``, and below it at most ``most`` multiples of ``divisor`` and ``step``, down to a tenth of it."""
+    unit = math.lcm(step, divisor)
+    unit *= math.ceil(top / (unit * most))
+    return (*(w for w in range(unit, top, unit) if w >= top / 10), top)
+
+
+def space_of_channels(channels: Channels, shapes: Mapping[str, torch.Size], divisor: int) -> Space:
+    """A width decision for every group with more than one width, and the costs of all layers.
+
+    ``shapes`` are those of all parameters. Costs are products of widths, so that a layer that reads several groups side
+    by side (a concatenation) is a site for each pair of a group that it reads and one that it writes.
+    """
+    grids = {g.name: channel_grid(g.size * g.step, g.step, divisor) for g in channels.groups}
+    decisions = tuple(Decision(name, grid, grid[-1]) for name, grid in grids.items() if len(grid) > 1)
+    open_groups = [g for g in channels.groups if len(grids[g.name]) > 1]
+
+    def parts(axis: tuple[str, int] | None, length: int) -> dict[str | None, tuple[int, int]]:
+        """Group -> (channels of a unit, its step) on an axis; None -> the channels that stay."""
+        at = {g.name: (g.places[axis].shape[1], g.step, g.size) for g in open_groups if axis in g.places}
+        rest = length - sum(n * size for n, _, size in at.values())
+        found: dict[str | None, tuple[int, int]] = {name: (n, step) for name, (n, step, _) in at.items()}
+        return found | ({None: (rest, 1)} if rest else {})
+
+    sites = []
+
+    def add(name: str, macs: int, params: int, ins: tuple, outs: tuple) -> None:
+        (group_in, (n_in, step_in)), (group_out, (n_out, step_out)) = ins, outs
+        fixed = {"macs": macs * n_in * n_out, "params": params * n_in * n_out, "step_in": step_in, "step_out": step_out}
+        sites.append(Site(name, "channels", {"in": group_in or 1, "out": group_out or 1}, fixed))
+
+    counted = set()
+    for op in channels.ops:
+        weight = op.writes[0]
+        out, length, *kernel = shapes[weight]
+        area = math.prod(kernel)
+        reads = parts(op.reads, length) if op.reads else {None: (length, 1)}
+        for ins in reads.items():
+            for outs in parts(op.writes, out).items():
+                add(f"{op.module}:{ins[0]}:{outs[0]}", area * op.positions, area, ins, outs)
+        counted.add(weight)
+    for name, shape in shapes.items():
+        if name not in counted:
+            axes = {axis for g in open_groups for axis in g.places if axis[0] == name}
+            axis = next(iter(axes), (name, 0))
+            other = math.prod(shape) // shape[axis[1]] if shape else 1
+            for outs in parts(axis, shape[axis[1]] if shape else 1).items():
+                add(f"{name}:{outs[0]}", 0, other, (None, (1, 1)), outs)
+    if channels.products:
+        add("products", channels.products, 0, (None, (1, 1)), (None, (1, 1)))
+    return Space(decisions, tuple(sites))
+
+
+Factors = Mapping[str, Tensor]  # group -> the factor of each of its units
+
+
+def read_by(model: nn.Module, channels: Channels) -> dict[Axis, list[tuple[str, Tensor, Tensor]]]:
+    """For every weight that reads channels and every layer norm: (group, positions there, their units)."""
+    found: dict[Axis, list[tuple[str, Tensor, Tensor]]] = {}
+    for axis in [op.reads for op in channels.ops if op.reads] + [(f"{name}.weight", 0) for name in channels.norms]:
+        for g in channels.groups:
+            if axis in g.places:
+                at = g.places[axis]
+                units = np.repeat(np.arange(g.size), at.shape[1])
+                found.setdefault(axis, []).append((g.name, torch.from_numpy(at.ravel()), torch.from_numpy(units)))
+    return found
+
+
+def gated(model: nn.Module, channels: Channels, reads: Mapping[Axis, list], factors: Factors, x: Tensor) -> Tensor:
+    """``model(x)`` with every channel scaled by the factor of its unit wherever it is read."""
+    scaled, hooks = {}, []
+    for (name, dim), groups in reads.items():
+        if not any(group in factors for group, _, _ in groups):
+            continue
+        weight = model.get_parameter(name)
+        factor = weight.new_ones(weight.shape[dim])
+        for group, at, units in groups:
+            if group in factors:
+                factor = factor.index_copy(0, at.to(weight.device), factors[group].to(weight)[units.to(weight.device)])
+        if dim == 1:
+            spread = factor.reshape(-1, *[1] * (weight.ndim - 2))
+            if name.rpartition(".")[0] in channels.standardised:  # such a convolution subtracts means and scales by
+                mean = (weight * spread).mean((1, 2, 3), keepdim=True) / spread.mean()  # deviations: those of what it
+                scaled[name] = (weight - mean) * spread / spread.mean().sqrt()  # reads only, as a narrower one would
+            else:
+                scaled[name] = weight * spread
+        else:
+            module = model.get_submodule(name.rpartition(".")[0])
+            hooks.append(module.register_forward_hook(partial(_weighted_norm, factor)))
+    try:
+        return functional_call(model, scaled, (x,)) if scaled else model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _weighted_norm(factor: Tensor, module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+    """What a layer norm gives (instead of ``out``) if channels count as much as their factors say."""
+    first = "2d" in type(module).__name__  # timm's are for [B, C, H, W]
+    x = args[0].movedim(1, -1) if first else args[0]
+    share = factor / factor.sum()
+    mean = (x * share).sum(-1, keepdim=True)
+    variance = ((x - mean).square() * share).sum(-1, keepdim=True)
+    y = (x - mean) * torch.rsqrt(variance + module.eps) * module.weight + module.bias
+    y = y.movedim(-1, 1) if first else y
+    return module.act(module.drop(y)) if hasattr(module, "act") else y  # timm's norms with an activation in them
+
+
+def safe_channels(model: nn.Module, image: Sequence[int]) -> Channels:
+    """The channels of ``model`` without those groups that it cannot do with fewer of.
+
+    What a network does with numbers that it has computed or kept elsewhere cannot be seen in one pass. So all groups
+    are cut, and the logits are compared with those of the masked network, in double precision and with norms that
+    hide nothing; where they differ or the network fails, the groups are tried in halves, and those that break it stay.
+    """
+    channels = trace(model, image)
+    model = copy.deepcopy(model).double().eval()
+    draws = torch.Generator().manual_seed(0)
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if t.ndim == 1 and t.is_floating_point():  # at the start many are 0 or 1, and a branch times 0 shows nothing
+            low = 0.5 if "var" in name or "weight" in name or "gamma" in name else -0.5
+            t.data.copy_(torch.rand(t.shape, generator=draws) + low)
+    x = torch.randn(1, *image, generator=draws, dtype=torch.double)
+    reads = read_by(model, channels)
+
+    def fails(names: Sequence[str]) -> str:
+        """Why the network does not work with half of the channels of these groups; empty if it does."""
+        sizes = {g.name: (g.size + 1) // 2 for g in channels.groups if g.name in names}
+        factors = {g.name: (torch.arange(g.size) < sizes[g.name]).double() for g in channels.groups if g.name in names}
+        masked, cut = gated(model, channels, reads, factors, x), copy.deepcopy(model)
+        remove_channels(cut, channels.cut(sizes)[1])
+        try:
+            error = (cut(x) - masked).abs().max() / masked.abs().max()
+        except Exception as problem:  # whatever the network's own code runs into
+            return str(problem).splitlines()[0][:100]
+        return "" if float(error) < 1e-9 else f"the logits differ by {float(error):.1e}"
+
+    with torch.no_grad():
+        good: list[str] = []
+
+        def sort_out(names: list[str]) -> None:
+            nonlocal channels
+            if why := fails([*good, *names]):
+                if len(names) == 1:
+                    channels = channels.without(names, why)
+                    return
+                sort_out(names[: len(names) // 2])
+                sort_out(names[len(names) // 2 :])
+            else:
+                good.extend(names)
+
+        sort_out([g.name for g in channels.groups])
+    return channels
+
+
+class TimmSupernet(Supernet):
+    """All narrower versions of a network of timm's.
+
+    Args:
+        base: the network, which is the widest of the space.
+        pretrained, checkpoint: start from timm's weights, or from those in a file (with or without its classifier).
+    """
+
+    def __init__(self, base: TimmBase, pretrained: bool = False, checkpoint: str | None = None) -> None:
+        super().__init__()
+        self.name, self.outline, self.layers = base.name, base, nn.ModuleList()
+        self.model = base.create(pretrained, checkpoint)
+        self.channels = self.whole = safe_channels(self.model, (base.in_chans, base.img_size, base.img_size))
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        self.space = space_of_channels(self.channels, shapes, base.divisor)
+        self.widths = nn.ModuleList(MarkovGate(d.options) for d in self.space.decisions)
+        self.steps = {g.name: g.step for g in self.channels.groups if g.name in self.space.by_name}
+        self.reads = read_by(self.model, self.channels)
+
+    def forward(self, x: Tensor, answers: Answers) -> Tensor:
+        """[B, in_chans, H, W] -> [B, num_classes]."""
+        like, factors = next(self.model.parameters()), {}
+        for name, gate in self.gates().items():
+            answer, step, widest = answers[name], self.steps[name], gate.widths[-1]
+            if isinstance(answer, Tensor):
+                factors[name] = answer[::step]
+            elif answer < widest:
+                factors[name] = prefix_mask(widest // step, answer // step, like)
+        return gated(self.model, self.channels, self.reads, factors, x)
+
+    def gates(self) -> dict[str, Gate]:
+        """Decision -> its gate."""
+        gates: Iterable[Any] = self.widths
+        return {d.name: gate for d, gate in zip(self.space.decisions, gates, strict=True)}
+
+    def cut(self) -> dict[Axis, np.ndarray]:
+        """Forget the channels beyond the gates' widths. Returns which positions have to go (see `remove_channels`)."""
+        sizes = {name: gate.widths[-1] // self.steps[name] for name, gate in self.gates().items()}
+        self.channels, goes = self.channels.cut(sizes)
+        self.reads = read_by(self.model, self.channels)
+        return goes
+
+    def net_of(self, arch: Mapping[str, Option]) -> dict[str, Any]:
+        """The network as `dnas.narrowed.build` reads it: the name of the base, and what is narrower in each module."""
+        goes = self.whole.cut({name: int(width) // self.steps[name] for name, width in arch.items()})[1]
+        return narrowed_net(self.outline, goes)
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """The weights under the names of the plain network."""
+        return self.model.state_dict()
+
+
+def narrowed_net(base: TimmBase, goes: Mapping[Axis, np.ndarray]) -> dict[str, Any]:
+    """A network as data, measured on a copy without memory: its new sizes by module, and what timm says about it."""
+    plain = base.create(device="meta")
+    modules: dict[str, dict[str, Any]] = {}
+    for (full, index), gone in goes.items():
+        path, _, name = full.rpartition(".")
+        value, sizes = getattr(plain.get_submodule(path), name), modules.setdefault(path, {})
+        if isinstance(value, int):
+            sizes[name] = value - len(gone)
+        elif isinstance(value, float):
+            length = plain.get_submodule(path).weight.shape[1]
+            sizes[name] = value * math.sqrt(length / (length - len(gone)))
+        else:
+            now = sizes.setdefault(name, [None] * (value.ndim if isinstance(value, Tensor) else len(value)))
+            now[index] = (value.shape[index] if isinstance(value, Tensor) else value[index]) - len(gone)
+    # The numbers that timm reports or builds a new head from: as counted on the narrower net.
+    before = outline(plain, base.in_chans, base.img_size)
+    remove_channels(plain, goes)
+    after = outline(plain, base.in_chans, base.img_size)
+    for path, module in plain.named_modules():
+        if module is plain or any(child is plain.get_classifier() for child in module.children()):
+            for name in ("num_features", "head_hidden_size", "hidden_size", "in_features"):
+                value = getattr(module, name, None)
+                for key in ("num_features", "head_hidden_size"):
+                    if type(value) is int and value == before[key] and name not in modules.get(path, {}):
+                        modules.setdefault(path, {})[name] = after[key]
+    return {"base": base.name, "features": after["features"], "modules": modules}
+
+
+def outline(model: nn.Module, in_chans: int, img_size: int) -> dict[str, Any]:
+    """What timm says about a network, measured on one that is on ``meta``.
+
+    Channels of all ``features`` levels; ``num_features``, channels of the last map, whose height and width are
+    ``pool_size``; ``head_hidden_size``, what the classifier reads.
+    """
+    x = torch.zeros(1, in_chans, img_size, img_size, device="meta")
+    with torch.no_grad():
+        levels = model.eval().forward_intermediates(x, intermediates_only=True)
+        last = model.forward_features(x)
+        hidden = model.forward_head(last, pre_logits=True)
+    if getattr(model, "output_fmt", "NCHW") != "NCHW":
+        last = last.movedim(-1, 1)
+    sizes = {"num_features": last.shape[1], "head_hidden_size": hidden.shape[1], "pool_size": tuple(last.shape[2:])}
+    return {"features": [level.shape[1] for level in levels], **sizes}
