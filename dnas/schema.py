@@ -98,7 +98,10 @@ def _check_narrowed(net: dict[str, Any]) -> None:
     if not is_model(base) or not model_entrypoint(base).__module__.startswith("timm.models."):
         fail("net.base", base, "a model of timm's own")
     with torch.device("meta"):
-        modules = dict(timm.create_model(base).named_modules())
+        model = timm.create_model(base)
+    if len(net["features"]) != len(model.feature_info):
+        fail("net.features", net["features"], f"{len(model.feature_info)} widths, one a feature level of {base}")
+    modules = dict(model.named_modules())
     for path, sizes in net["modules"].items():
         if path not in modules:
             fail("net.modules", path, f"modules of {base}")

@@ -7,7 +7,6 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dnas import narrowed
 from dnas.cost import CostTable, resolve_budgets
@@ -65,21 +64,12 @@ def test_masked_cut_and_exported_are_one_network(name):
             masked, cut = net(x, arch), extract(net, arch).model(x)
         assert (masked - whole).abs().max() > 1e-3 * whole.abs().max()
         assert (masked - cut).abs().max() < 1e-5 * masked.abs().max()
-        document = net.net_of(arch)
-        assert document["base"] == name
-        if seed == 0:
-            found = narrowed.network(document, num_classes=CLASSES).eval()
-            found.load_state_dict(plain_state(net, arch))
-            with torch.no_grad():
-                assert torch.equal(found(x), cut)
-            assert count_macs(found, 3, SIZE) == tables["macs"].of(arch)
-        else:
-            with torch.device("meta"):
-                found = narrowed.network(document, num_classes=CLASSES)
-            with FlopCounterMode(display=False) as counter:
-                found.eval()(torch.zeros(1, 3, SIZE, SIZE, device="meta"))
-            assert counter.get_total_flops() // 2 == tables["macs"].of(arch)
-        assert count_params(found) == tables["params"].of(arch)
+    found = narrowed.network(net.net_of(arch), num_classes=CLASSES).eval()
+    found.load_state_dict(plain_state(net, arch))
+    with torch.no_grad():
+        assert torch.equal(found(x), cut)
+    assert count_macs(found, 3, SIZE) == tables["macs"].of(arch)
+    assert count_params(found) == tables["params"].of(arch)
 
 
 class Stubborn(nn.Module):

@@ -1,0 +1,194 @@
+#!/usr/bin/env python3
+"""Which networks of timm's can be searched, and how much of them: one row a network, measured.
+
+python benchmarks/timm_models.py                     # the networks that are not in results/timm_models.jsonl yet
+python benchmarks/timm_models.py --table             # docs/timm-models.md from the rows
+
+Per network, with 10 classes: the supernet is built (which tries all its groups), five random width vectors are masked
+and exported with one set of weights, a search step runs, the uniform net at 50 % of the MACs is exported, counted by
+fvcore in a fresh process without dnas, and asked for features.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import timm  # noqa: E402
+import torch  # noqa: E402
+from timm.utils import random_seed  # noqa: E402
+
+from dnas import narrowed  # noqa: E402
+from dnas.cost import CostTable, resolve_budgets  # noqa: E402
+from dnas.derive import random_arch, uniform_arch  # noqa: E402
+from dnas.export import arch_document, build_net, verify_export, write_export  # noqa: E402
+from dnas.runs import provenance  # noqa: E402
+from dnas.surgery import plain_state  # noqa: E402
+from dnas.timm_net import TimmBase, TimmSupernet  # noqa: E402
+from dnas.units import parse_budget  # noqa: E402
+
+ROWS = Path(__file__).parent / "results" / "timm_models.jsonl"
+TABLE = ROOT / "docs" / "timm-models.md"
+CLASSES = 10
+# Image size in pixels where it is not 96: what the network is made for, or the least that it takes.
+SIZES = {"inception_v3": 128, "inception_v4": 128, "inception_resnet_v2": 128, "xception41": 128, "vgg11_bn": 224}
+SIZES |= {"fastvit_t8": 256, "nasnetalarge": 128, "pnasnet5large": 128}
+MODELS = """
+resnet18 resnet50 resnet26t resnet50d seresnet18 ecaresnet26t resnetv2_50 resnetv2_50x1_bit wide_resnet50_2
+resnext50_32x4d seresnext26d_32x4d skresnet18 res2net50_26w_4s res2next50 resnest50d regnetx_002 regnety_002
+regnetz_b16 gernet_s repvgg_a0 mobileone_s0 mobilenetv1_100 mobilenetv2_100 mobilenetv3_large_100 mobilenetv4_conv_small
+mobilenetv4_hybrid_medium mnasnet_100 semnasnet_075 fbnetc_100 fbnetv3_b spnasnet_100 hardcorenas_a lcnet_050 tinynet_e
+mixnet_s efficientnet_b0 efficientnet_lite0 tf_efficientnetv2_b0 ghostnet_100 ghostnetv2_100 repghostnet_050 rexnet_100
+densenet121 vgg11_bn convnext_atto convnextv2_atto inception_next_tiny hgnetv2_b0 dla34 hrnet_w18_small selecsls42b
+inception_v3 inception_v4 inception_resnet_v2 xception41 cspresnet50 cspdarknet53 darknet53 vovnet39a ese_vovnet19b_dw
+dpn48b dm_nfnet_f0 eca_nfnet_l0 nf_regnet_b0 edgenext_xx_small fastvit_t8 mobilevit_xxs repvit_m1 fasternet_t0
+starnet_s1 poolformer_s12 nasnetalarge pnasnet5large
+""".split()  # noqa: SIM905
+
+
+def try_model(name: str) -> dict:
+    """The row of one network; ``error`` holds the first line of what went wrong, where something did."""
+    row: dict = {"model": name, "img_size": SIZES.get(name, 96)}
+    random_seed(0)
+    started = time.perf_counter()
+    try:
+        for part in (measure_space, measure_logits, measure_step, measure_export):
+            row |= part(row)
+    except Exception as error:  # a row of a failure is a result, too
+        row["error"] = f"{part.__name__}: {str(error).splitlines()[0][:200]}"
+    _made.clear()
+    return row | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+_made: dict = {}  # of the network at hand: its supernet and tables
+
+
+def measure_space(row: dict) -> dict:
+    """Build the supernet: groups, and the share of the MACs that the narrowest network saves."""
+    started = time.perf_counter()
+    net = TimmSupernet(TimmBase(row["model"], CLASSES, 3, row["img_size"]))
+    tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
+    _made.update(net=net, tables=tables, budgets=())
+    low, high = (tables["macs"].of(arch) for arch in tables["macs"].extremes())
+    found = {"build_seconds": round(time.perf_counter() - started, 1), "groups": len(net.space.decisions)}
+    found |= {"macs": high, "cuttable": round(1 - low / high, 3), "fixed": list(net.channels.fixed)}
+    _made["budgets"] = resolve_budgets(tables, parse_budget("50%"))
+    return found
+
+
+def measure_logits(row: dict) -> dict:
+    """Largest relative difference of logits, masked against exported, over five random width vectors."""
+    net, worst, changed = _made["net"].eval(), 0.0, []
+    for name, t in (*net.model.named_parameters(), *net.model.named_buffers()):
+        if t.ndim == 1 and t.is_floating_point():  # no branch is switched off
+            t.data.copy_(torch.rand(t.shape) + (-0.5 if name.endswith(("bias", "mean")) else 0.5))
+    x = torch.randn(2, 3, row["img_size"], row["img_size"])
+    with torch.no_grad():
+        whole = net.model(x)
+        for _ in range(5):
+            arch = net.draw(uniform=True)
+            masked = net(x, arch)
+            plain = build_net(net.net_of(arch), num_classes=CLASSES).eval()
+            plain.load_state_dict(plain_state(net, arch))
+            scale = float(masked.abs().max())
+            worst = max(worst, float((plain(x) - masked).abs().max()) / scale)
+            changed.append(float((whole - masked).abs().max()) / scale)
+    if worst > 1e-5 or min(changed) < 1e-3:
+        raise RuntimeError(f"masked and exported differ by {worst:.1e}, masked and whole by {min(changed):.1e}")
+    return {"logits_differ": worst}
+
+
+def measure_step(row: dict) -> dict:
+    """One step of the weights on a drawn network and one of the gates on the soft one; all gates get a gradient."""
+    net = TimmSupernet(TimmBase(row["model"], CLASSES, 3, row["img_size"]))
+    x, y = torch.randn(4, 3, row["img_size"], row["img_size"]), torch.randint(0, CLASSES, (4,))
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    for answers in (net.draw(), net.soft()):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(net(x, answers), y)
+        loss.backward()
+        optimizer.step()
+    silent = [n for n, gate in net.gates().items() if gate.alpha.grad is None or not bool((gate.alpha.grad != 0).any())]
+    if silent or not loss.isfinite():
+        raise RuntimeError(f"a search step has the loss {float(loss)} and no gradient for {', '.join(silent[:3])}")
+    return {"step": True}
+
+
+def measure_export(row: dict) -> dict:
+    """What `tools/search.py --budget 50% --dry-run` does, a random net as well, and features."""
+    net, tables, budgets = (_made[key] for key in ("net", "tables", "budgets"))
+    ratios = []
+    for arch in (uniform_arch(net.space, tables, budgets), random_arch(net.space, tables, budgets, 0)):
+        data = {"num_classes": CLASSES, "in_chans": 3, "img_size": row["img_size"], "mean": [0.5] * 3, "std": [0.5] * 3}
+        document = arch_document("dnas_tried", net.net_of(arch), data, supernet=row["model"], answers=arch)
+        with tempfile.TemporaryDirectory() as folder:
+            write_export(folder, document)
+            counted = verify_export(folder)
+        if not counted["macs"] == tables["macs"].of(arch) == document["macs"] or counted["counted_by"] != "fvcore":
+            raise RuntimeError(f"{counted['counted_by']} counts {counted['macs']}, the table {tables['macs'].of(arch)}")
+        ratios.append(tables["macs"].of(arch) / budgets[0].limit)
+        cfg = {"num_classes": CLASSES, "input_size": (3, row["img_size"], row["img_size"])}
+        model = narrowed.build(document["net"], "dnas_tried", features_only=True, pretrained_cfg=cfg).eval()
+        with torch.no_grad():
+            maps = model(torch.randn(1, *cfg["input_size"]))
+        axis = 1 if getattr(model, "output_fmt", "NCHW") == "NCHW" else -1
+        if [m.shape[axis] for m in maps] != model.feature_info.channels():
+            raise RuntimeError(f"features of {[m.shape[axis] for m in maps]}, said {model.feature_info.channels()}")
+    return {"reached": round(ratios[0], 4), "reached_random": round(ratios[1], 4), "features": True}
+
+
+def write_table(rows: list[dict]) -> None:
+    """docs/timm-models.md."""
+    good = [row for row in rows if "error" not in row]
+    versions = {k: sorted({row[k] for row in rows}) for k in ("date", "torch", "timm")}
+    lines = [
+        "# Networks of timm's that can be searched",
+        "",
+        f"{len(good)} of {len(rows)} pass everything. `tools/search.py --model NAME --budget ...` takes any of them.",
+        "",
+        "Groups: decisions on a width, in multiples of 8 channels. Can be cut: share of MACs that the narrowest net",
+        "saves. Logits: largest relative difference between the masked and the exported net over five random width",
+        "vectors. 50 %: MACs of the exported uniform net over the budget, counted by fvcore in a process without dnas.",
+        "",
+        "| network | pixels | groups | can be cut | logits | 50 % | channels that stay |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in sorted(good, key=lambda row: row["model"]):
+        fixed = f"{len(row['fixed'])}: {row['fixed'][0].split(': ')[-1]}" if row["fixed"] else ""
+        shown = (row["model"], row["img_size"], row["groups"], f"{100 * row['cuttable']:.0f} %")
+        shown += (f"{row['logits_differ']:.0e}", f"{row['reached']:.3f}", fixed)
+        lines.append(f"| {' | '.join(map(str, shown))} |")
+    lines += ["", "Those that do not pass:", "", "| network | pixels | why |", "| --- | --- | --- |"]
+    lines += [f"| {r['model']} | {r['img_size']} | {r['error']} |" for r in rows if "error" in r]
+    shown = "; ".join(f"{key} {', '.join(found)}" for key, found in versions.items())
+    lines += ["", f"Made by `benchmarks/timm_models.py`: {shown}."]
+    TABLE.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """Try what has not been tried; write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS, help="names of timm's (default: a list of families)")
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    info = {"date": date.today().isoformat()} | provenance(torch.device("cpu"))
+    for name in [] if args.table else [m for m in args.models if m not in {row["model"] for row in rows}]:
+        if not timm.is_model(name):
+            print(f"{name}: not in this timm")
+            continue
+        rows.append(try_model(name) | info)
+        with open(ROWS, "a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        print({k: v for k, v in rows[-1].items() if k not in info}, flush=True)
+    write_table(rows)
+
+
+if __name__ == "__main__":
+    main()
