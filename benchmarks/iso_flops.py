@@ -15,10 +15,10 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -30,21 +30,21 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import iso_stats as stats  # noqa: E402
-import numpy as np  # noqa: E402
 import opponents  # noqa: E402
 import torch  # noqa: E402
 from timm.utils import random_seed  # noqa: E402
+from variants import VARIANTS  # noqa: E402
 
 from dnas.arch import Arch  # noqa: E402
 from dnas.cost import CostTable, resolve_budgets  # noqa: E402
 from dnas.data import Data, load_data  # noqa: E402
-from dnas.derive import Likelihood, derive, gate_likelihood, random_arch, uniform_arch  # noqa: E402
+from dnas.derive import derive, random_arch, uniform_arch  # noqa: E402
 from dnas.export import build_net  # noqa: E402
-from dnas.macro import Macro, MacroSupernet, net_of, space_of  # noqa: E402
-from dnas.prunode import PairGate  # noqa: E402
+from dnas.macro import Macro, MacroSupernet  # noqa: E402
 from dnas.runs import provenance, write_json  # noqa: E402
-from dnas.search import SearchConfig, search  # noqa: E402
+from dnas.search import search  # noqa: E402
 from dnas.supernet import Supernet  # noqa: E402
+from dnas.timm_net import TimmBase, TimmSupernet  # noqa: E402
 from dnas.train import Recipe, train_from_scratch  # noqa: E402
 from dnas.units import Budget, UserError, parse_budget  # noqa: E402
 from supernets import SUPERNETS  # noqa: E402
@@ -62,7 +62,7 @@ class Setup:
     of each random net. ``most_layers`` a stage: two processor cores cannot train a few hundred deep nets.
     """
 
-    supernet: str
+    supernet: str  # of `SUPERNETS`, or a network of timm's
     width_mult: float
     divisor: int
     budget: str
@@ -73,6 +73,7 @@ class Setup:
     search: Recipe
     seeds: int
     most_layers: int = 4
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # of timm's network
 
 
 ADAMW = Recipe(epochs=12)
@@ -83,18 +84,39 @@ SETUPS = {
     "mobilenet_v2": Setup("mobilenet_v2", 0.5, 2, "10%", "cifar10", 5000, 12, SGD, SLOWER, 6, most_layers=1),
     "prunet": Setup("prunet", 0.35, 4, "10%", "cifar10", 5000, 12, SGD, SLOWER, 9, most_layers=2),
 }
+LIKE_20 = {"layers": [2, 2, 2, 2], "channels": [16, 32, 48, 64]}  # a ResNet of 18 layers, as narrow as ResNet-20
+EIGHT = replace(SLOWER, epochs=8)
+for percent in (30, 50):
+    budget = f"{percent}%"
+    SETUPS |= {
+        f"timm_resnet_{percent}": Setup(
+            "resnet18", 1, 2, budget, "cifar10", 5000, 32, EIGHT, SLOWER, 2, kwargs=LIKE_20
+        ),
+        f"timm_mobilenet_{percent}": Setup("mobilenetv2_035", 1, 4, budget, "cifar10", 5000, 32, EIGHT, SLOWER, 2),
+    }
 
 
 @dataclass(frozen=True)
 class Lab:
-    """A set-up made ready in one process."""
+    """A set-up made ready in one process. ``net`` is a supernet that nobody trains: it tells the space."""
 
     setup: Setup
     data: Data
-    macro: Macro
+    net: Supernet
     tables: dict[str, CostTable]
     budgets: tuple[Budget, ...]
     device: torch.device
+
+    def supernet(self, bipath: bool = True) -> Supernet:
+        """A fresh supernet of the set-up, on its device."""
+        return supernet_of(self.net.outline, bipath).to(self.device)
+
+
+def supernet_of(outline: Macro | TimmBase, bipath: bool = True) -> Supernet:
+    """The supernet of a description, with or without pairs of inner widths."""
+    if isinstance(outline, TimmBase):
+        return TimmSupernet(outline)
+    return MacroSupernet(replace(outline, bipath=outline.bipath and bipath))
 
 
 def open_lab(setup: Setup, data_dir: str, device: str) -> Lab:
@@ -105,13 +127,18 @@ def open_lab(setup: Setup, data_dir: str, device: str) -> Lab:
         data = load_data("", data_dir, img_size=setup.img_size, device=device)
     else:
         raise UserError("this set-up needs --data-dir (or DNAS_CIFAR10): a folder or .tar.gz of CIFAR-10's images")
-    macro = SUPERNETS[setup.supernet](
-        num_classes=data.num_classes, img_size=setup.img_size, width_mult=setup.width_mult, divisor=setup.divisor
-    )
-    macro = replace(macro, stages=tuple(replace(s, depth=min(s.depth, setup.most_layers)) for s in macro.stages))
-    tables = {metric: CostTable.build(space_of(macro), metric) for metric in ("macs", "params")}
+    fixed = {"num_classes": data.num_classes, "img_size": setup.img_size, "divisor": setup.divisor}
+    outline: Macro | TimmBase
+    if setup.supernet in SUPERNETS:
+        macro = SUPERNETS[setup.supernet](**fixed, width_mult=setup.width_mult)
+        stages = tuple(replace(s, depth=min(s.depth, setup.most_layers)) for s in macro.stages)
+        outline = replace(macro, stages=stages)
+    else:
+        outline = TimmBase(setup.supernet, **fixed, kwargs=setup.kwargs)
+    net = supernet_of(outline)
+    tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
     budgets = resolve_budgets(tables, parse_budget(setup.budget))
-    return Lab(setup, data.take(setup.num_train), macro, tables, budgets, torch.device(device))
+    return Lab(setup, data.take(setup.num_train), net, tables, budgets, torch.device(device))
 
 
 def run_search(lab: Lab, variant: str, seed: int) -> dict:
@@ -124,7 +151,7 @@ def run_search(lab: Lab, variant: str, seed: int) -> dict:
     how = VARIANTS[variant]
     recipe = replace(lab.setup.search, epochs=round(lab.setup.search.epochs * how.length))
     random_seed(seed)
-    net = MacroSupernet(replace(lab.macro, bipath=lab.macro.bipath and how.bipath)).to(lab.device)
+    net = lab.supernet(how.bipath)
     rows: list[dict] = []
     if recipe.channels_last:
         net = net.to(memory_format=torch.channels_last)
@@ -134,56 +161,6 @@ def run_search(lab: Lab, variant: str, seed: int) -> dict:
     images = sum(recipe.batch_size + row.get("images", 0) for row in rows)
     found = {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
     return net_row(lab, f"{variant}/{seed}", arch) | found
-
-
-def likeliest_width(net: Supernet) -> Likelihood:
-    """As `gate_likelihood`, but of widths too it is the log-probability that counts."""
-    like = dict(gate_likelihood(net))
-    for name, gate in net.gates().items():
-        if net.space.by_name[name].is_width:
-            p = gate.probabilities().detach().double().cpu().numpy()
-            if isinstance(gate, PairGate) and np.count_nonzero(p) > 1:  # it knows two: falling by e a step
-                at = np.arange(len(p))
-                p = np.exp(-np.abs(at[:, None] - at[p > 0])) @ p[p > 0]
-            like[name] = np.where(like[name] == -1000, -1000, np.log(np.maximum(p, 1e-30)))
-    return like
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What is changed in a search; ``length`` is a factor on its epochs, ``scale`` stays in the gates' gradient."""
-
-    config: SearchConfig = SearchConfig()
-    length: float = 1.0
-    bipath: bool = True
-    scale: bool = False
-    likelihood: Callable[[Supernet], Likelihood] = gate_likelihood
-
-
-VARIANTS = {
-    "default": Variant(),
-    "gates-every-step": Variant(SearchConfig(gate_every=1)),
-    "gates-every-4": Variant(SearchConfig(gate_every=4)),
-    "half-length": Variant(length=0.5),
-    "double-length": Variant(length=2),
-    "double-length-gates-every-step": Variant(SearchConfig(gate_every=1), length=2),
-    "no-sharpening": Variant(SearchConfig(temperature=1.0)),
-    "entropy": Variant(SearchConfig(temperature=1.0, entropy=1.0)),
-    "constant-target": Variant(SearchConfig(budget_from=0.2, budget_by=0.2)),
-    "late-skip": Variant(SearchConfig(skip_at=0.6, skip_from=0.999)),
-    "early-closed-skip": Variant(SearchConfig(skip_from=0.999)),
-    "no-warmup": Variant(SearchConfig(warmup=0.0, skip_at=0.0)),
-    "long-warmup": Variant(SearchConfig(warmup=0.5, budget_from=0.5, budget_by=0.8, block_from=0.5, skip_at=0.5)),
-    "hard-gates": Variant(SearchConfig(gates_on="hard")),
-    "soft-weights": Variant(SearchConfig(weights_on="soft")),
-    "sandwich": Variant(SearchConfig(weights_on="sandwich")),
-    "same-images": Variant(SearchConfig(gate_fraction=0.0)),
-    "fixed-grid": Variant(bipath=False),
-    "slow-shrinking": Variant(SearchConfig(block_from=0.8, block_by=1.0, width_below=0.005)),
-    "fast-shrinking": Variant(SearchConfig(block_from=0.2, block_by=0.4, width_below=0.2)),
-    "scale-in-gradient": Variant(scale=True),
-    "likeliest-width": Variant(likelihood=likeliest_width),
-}
 
 
 def net_row(lab: Lab, name: str, arch: Arch) -> dict:
@@ -205,7 +182,7 @@ def judge_nets(lab: Lab, archs: dict[str, dict], seed: int) -> dict:
 def train_net(lab: Lab, name: str, arch: dict, seed: int) -> dict:
     """Train one net from scratch. Returns its row."""
     random_seed(seed)
-    model = build_net(net_of(lab.macro, arch), num_classes=lab.data.num_classes, in_chans=lab.data.in_chans)
+    model = build_net(lab.net.net_of(arch), num_classes=lab.data.num_classes, in_chans=lab.data.in_chans)
     _, reached = train_from_scratch(model.to(lab.device), lab.data, lab.setup.recipe, seed=seed)
     row = {"kind": "training", "net": name, "seed": seed, "top1": round(reached["top1"], 3)}
     return row | {"loss": round(reached["loss"], 4), "seconds": reached["seconds"]}
@@ -285,12 +262,12 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs, context, initializer=_enter, initargs=entered) as pool:
         do = partial(work, pool=pool, info=info)
         if "uniform" not in table.nets():
-            arch = uniform_arch(space_of(lab.macro), lab.tables, lab.budgets)
+            arch = uniform_arch(lab.net.space, lab.tables, lab.budgets)
             table.append(net_row(lab, "uniform", arch) | info)
         names, nets = [f"random/{k}" for k in range(args.random)], table.nets()
         for k, name in enumerate(names):
             if name not in nets:
-                table.append(net_row(lab, name, random_arch(space_of(lab.macro), lab.tables, lab.budgets, k)) | info)
+                table.append(net_row(lab, name, random_arch(lab.net.space, lab.tables, lab.budgets, k)) | info)
         train_all(names, lambda name: range(setup.seeds), table, do)
         if args.judge:
             if f"random/{JUDGED - 1}" not in (nets := table.nets()):

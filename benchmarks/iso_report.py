@@ -90,9 +90,9 @@ def main() -> None:
     for table in tables:
         name, row, best = table.path.stem, summarise(table), judge_method(table, "default")
         setup = SETUPS[name]
-        what = (
-            f"{setup.supernet} x {setup.width_mult} at {setup.budget}, {setup.num_train} images of {setup.img_size} px"
-        )
+        net = f"{setup.supernet} x {setup.width_mult}" if setup.width_mult != 1 else f"timm's {setup.supernet}"
+        net += f" with {dict(setup.kwargs)}" if setup.kwargs else ""
+        what = f"{net} at {setup.budget}, {setup.num_train} images of {setup.img_size} px"
         parts.append(f"## {name}\n\n{what} ({setup.data}), {setup.recipe.epochs} epochs from scratch.")
         parts.append(f"![top-1 of nets of equal cost]({draw(table).name})")
         if best:

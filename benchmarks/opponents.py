@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from dnas.arch import KEEP, Arch
 from dnas.derive import derive, random_arch
-from dnas.macro import MacroSupernet
 from dnas.search import SearchConfig
 from dnas.supernet import Supernet
 from dnas.surgery import extract
@@ -41,7 +40,7 @@ def train_shared(lab: "Lab", net: Supernet, forward: Callable[[Tensor], Tensor],
 def shared_weights(lab: "Lab", seed: int) -> tuple[Supernet, Tensor, Tensor, int]:
     """A supernet trained on even draws, every second one at full width; held-out images, labels; how many it saw."""
     random_seed(seed)
-    net = MacroSupernet(lab.macro).to(lab.device)
+    net = lab.supernet()
     draws, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     steps = itertools.count()
 
@@ -107,7 +106,7 @@ def taylor(lab: "Lab", seed: int) -> tuple[Arch, int]:
 def _ranked(lab: "Lab", seed: int, by: str) -> tuple[Arch, int]:
     """Train the widest base net, score its channels, keep those worth most in the budget: `derive` is the same."""
     random_seed(seed)
-    net = MacroSupernet(lab.macro)
+    net = lab.supernet().cpu()
     base = {
         d.name: d.options[-1] if d.is_width else (KEEP if KEEP in d.options else d.base) for d in net.space.decisions
     }

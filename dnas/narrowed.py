@@ -27,9 +27,9 @@ def build(net: dict[str, Any], variant: str, pretrained: bool = False, **kwargs:
 def network(net: dict[str, Any], **kwargs: Any) -> nn.Module:
     """The network ``net["base"]`` of timm's with the sizes of ``net["modules"]``, freshly initialised.
 
-    ``kwargs`` go to `timm.create_model`.
+    ``kwargs`` go to `timm.create_model`, and win over ``net["kwargs"]``.
     """
-    model = timm.create_model(net["base"], pretrained=False, **kwargs)
+    model = timm.create_model(net["base"], pretrained=False, **{**net["kwargs"], **kwargs})
     modules = dict(model.named_modules())
     for path, sizes in net["modules"].items():
         for name, size in sizes.items():

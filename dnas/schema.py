@@ -36,7 +36,7 @@ NATIVE = {
     "stages": [[ROW, range(1, 65)], range(1, 65)],
     "head": WIDTH,
 }
-NARROWED = {"base": str, "features": [WIDTH, range(1, 65)], "modules": dict}  # see dnas.narrowed
+NARROWED = {"base": str, "kwargs": dict, "features": [WIDTH, range(1, 65)], "modules": dict}  # see dnas.narrowed
 # What the network sees and says: img_size in pixels; mean and std of pixels in [0, 1], one a channel.
 SIZES = {"img_size": range(1, 8_193), "in_chans": CHANNELS, "num_classes": range(1, 1_000_001)}
 DATA: dict[str, Any] = {**SIZES, "mean": [float, CHANNELS], "std": [float, CHANNELS]}
@@ -97,8 +97,14 @@ def _check_narrowed(net: dict[str, Any]) -> None:
     base = net["base"]
     if not is_model(base) or not model_entrypoint(base).__module__.startswith("timm.models."):
         fail("net.base", base, "a model of timm's own")
-    with torch.device("meta"):
-        model = timm.create_model(base)
+    for key, value in net["kwargs"].items():
+        if not key.isidentifier() or not _is_plain(value):
+            fail(f"net.kwargs[{key!r}]", value, "numbers, booleans, null, words of letters, digits and . _ -, or lists")
+    try:
+        with torch.device("meta"):
+            model: Any = timm.create_model(base, **net["kwargs"])
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, AssertionError) as error:
+        fail("net.kwargs", net["kwargs"], f"arguments of {base} ({(str(error).splitlines() or ['none'])[0][:80]})")
     if len(net["features"]) != len(model.feature_info):
         fail("net.features", net["features"], f"{len(model.feature_info)} widths, one a feature level of {base}")
     modules = dict(model.named_modules())
@@ -121,6 +127,15 @@ def _check_narrowed(net: dict[str, Any]) -> None:
                     check(f"{where}[{k}]", n, (None,) if n is None else range(1, v + 1))
             else:
                 fail(where, size, f"left out: {base} has no tensor or number of this name there")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether ``value`` says the same in JSON and in Python, quotes or none."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if isinstance(value, str):
+        return re.fullmatch(r"[A-Za-z0-9._-]{0,64}", value) is not None
+    return value is None or type(value) in (bool, int) or (type(value) is float and math.isfinite(value))
 
 
 def _check_native(net: Any) -> None:

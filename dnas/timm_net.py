@@ -9,7 +9,7 @@ import copy
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -35,13 +35,14 @@ from dnas.units import UserError
 
 @dataclass(frozen=True)
 class TimmBase:
-    """A network of timm's as it is, the widest of a space. ``divisor`` is the step of the width grids."""
+    """A network of timm's, the widest of a space. ``divisor`` is the step of the width grids."""
 
     name: str
     num_classes: int
     in_chans: int = 3
     img_size: int = 224
     divisor: int = 8
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # more arguments of timm.create_model
 
     def create(self, pretrained: bool = False, checkpoint: str | None = None, device: str = "cpu") -> nn.Module:
         """The network itself, with weights of timm's or from a file if asked for.
@@ -53,9 +54,8 @@ class TimmBase:
             raise UserError(f"--model {self.name!r} is no model of timm's; near are {', '.join(near) or 'none'}")
         if checkpoint and not Path(checkpoint).is_file():
             raise UserError(f"--initial-checkpoint {checkpoint!r} is no file")
-        sizes = {"num_classes": self.num_classes, "in_chans": self.in_chans}
-        given = f"--initial-checkpoint {checkpoint!r}" if checkpoint else f"--model {self.name} with {sizes}"
-        overlay = {}
+        args = {"num_classes": self.num_classes, "in_chans": self.in_chans, **self.kwargs}
+        given = f"--initial-checkpoint {checkpoint!r}" if checkpoint else f"--model {self.name} with {args}"
         try:
             if checkpoint:
                 state = load_state_dict(checkpoint, weights_only=True)
@@ -64,12 +64,12 @@ class TimmBase:
                 needed = [n for n, _ in self.create(device="meta").named_parameters() if not n.startswith(heads)]
                 if missing := [n for n in needed if n not in state]:
                     raise UserError(f"{given} has no weights for {missing[0]} and {len(missing) - 1} more tensors")
-                overlay = {"pretrained_cfg_overlay": {"state_dict": state}}
+                args["pretrained_cfg_overlay"] = {"state_dict": state}
             with torch.device(device):
-                return timm.create_model(self.name, pretrained=pretrained or bool(checkpoint), **sizes, **overlay)
+                return timm.create_model(self.name, pretrained=pretrained or bool(checkpoint), **args)
         except UserError:
             raise
-        except (RuntimeError, OSError, ValueError, KeyError, UnpicklingError) as error:
+        except (RuntimeError, OSError, ValueError, KeyError, TypeError, UnpicklingError) as error:
             raise UserError(f"{given} cannot be used: {str(error).splitlines()[0]}") from None
 
 
@@ -240,7 +240,13 @@ class TimmSupernet(Supernet):
         super().__init__()
         self.name, self.outline, self.layers = base.name, base, nn.ModuleList()
         self.model = base.create(pretrained, checkpoint)
-        self.channels = self.whole = safe_channels(self.model, (base.in_chans, base.img_size, base.img_size))
+        image = (base.in_chans, base.img_size, base.img_size)
+        try:
+            self.channels = self.whole = safe_channels(self.model, image)
+        except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError) as error:
+            given = f"--model {base.name} with {dict(base.kwargs)}" if base.kwargs else f"--model {base.name}"
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{given} cannot be run on an image of {' x '.join(map(str, image))}: {why}") from None
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         self.space = space_of_channels(self.channels, shapes, base.divisor)
         self.widths = nn.ModuleList(MarkovGate(d.options) for d in self.space.decisions)
@@ -306,7 +312,7 @@ def narrowed_net(base: TimmBase, goes: Mapping[Axis, np.ndarray]) -> dict[str, A
                 for key in ("num_features", "head_hidden_size"):
                     if type(value) is int and value == before[key] and name not in modules.get(path, {}):
                         modules.setdefault(path, {})[name] = after[key]
-    return {"base": base.name, "features": after["features"], "modules": modules}
+    return {"base": base.name, "kwargs": dict(base.kwargs), "features": after["features"], "modules": modules}
 
 
 def outline(model: nn.Module, in_chans: int, img_size: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import iso_flops  # noqa: E402
 import iso_report  # noqa: E402
 import iso_stats as stats  # noqa: E402
+import variants  # noqa: E402
 
 from dnas.prunode import PairGate  # noqa: E402
 
@@ -125,7 +126,7 @@ def test_every_method_ends_inside_the_budget(method, lab, monkeypatch):
 
 
 def test_the_same_seed_trains_the_same_net(lab):
-    arch = iso_flops.uniform_arch(iso_flops.space_of(lab.macro), lab.tables, lab.budgets)
+    arch = iso_flops.uniform_arch(lab.net.space, lab.tables, lab.budgets)
     one, other = (iso_flops.train_net(lab, "uniform", arch, seed=1) for _ in range(2))
     assert one["top1"] == other["top1"] and one["loss"] == other["loss"]
 
@@ -189,7 +190,7 @@ def test_old_searches_are_compared_with_the_default_of_then(tmp_path, monkeypatc
 
 def test_evolution_climbs_what_the_judge_says(lab, monkeypatch):
     """A judge who likes wide streams: the answer beats all that were drawn at random."""
-    space, looked = iso_flops.space_of(lab.macro), []
+    space, looked = lab.net.space, []
     streams = [d for d in space.decisions if d.is_width and not d.name.endswith("/mid")]
 
     def likes(arch):
@@ -225,10 +226,7 @@ def test_rankings_keep_the_channels_that_carry_the_weights(by, lab, monkeypatch)
 
 
 def test_judges_look_at_all_nets(lab):
-    archs = {
-        f"random/{k}": dict(iso_flops.random_arch(iso_flops.space_of(lab.macro), lab.tables, lab.budgets, k))
-        for k in range(4)
-    }
+    archs = {f"random/{k}": dict(iso_flops.random_arch(lab.net.space, lab.tables, lab.budgets, k)) for k in range(4)}
     row = iso_flops.judge_nets(lab, archs, seed=0)
     for judged in (row["judged"], row["judged_running"]):
         assert set(judged) == set(archs) and all(0 <= v <= 100 for v in judged.values())
@@ -237,7 +235,7 @@ def test_judges_look_at_all_nets(lab):
 def test_a_judge_leaves_the_statistics_and_only_recalibrated_sees_its_own_images(lab):
     """Shifted statistics mislead a judge that uses them, and not one that recalibrates."""
     torch.manual_seed(0)
-    net = iso_flops.Supernet(lab.macro).train()
+    net = lab.supernet().train()
     arch = iso_flops.uniform_arch(net.space, lab.tables, lab.budgets)
     x, y = next(iter(lab.data.train_batches(64, seed=0)))
     judge, before = iso_flops.opponents.judge, copy.deepcopy(net.state_dict())
@@ -252,11 +250,11 @@ def test_a_judge_leaves_the_statistics_and_only_recalibrated_sees_its_own_images
 
 
 def test_the_likeliest_width_is_the_one_that_the_gate_calls_best(lab):
-    net = iso_flops.Supernet(lab.macro)
+    net = lab.supernet()
     with torch.no_grad():
         for k, p in enumerate(net.gate_parameters()):
             p.add_((-1.0) ** k * (1 + torch.arange(p.numel()).reshape(p.shape) % 3))
-    like, gates = iso_flops.likeliest_width(net), net.gates()
+    like, gates = variants.likeliest_width(net), net.gates()
     widths = [d for d in net.space.decisions if d.is_width and d.name in gates]
     assert all(d.options[like[d.name].argmax()] == gates[d.name].best() for d in widths)
     assert {isinstance(gates[d.name], PairGate) for d in widths} == {True, False}

@@ -209,6 +209,20 @@ def test_weights_to_start_from(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "base, said",
+    [
+        (TimmBase("inception_v3", CLASSES, 3, 32), "--model inception_v3 cannot be run on an image of 3 x 32 x 32"),
+        (TimmBase("resnet18", CLASSES, 3, 32, kwargs={"layers": [1, 1, 1]}), "cannot be run"),
+        (TimmBase("resnet18", CLASSES, 3, 32, kwargs={"no_such": 1}), "no_such"),
+    ],
+)
+def test_a_model_that_does_not_run(base, said):
+    with pytest.raises(UserError) as caught:
+        TimmSupernet(base)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_a_model_that_timm_has_not():
     with pytest.raises(UserError, match="'resnet51' is no model of timm's; near are .*resnet50"):
         TimmSupernet(TimmBase("resnet51", CLASSES))

@@ -23,7 +23,7 @@ from cli import (
     run,
 )
 from rich.table import Table
-from timm.utils import random_seed
+from timm.utils import ParseKwargs, random_seed
 
 from dnas.arch import Arch
 from dnas.cost import CostTable, resolve_budgets
@@ -48,6 +48,7 @@ def parser() -> OneLineParser:
     p.add_argument(
         "--model", help="instead of a supernet: any convolutional network of timm's, searched for its widths"
     )
+    p.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="as timm's: layers=[2,2,2,2] ...")
     p.add_argument("--pretrained", action="store_true", help="with --model: the search starts from timm's weights")
     p.add_argument("--initial-checkpoint", help="with --model: the search starts from the weights in this file")
     p.add_argument("--width-mult", type=float, help="width of the widest net (default: the budget is half of its cost)")
@@ -81,9 +82,10 @@ def plan_supernet(args, data: Data, budgets: tuple[Budget, ...]) -> Supernet:
     if args.model:
         if args.supernet or args.width_mult is not None:
             raise UserError("--model is the search space: neither --supernet nor --width-mult goes with it")
-        return TimmSupernet(TimmBase(args.model, **fixed), args.pretrained, args.initial_checkpoint)
-    if args.pretrained or args.initial_checkpoint:
-        raise UserError("--pretrained and --initial-checkpoint go with --model: a supernet has no such weights")
+        base = TimmBase(args.model, **fixed, kwargs=args.model_kwargs)
+        return TimmSupernet(base, args.pretrained, args.initial_checkpoint)
+    if args.pretrained or args.initial_checkpoint or args.model_kwargs:
+        raise UserError("--pretrained, --initial-checkpoint and --model-kwargs go with --model")
 
     def outline(width_mult: float) -> Macro:
         return SUPERNETS[args.supernet or "prunet"](**fixed, width_mult=width_mult)

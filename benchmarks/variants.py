@@ -1,0 +1,61 @@
+"""What is changed in a search, one thing at a time: the ablations of `iso_flops.py`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dnas.derive import Likelihood, gate_likelihood
+from dnas.prunode import PairGate
+from dnas.search import SearchConfig
+from dnas.supernet import Supernet
+
+
+def likeliest_width(net: Supernet) -> Likelihood:
+    """As `gate_likelihood`, but of widths too it is the log-probability that counts."""
+    like = dict(gate_likelihood(net))
+    for name, gate in net.gates().items():
+        if net.space.by_name[name].is_width:
+            p = gate.probabilities().detach().double().cpu().numpy()
+            if isinstance(gate, PairGate) and np.count_nonzero(p) > 1:  # it knows two: falling by e a step
+                at = np.arange(len(p))
+                p = np.exp(-np.abs(at[:, None] - at[p > 0])) @ p[p > 0]
+            like[name] = np.where(like[name] == -1000, -1000, np.log(np.maximum(p, 1e-30)))
+    return like
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is changed in a search; ``length`` is a factor on its epochs, ``scale`` stays in the gates' gradient."""
+
+    config: SearchConfig = SearchConfig()
+    length: float = 1.0
+    bipath: bool = True
+    scale: bool = False
+    likelihood: Callable[[Supernet], Likelihood] = gate_likelihood
+
+
+VARIANTS = {
+    "default": Variant(),
+    "gates-every-step": Variant(SearchConfig(gate_every=1)),
+    "gates-every-4": Variant(SearchConfig(gate_every=4)),
+    "half-length": Variant(length=0.5),
+    "double-length": Variant(length=2),
+    "double-length-gates-every-step": Variant(SearchConfig(gate_every=1), length=2),
+    "no-sharpening": Variant(SearchConfig(temperature=1.0)),
+    "entropy": Variant(SearchConfig(temperature=1.0, entropy=1.0)),
+    "constant-target": Variant(SearchConfig(budget_from=0.2, budget_by=0.2)),
+    "late-skip": Variant(SearchConfig(skip_at=0.6, skip_from=0.999)),
+    "early-closed-skip": Variant(SearchConfig(skip_from=0.999)),
+    "no-warmup": Variant(SearchConfig(warmup=0.0, skip_at=0.0)),
+    "long-warmup": Variant(SearchConfig(warmup=0.5, budget_from=0.5, budget_by=0.8, block_from=0.5, skip_at=0.5)),
+    "hard-gates": Variant(SearchConfig(gates_on="hard")),
+    "soft-weights": Variant(SearchConfig(weights_on="soft")),
+    "sandwich": Variant(SearchConfig(weights_on="sandwich")),
+    "same-images": Variant(SearchConfig(gate_fraction=0.0)),
+    "fixed-grid": Variant(bipath=False),
+    "slow-shrinking": Variant(SearchConfig(block_from=0.8, block_by=1.0, width_below=0.005)),
+    "fast-shrinking": Variant(SearchConfig(block_from=0.2, block_by=0.4, width_below=0.2)),
+    "scale-in-gradient": Variant(scale=True),
+    "likeliest-width": Variant(likelihood=likeliest_width),
+}
