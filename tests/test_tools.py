@@ -89,6 +89,16 @@ SEARCH_ERRORS = [
     (["--budget", "50%", "--seed", "-1"], "'-1'"),
     (["--budget", "50%", "--seed", "5000000000"], "5000000000"),
     (["--budget", "50%", "--opt", "adahessian"], "adahessian"),
+    (["--budget", "50%", "--model", "resnet51"], "'resnet51'"),
+    (["--budget", "50%", "--model", "test_resnet", "--supernet", "toy"], "--supernet"),
+    (["--budget", "50%", "--model", "test_resnet", "--width-mult", "2"], "--width-mult"),
+    (["--budget", "50%", "--model", "test_resnet", "--model-kwargs", "no_such=1"], "no_such"),
+    (["--budget", "50%", "--model", "test_resnet", "--model-kwargs", "layers"], "'layers'"),
+    (["--budget", "50%", "--model", "test_resnet", "--initial-checkpoint", "no/such.pth"], "no/such.pth"),
+    (["--budget", "1%", "--model", "test_resnet"], "1%"),
+    (["--budget", "1GFLOPs", "--model", "test_resnet"], "1GFLOPs"),
+    (["--budget", "50%", "--model", "inception_v3"], "inception_v3 cannot be run on an image of 3 x 32 x 32"),
+    (["--budget", "50%", "--pretrained"], "--model"),
     (["--budget", "50%", "--img-size", "16", "--warmup", "1"], "--warmup 1.0"),
     (["--budget", "50%", "--img-size", "16", "--search-epochs", "1", "-b", "1024"], "1 steps"),
     (["--budget", "50%", "--img-size", "16", "--search-epochs", "2", "--lr", "1e30", "--clip-grad", "0"], "--lr"),
@@ -211,6 +221,22 @@ def test_retrain_and_export_from_a_run(finished_run, tmp_path, monkeypatch, caps
     check_refused(wrong, capsys, "img_size")
     check_refused(call(retrain_tool, monkeypatch, tmp_path, "--output", tmp_path / "o"), capsys, "arch.json")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_whole_run_with_a_network_of_timms(tmp_path, monkeypatch, capsys):
+    out, again = tmp_path / "run", tmp_path / "again"
+    flags = ["--model", "test_resnet", "--model-kwargs", "layers=[1,2,1,1]", "--budget", "40%", "--divisor", "4"]
+    flags += ["--search-epochs", "3", "--epochs", "1", "-b", "128", "--in-chans", "1", "--output", out]
+    assert call(search_tool, monkeypatch, *flags) == 0, capsys.readouterr().err
+    document, metrics = read_arch(out / "arch.json"), json.loads((out / "metrics.json").read_text())
+    assert document["supernet"] == document["net"]["base"] == "test_resnet"
+    assert document["net"]["kwargs"] == {"layers": [1, 2, 1, 1]}
+    assert 0.98 * metrics["budget"][0]["limit"] <= metrics["found"]["macs"] <= metrics["budget"][0]["limit"]
+    assert metrics["found"]["macs"] == document["macs"]
+    assert call(retrain_tool, monkeypatch, out, "--epochs", "1", "-b", "256", "--output", again) == 0
+    assert call(export_tool, monkeypatch, again, "--check") == 0
+    too_much = (out, "--epochs", "1", "--drop-path", "0.1", "--output", tmp_path / "other")
+    assert call(retrain_tool, monkeypatch, *too_much) == 0  # a ResNet takes it
 
 
 def test_retraining_takes_the_data_of_the_run(image_folder, tmp_path, monkeypatch, capsys):

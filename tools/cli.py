@@ -10,6 +10,7 @@ from dataclasses import fields
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from timm.utils import ParseKwargs
 
 from dnas.data import Data, load_data
 from dnas.train import AMP_DTYPES, Recipe, check_recipe
@@ -18,6 +19,16 @@ from dnas.units import UserError
 console = Console(highlight=False)
 # fvcore scripts its helpers when it is imported, which newer torch deprecates: nothing that a user could mend.
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+
+
+class ModelKwargs(ParseKwargs):
+    """timm's ``name=value name=value ...``, with a mistake told as any other."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for value in values:
+            if "=" not in value:
+                raise argparse.ArgumentError(self, f"{value!r} is not name=value")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _seed(text: str) -> int:

@@ -12,6 +12,7 @@ from statistics import median
 
 import torch
 from cli import (
+    ModelKwargs,
     OneLineParser,
     add_data_flags,
     add_recipe_flags,
@@ -23,7 +24,7 @@ from cli import (
     run,
 )
 from rich.table import Table
-from timm.utils import ParseKwargs, random_seed
+from timm.utils import random_seed
 
 from dnas.arch import Arch
 from dnas.cost import CostTable, resolve_budgets
@@ -48,7 +49,7 @@ def parser() -> OneLineParser:
     p.add_argument(
         "--model", help="instead of a supernet: any convolutional network of timm's, searched for its widths"
     )
-    p.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="as timm's: layers=[2,2,2,2] ...")
+    p.add_argument("--model-kwargs", nargs="*", default={}, action=ModelKwargs, help="as timm's: layers=[2,2,2,2] ...")
     p.add_argument("--pretrained", action="store_true", help="with --model: the search starts from timm's weights")
     p.add_argument("--initial-checkpoint", help="with --model: the search starts from the weights in this file")
     p.add_argument("--width-mult", type=float, help="width of the widest net (default: the budget is half of its cost)")
