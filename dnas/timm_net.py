@@ -44,6 +44,9 @@ class TimmBase:
     divisor: int = 8
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # more arguments of timm.create_model
 
+    def __str__(self) -> str:
+        return f"--model {self.name}" + (f" --model-kwargs {dict(self.kwargs)}" if self.kwargs else "")
+
     def create(self, pretrained: bool = False, checkpoint: str | None = None, device: str = "cpu") -> nn.Module:
         """The network itself, with weights of timm's or from a file if asked for.
 
@@ -244,9 +247,11 @@ class TimmSupernet(Supernet):
         try:
             self.channels = self.whole = safe_channels(self.model, image)
         except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError) as error:
-            given = f"--model {base.name} with {dict(base.kwargs)}" if base.kwargs else f"--model {base.name}"
             why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{given} cannot be run on an image of {' x '.join(map(str, image))}: {why}") from None
+            raise UserError(f"{base} cannot be run on an image of {' x '.join(map(str, image))}: {why}") from None
+        if not self.channels.groups:
+            why = "; ".join(self.channels.fixed[:2]) or "it has no convolutions one after the other"
+            raise UserError(f"{base} has no channels that can be cut: {why}")
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         self.space = space_of_channels(self.channels, shapes, base.divisor)
         self.widths = nn.ModuleList(MarkovGate(d.options) for d in self.space.decisions)

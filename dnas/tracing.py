@@ -218,7 +218,9 @@ class _Tracer(TorchDispatchMode):
         elif name is not None and not transposed:
             self.layer(out, line, name, bias, groups)
         else:
-            self.fix(line, "a transposed convolution" if transposed else "a convolution whose weight is computed")
+            self.fix(line, "")
+            what = "a transposed convolution" if transposed else "a convolution whose weight is computed"
+            self.reasons.append(f"{running}: {what}")
             axis = (f"{running}.weight", 0)  # it costs something all the same
             self.axis(*axis, torch.zeros(weight.shape[0], dtype=torch.long))
             self.ops[running] = Op(running, (x if transposed else out).shape[2:].numel(), None, axis)

@@ -215,6 +215,7 @@ def test_weights_to_start_from(tmp_path):
         (TimmBase("inception_v3", CLASSES, 3, 32), "--model inception_v3 cannot be run on an image of 3 x 32 x 32"),
         (TimmBase("resnet18", CLASSES, 3, 32, kwargs={"layers": [1, 1, 1]}), "cannot be run"),
         (TimmBase("resnet18", CLASSES, 3, 32, kwargs={"no_such": 1}), "no_such"),
+        (TimmBase("resnetv2_50x1_bit", CLASSES, 3, 32), "no channels that can be cut: stem.conv: a convolution whose"),
     ],
 )
 def test_a_model_that_does_not_run(base, said):

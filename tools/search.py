@@ -214,15 +214,16 @@ def main() -> None:
     random_seed(args.seed)
     net = plan_supernet(args, data, budgets)
     tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
+    stays = net.channels.fixed if isinstance(net, TimmSupernet) else ()
+    if stays:
+        more = f" and {len(stays) - 3} more" if len(stays) > 3 else ""
+        console.print(f"channels that stay: {', '.join(stays[:3])}{more}", soft_wrap=True)
     budgets = resolve_budgets(tables, budgets)
     uniform = uniform_arch(net.space, tables, budgets)  # also shows that this grid of widths can meet the budget
     cheapest, dearest = tables["macs"].extremes()
     reach = " to ".join(show("macs", tables["macs"].of(arch)) for arch in (cheapest, dearest))
     images = f"{data.num_train} images of {data.img_size} px"
     console.print(f"{net.name} on {data.name}, {images}: {net.space.num_archs():.0e} nets of {reach}")
-    if isinstance(net, TimmSupernet) and net.channels.fixed:
-        more = f" and {len(net.channels.fixed) - 3} more" if len(net.channels.fixed) > 3 else ""
-        console.print(f"channels that stay: {', '.join(net.channels.fixed[:3])}{more}", soft_wrap=True)
     info = provenance(device)
 
     with whole_folder(folder, complete_with="arch.json"):
