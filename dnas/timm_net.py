@@ -130,31 +130,35 @@ def space_of_channels(channels: Channels, shapes: Mapping[str, torch.Size], divi
 
 
 Factors = Mapping[str, Tensor]  # group -> the factor of each of its units
+Reads = Mapping[Axis, tuple[frozenset[str], Tensor]]  # what reads -> its groups; where each channel finds its factor
 
 
-def read_by(model: nn.Module, channels: Channels) -> dict[Axis, list[tuple[str, Tensor, Tensor]]]:
-    """For every weight that reads channels and every layer norm: (group, positions there, their units)."""
-    found: dict[Axis, list[tuple[str, Tensor, Tensor]]] = {}
-    for axis in [op.reads for op in channels.ops if op.reads] + [(f"{name}.weight", 0) for name in channels.norms]:
-        for g in channels.groups:
-            if axis in g.places:
-                at = g.places[axis]
-                units = np.repeat(np.arange(g.size), at.shape[1])
-                found.setdefault(axis, []).append((g.name, torch.from_numpy(at.ravel()), torch.from_numpy(units)))
+def read_by(model: nn.Module, channels: Channels) -> Reads:
+    """For every weight that reads channels and every layer norm: the factor's place among 1 and those of all units."""
+    ends = np.cumsum([1, *(g.size for g in channels.groups)])
+    starts = {g.name: end for g, end in zip(channels.groups, ends[:-1], strict=True)}
+    found: dict[Axis, tuple[frozenset[str], Tensor]] = {}
+    for name, dim in [op.reads for op in channels.ops if op.reads] + [(f"{n}.weight", 0) for n in channels.norms]:
+        weight = model.get_parameter(name)
+        index = np.zeros(weight.shape[dim], dtype=np.int64)
+        groups = [g for g in channels.groups if (name, dim) in g.places]
+        for g in groups:
+            index[g.places[name, dim]] = starts[g.name] + np.arange(g.size)[:, None]
+        if groups:
+            found[name, dim] = frozenset(g.name for g in groups), torch.from_numpy(index).to(weight.device)
     return found
 
 
-def gated(model: nn.Module, channels: Channels, reads: Mapping[Axis, list], factors: Factors, x: Tensor) -> Tensor:
+def gated(model: nn.Module, channels: Channels, reads: Reads, factors: Factors, x: Tensor) -> Tensor:
     """``model(x)`` with every channel scaled by the factor of its unit wherever it is read."""
-    scaled, hooks = {}, []
-    for (name, dim), groups in reads.items():
-        if not any(group in factors for group, _, _ in groups):
+    scaled, hooks, like = {}, [], next(model.parameters())
+    every = torch.cat(
+        [like.new_ones(1), *(factors[g.name] if g.name in factors else like.new_ones(g.size) for g in channels.groups)]
+    )
+    for (name, dim), (groups, index) in reads.items():
+        if groups.isdisjoint(factors):
             continue
-        weight = model.get_parameter(name)
-        factor = weight.new_ones(weight.shape[dim])
-        for group, at, units in groups:
-            if group in factors:
-                factor = factor.index_copy(0, at.to(weight.device), factors[group].to(weight)[units.to(weight.device)])
+        weight, factor = model.get_parameter(name), every[index]
         if dim == 1:
             spread = factor.reshape(-1, *[1] * (weight.ndim - 2))
             if name.rpartition(".")[0] in channels.standardised:  # such a convolution subtracts means and scales by
@@ -199,13 +203,12 @@ def safe_channels(model: nn.Module, image: Sequence[int]) -> Channels:
             low = 0.5 if "var" in name or "weight" in name or "gamma" in name else -0.5
             t.data.copy_(torch.rand(t.shape, generator=draws) + low)
     x = torch.randn(1, *image, generator=draws, dtype=torch.double)
-    reads = read_by(model, channels)
 
     def fails(names: Sequence[str]) -> str:
         """Why the network does not work with half of the channels of these groups; empty if it does."""
         sizes = {g.name: (g.size + 1) // 2 for g in channels.groups if g.name in names}
         factors = {g.name: (torch.arange(g.size) < sizes[g.name]).double() for g in channels.groups if g.name in names}
-        masked, cut = gated(model, channels, reads, factors, x), copy.deepcopy(model)
+        masked, cut = gated(model, channels, read_by(model, channels), factors, x), copy.deepcopy(model)
         remove_channels(cut, channels.cut(sizes)[1])
         try:
             error = (cut(x) - masked).abs().max() / masked.abs().max()
@@ -256,11 +259,13 @@ class TimmSupernet(Supernet):
         self.space = space_of_channels(self.channels, shapes, base.divisor)
         self.widths = nn.ModuleList(MarkovGate(d.options) for d in self.space.decisions)
         self.steps = {g.name: g.step for g in self.channels.groups if g.name in self.space.by_name}
-        self.reads = read_by(self.model, self.channels)
+        self.reads: Reads = {}
 
     def forward(self, x: Tensor, answers: Answers) -> Tensor:
         """[B, in_chans, H, W] -> [B, num_classes]."""
         like, factors = next(self.model.parameters()), {}
+        if not self.reads or next(iter(self.reads.values()))[1].device != like.device:
+            self.reads = read_by(self.model, self.channels)
         for name, gate in self.gates().items():
             answer, step, widest = answers[name], self.steps[name], gate.widths[-1]
             if isinstance(answer, Tensor):
@@ -278,7 +283,7 @@ class TimmSupernet(Supernet):
         """Forget the channels beyond the gates' widths. Returns which positions have to go (see `remove_channels`)."""
         sizes = {name: gate.widths[-1] // self.steps[name] for name, gate in self.gates().items()}
         self.channels, goes = self.channels.cut(sizes)
-        self.reads = read_by(self.model, self.channels)
+        self.reads = {}  # found anew once the channels are gone
         return goes
 
     def net_of(self, arch: Mapping[str, Option]) -> dict[str, Any]:
