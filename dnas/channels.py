@@ -46,8 +46,8 @@ class Channels:
 
     ``norms`` are the modules that normalise over channels (layer norms): in a narrower net they see fewer.
     ``standardised`` are convolutions whose weights are, over the channels that they read (timm's ScaledStdConv2d).
-    ``products`` is the number of multiply-accumulates of matrix products without weights (attention), in which nothing
-    is cut. ``fixed`` tells why channels stay: "module: operation" of what is not understood.
+    ``products`` is the number of multiply-accumulates in which nothing is cut: of matrix products without weights
+    (attention), and of convolutions that are not understood. ``fixed`` tells why channels stay: "module: operation".
     """
 
     groups: tuple[Group, ...]

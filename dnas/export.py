@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dnas import narrowed, native
 from dnas.runs import write_whole
 from dnas.schema import ARCH, DATA, MAX_BYTES, SCHEMA, Floats, check, check_data, check_name, check_net, fail
-from dnas.timm_net import outline
+from dnas.timm_net import measure
 from dnas.units import UserError
 
 
@@ -129,7 +129,7 @@ def _counts(net: dict[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
         with torch.device("meta"):  # takes no memory, whatever an arch file from elsewhere asks for
             model = _kind(net).network(net, num_classes=data["num_classes"], in_chans=data["in_chans"])
         macs = count_macs_torch(model, data["in_chans"], data["img_size"])
-        features = outline(model, data["in_chans"], data["img_size"])["features"] if "base" in net else []
+        features = measure(model, data["in_chans"], data["img_size"])["features"] if "base" in net else []
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the network cannot be run: {str(error).splitlines()[0]}") from None
     if features != net.get("features", []):
@@ -213,7 +213,7 @@ def _pool_size(net: dict[str, Any], data: Mapping[str, Any]) -> tuple[int, int]:
         return (-(-data["img_size"] // math.prod(strides)),) * 2  # every stride halves and rounds up
     with torch.device("meta"):
         model = narrowed.network(net, num_classes=data["num_classes"], in_chans=data["in_chans"])
-    return outline(model, data["in_chans"], data["img_size"])["pool_size"]
+    return measure(model, data["in_chans"], data["img_size"])["pool_size"]
 
 
 def _pretty(value: Any, write: Callable[[Any], str], indent: int = 0) -> str:

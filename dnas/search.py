@@ -72,6 +72,15 @@ def check_config(config: SearchConfig) -> SearchConfig:
     return config
 
 
+def check_length(steps: int, config: SearchConfig) -> None:
+    """Raise UserError if a search of so many weight steps has no gate step."""
+    if not any(update / steps >= config.warmup for update in range(0, steps, config.gate_every)):
+        given = f"--warmup {config.warmup} and --gate-every {config.gate_every}"
+        raise UserError(
+            f"the gates learn nothing in {steps} steps with {given}: more epochs or smaller values are needed"
+        )
+
+
 def live_tables(net: Supernet, tables: Mapping[str, CostTable]) -> dict[str, CostTable]:
     """The tables without the blocks that were removed."""
     gone = {d.name for d in net.space.decisions} - set(net.gates())
@@ -139,11 +148,7 @@ def search(
     batches = data.train_batches(recipe.batch_size, seed=seed, indices=rest)
     gate_batches = cycle(data.train_batches(recipe.batch_size, seed=seed + 1, indices=held_out))
     total = recipe.epochs * len(batches)
-    if not any(update / total >= config.warmup for update in range(0, total, config.gate_every)):
-        given = f"--warmup {config.warmup} and --gate-every {config.gate_every}"
-        raise UserError(
-            f"the gates learn nothing in {total} steps with {given}: more epochs or smaller values are needed"
-        )
+    check_length(total, config)
     gate_steps = max(1.0, total * (1 - config.warmup) / config.gate_every)
     optimizer = make_optimizer(net.weight_parameters(), recipe)
     gate_lr = config.gate_lr or min(0.3, max(0.01, 20 / gate_steps))

@@ -312,20 +312,23 @@ def narrowed_net(base: TimmBase, goes: Mapping[Axis, np.ndarray]) -> dict[str, A
             now = sizes.setdefault(name, [None] * (value.ndim if isinstance(value, Tensor) else len(value)))
             now[index] = (value.shape[index] if isinstance(value, Tensor) else value[index]) - len(gone)
     # The numbers that timm reports or builds a new head from: as counted on the narrower net.
-    before = outline(plain, base.in_chans, base.img_size)
+    before = measure(plain, base.in_chans, base.img_size)
     remove_channels(plain, goes)
-    after = outline(plain, base.in_chans, base.img_size)
-    for path, module in plain.named_modules():
-        if module is plain or any(child is plain.get_classifier() for child in module.children()):
-            for name in ("num_features", "head_hidden_size", "hidden_size", "in_features"):
-                value = getattr(module, name, None)
-                for key in ("num_features", "head_hidden_size"):
-                    if type(value) is int and value == before[key] and name not in modules.get(path, {}):
-                        modules.setdefault(path, {})[name] = after[key]
+    after = measure(plain, base.in_chans, base.img_size)
+    heads = [(path, m) for path, m in plain.named_modules() if any(c is plain.get_classifier() for c in m.children())]
+    for path, module in dict([("", plain), *heads]).items():
+        for name in ("num_features", "in_features", "head_hidden_size", "hidden_size"):
+            value = getattr(module, name, None)
+            # num_features are the channels of the last map to a network, and what its classifier reads to a head.
+            first = name == "in_features" or (module is plain and name == "num_features")
+            keys = ("num_features", "head_hidden_size") if first else ("head_hidden_size", "num_features")
+            key = next((k for k in keys if type(value) is int and value == before[k]), None)
+            if key and name not in modules.get(path, {}):
+                modules.setdefault(path, {})[name] = after[key]
     return {"base": base.name, "kwargs": dict(base.kwargs), "features": after["features"], "modules": modules}
 
 
-def outline(model: nn.Module, in_chans: int, img_size: int) -> dict[str, Any]:
+def measure(model: nn.Module, in_chans: int, img_size: int) -> dict[str, Any]:
     """What timm says about a network, measured on one that is on ``meta``.
 
     Channels of all ``features`` levels; ``num_features``, channels of the last map, whose height and width are

@@ -221,9 +221,7 @@ class _Tracer(TorchDispatchMode):
             self.fix(line, "")
             what = "a transposed convolution" if transposed else "a convolution whose weight is computed"
             self.reasons.append(f"{running}: {what}")
-            axis = (f"{running}.weight", 0)  # it costs something all the same
-            self.axis(*axis, torch.zeros(weight.shape[0], dtype=torch.long))
-            self.ops[running] = Op(running, (x if transposed else out).shape[2:].numel(), None, axis)
+            self.products += (x if transposed else out).numel() * weight.shape[1:].numel()  # it costs all the same
 
     def batch_norm(self, out: Tensor, args: Sequence) -> None:
         line = self.along(args[0], 1)

@@ -33,7 +33,7 @@ from dnas.derive import derive, gate_likelihood, random_arch, uniform_arch
 from dnas.export import arch_document, build_net, check_name, count_macs, save_weights, verify_export, write_export
 from dnas.macro import Macro, MacroSupernet, size_to
 from dnas.runs import append_row, check_new_folder, peak_memory_mb, provenance, whole_folder, write_json
-from dnas.search import SearchConfig, check_config, search
+from dnas.search import SearchConfig, check_config, check_length, search
 from dnas.supernet import Supernet
 from dnas.timm_net import TimmBase, TimmSupernet
 from dnas.train import Recipe, time_step, train_from_scratch
@@ -235,10 +235,11 @@ def main() -> None:
             reached = ", ".join(show(metric, cost) for metric, cost in costs.items())
             console.print(f"dry run: the uniform net at {', '.join(map(str, budgets))} is in {folder} ({reached})")
             return
+        search_recipe = replace(recipe, epochs=args.search_epochs, mixup=0.0, cutmix=0.0, drop=0.0, drop_path=0.0)
+        check_length(search_steps(data, search_recipe, config), config)
         widest = build_net(net.net_of(dearest), num_classes=data.num_classes, in_chans=data.in_chans).to(device)
         plain_ms = time_step(widest, data, recipe)
         del widest
-        search_recipe = replace(recipe, epochs=args.search_epochs, mixup=0.0, cutmix=0.0, drop=0.0, drop_path=0.0)
         # A weight step is about one step of the widest net, a gate step about two; training the found net less.
         share = min(1.0, budgets[0].limit / tables[budgets[0].metric].of(tables[budgets[0].metric].extremes()[1]))
         work = search_steps(data, search_recipe, config) * (1 + 2 * (1 - config.warmup) / config.gate_every)
