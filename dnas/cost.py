@@ -146,7 +146,13 @@ class CostTable:
     def build(cls, space: Space, metric: str) -> "CostTable":
         """Closed-form costs for ``"macs"`` or ``"params"``. KeyError for another metric or an unknown operation."""
         forms = CLOSED_FORMS[metric]
-        return cls(space, metric, tuple(_entry(site, space, forms[site.op]) for site in space.sites))
+        merged: dict[tuple, _Entry] = {}  # sites that hang on the same decisions are one table
+        for site in space.sites:
+            entry = _entry(site, space, forms[site.op])
+            key = entry.axes, entry.when
+            table = entry.table + merged[key].table if key in merged else entry.table
+            merged[key] = _Entry(table, *key)
+        return cls(space, metric, tuple(merged.values()))
 
     def expected(self, probabilities: Mapping[str, Tensor]) -> Tensor:
         """The formula above: a float64 scalar, differentiable in ``probabilities`` ([number of options] each)."""
