@@ -61,7 +61,7 @@ def build_net(
     try:
         return _kind(net).build(net, "dnas", pretrained_cfg=cfg, **rates)
     except TypeError as error:
-        raise UserError(f"{net['base']} does not take {', '.join(rates)}: {error}" if rates else str(error)) from None
+        raise UserError(f"the network does not take {', '.join(rates)}: {error}") from None
 
 
 def _kind(net: dict[str, Any]) -> ModuleType:

@@ -216,7 +216,7 @@ class MacroSupernet(Supernet):
 
     def __init__(self, macro: Macro) -> None:
         super().__init__()
-        self.name, self.outline, self.macro, self.space = macro.name, macro, macro, space_of(macro)
+        self.outline, self.space = macro, space_of(macro)
         act = ACTS[macro.act]
         by_name = self.space.by_name
         self.widths = nn.ModuleDict(
@@ -298,7 +298,7 @@ class MacroSupernet(Supernet):
 
     def net_of(self, arch: Mapping[str, Option]) -> dict[str, Any]:
         """The rows of one network, as `dnas.native.build` reads them."""
-        return net_of(self.macro, arch)
+        return net_of(self.outline, arch)
 
     def plain_state(self) -> dict[str, Tensor]:
         """The weights under the names of timm's EfficientNet, once every layer has one block."""

@@ -77,24 +77,23 @@ def remove_channels(model: nn.Module, goes: Mapping[Axis, np.ndarray], optimizer
 
     A number that is no whole one is timm's ``scale`` of a weight, which goes with the root of 1 / channels read.
     """
-    for (full, _), gone in goes.items():
-        path, _, name = full.rpartition(".")
-        owner = model.get_submodule(path)
-        if isinstance(value := getattr(owner, name), float):  # first, while the weight tells how many there were
-            length = owner.weight.shape[1]
-            setattr(owner, name, value * math.sqrt(length / (length - len(gone))))
+    places = []
     for (full, index), gone in goes.items():
         path, _, name = full.rpartition(".")
-        owner = model.get_submodule(path)
+        places.append((model.get_submodule(path), name, index, gone))
+    # A scale first, while the weight tells how many channels it reads.
+    places.sort(key=lambda place: not isinstance(getattr(*place[:2]), float))
+    for owner, name, index, gone in places:
         value = getattr(owner, name)
-        if isinstance(value, float):
-            continue
         if isinstance(value, Tensor):
             stay = np.setdiff1d(np.arange(value.shape[index]), gone)
             keep = partial(_kept, dim=index, index=torch.from_numpy(stay).to(value.device))
             _replace(owner, name, keep, keep, optimizers)
         elif isinstance(value, int):
             setattr(owner, name, value - len(gone))
+        elif isinstance(value, float):
+            length = owner.weight.shape[1]
+            setattr(owner, name, value * math.sqrt(length / (length - len(gone))))
         else:
             numbers = list(value)
             numbers[index] -= len(gone)

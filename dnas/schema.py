@@ -12,6 +12,7 @@ import torch
 from timm.models import is_model, model_entrypoint
 
 from dnas import narrowed, native
+from dnas.timm_net import check_kwargs
 from dnas.units import UserError
 
 Floats = Sequence[float]
@@ -97,9 +98,10 @@ def _check_narrowed(net: dict[str, Any]) -> None:
     base = net["base"]
     if not is_model(base) or not model_entrypoint(base).__module__.startswith("timm.models."):
         fail("net.base", base, "a model of timm's own")
-    for key, value in net["kwargs"].items():
-        if not key.isidentifier() or not _is_plain(value):
-            fail(f"net.kwargs[{key!r}]", value, "numbers, booleans, null, words of letters, digits and . _ -, or lists")
+    try:
+        check_kwargs(net["kwargs"])
+    except UserError as error:
+        raise UserError(f"net.kwargs: {error}") from None
     try:
         with torch.device("meta"):
             model: Any = timm.create_model(base, **net["kwargs"])
@@ -119,23 +121,15 @@ def _check_narrowed(net: dict[str, Any]) -> None:
                 value = value.shape
             if type(value) is float:
                 check(where, size, float)
-            elif type(value) is int:
+            elif type(value) is int and value > 0:
                 check(where, size, range(1, value + 1))
-            elif isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
-                check(where, size, [(None, *range(1, max(value, default=1) + 1)), range(len(value), len(value) + 1)])
+            elif isinstance(value, (list, tuple)) and all(type(v) is int and v > 0 for v in value):
+                if type(size) is not list or len(size) != len(value):
+                    fail(where, size, f"a list of {len(value)} entries")
                 for k, (n, v) in enumerate(zip(size, value, strict=True)):
                     check(f"{where}[{k}]", n, (None,) if n is None else range(1, v + 1))
             else:
                 fail(where, size, f"left out: {base} has no tensor or number of this name there")
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether ``value`` says the same in JSON and in Python, quotes or none."""
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    if isinstance(value, str):
-        return re.fullmatch(r"[A-Za-z0-9._-]{0,64}", value) is not None
-    return value is None or type(value) in (bool, int) or (type(value) is float and math.isfinite(value))
 
 
 def _check_native(net: Any) -> None:

@@ -22,10 +22,14 @@ class Supernet(nn.Module):
     kinds: `dnas.macro.MacroSupernet`, built of layers, and `dnas.timm_net.TimmSupernet`, around a network of timm's.
     """
 
-    name: str
     outline: Any  # the plain data (a dataclass) that it was built from
     space: Space
     layers: nn.ModuleList  # of `StochasticLayer`, whose blocks and skips are searched; none in a network of timm's
+
+    @property
+    def name(self) -> str:
+        """That of its outline."""
+        return self.outline.name
 
     def forward(self, x: Tensor, answers: Answers) -> Tensor:
         """[B, in_chans, H, W] -> [B, num_classes]."""

@@ -8,6 +8,7 @@ instead of feature maps, applies each gate exactly once on every path, and leave
 import copy
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +33,32 @@ from dnas.supernet import Gate, Supernet
 from dnas.tracing import trace
 from dnas.units import UserError
 
+# What dnas itself tells timm, and what would make reading an arch file load or fetch something.
+RESERVED = {
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes"),
+    *("in_chans", "features_only", "scriptable", "exportable", "no_jit"),
+}
+
+
+def check_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """Raise UserError unless these may be arguments of a base: plain data that says the same in JSON and in Python."""
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, list):
+            return all(map(is_plain, value))
+        if isinstance(value, str):
+            return re.fullmatch(r"[A-Za-z0-9._-]{0,64}", value) is not None
+        return value is None or type(value) in (bool, int) or (type(value) is float and math.isfinite(value))
+
+    for key, value in kwargs.items():
+        if key in RESERVED or not key.isidentifier():
+            others = ", ".join(sorted(RESERVED - {key}))
+            raise UserError(f"model argument {key!r} may not be given, nor may {others}")
+        if not is_plain(value):
+            shown = " ".join(repr(value).split())[:60]
+            allowed = "numbers, booleans, None, words of letters, digits and . _ -, or [lists] of these"
+            raise UserError(f"model argument {key}={shown} is not one of {allowed}")
+
 
 @dataclass(frozen=True)
 class TimmBase:
@@ -55,6 +82,7 @@ class TimmBase:
         if not timm.is_model(self.name):
             near = difflib.get_close_matches(self.name, timm.list_models(), 4, 0.4)
             raise UserError(f"--model {self.name!r} is no model of timm's; near are {', '.join(near) or 'none'}")
+        check_kwargs(self.kwargs)
         if checkpoint and not Path(checkpoint).is_file():
             raise UserError(f"--initial-checkpoint {checkpoint!r} is no file")
         args = {"num_classes": self.num_classes, "in_chans": self.in_chans, **self.kwargs}
@@ -151,6 +179,8 @@ def read_by(model: nn.Module, channels: Channels) -> Reads:
 
 def gated(model: nn.Module, channels: Channels, reads: Reads, factors: Factors, x: Tensor) -> Tensor:
     """``model(x)`` with every channel scaled by the factor of its unit wherever it is read."""
+    if not factors:
+        return model(x)
     scaled, hooks, like = {}, [], next(model.parameters())
     every = torch.cat(
         [like.new_ones(1), *(factors[g.name] if g.name in factors else like.new_ones(g.size) for g in channels.groups)]
@@ -170,7 +200,7 @@ def gated(model: nn.Module, channels: Channels, reads: Reads, factors: Factors, 
             module = model.get_submodule(name.rpartition(".")[0])
             hooks.append(module.register_forward_hook(partial(_weighted_norm, factor)))
     try:
-        return functional_call(model, scaled, (x,)) if scaled else model(x)
+        return functional_call(model, scaled, (x,))
     finally:
         for hook in hooks:
             hook.remove()
@@ -244,7 +274,7 @@ class TimmSupernet(Supernet):
 
     def __init__(self, base: TimmBase, pretrained: bool = False, checkpoint: str | None = None) -> None:
         super().__init__()
-        self.name, self.outline, self.layers = base.name, base, nn.ModuleList()
+        self.outline, self.layers = base, nn.ModuleList()
         self.model = base.create(pretrained, checkpoint)
         image = (base.in_chans, base.img_size, base.img_size)
         try:
@@ -299,22 +329,19 @@ class TimmSupernet(Supernet):
 def narrowed_net(base: TimmBase, goes: Mapping[Axis, np.ndarray]) -> dict[str, Any]:
     """A network as data, measured on a copy without memory: its new sizes by module, and what timm says about it."""
     plain = base.create(device="meta")
-    modules: dict[str, dict[str, Any]] = {}
-    for (full, index), gone in goes.items():
-        path, _, name = full.rpartition(".")
-        value, sizes = getattr(plain.get_submodule(path), name), modules.setdefault(path, {})
-        if isinstance(value, int):
-            sizes[name] = value - len(gone)
-        elif isinstance(value, float):
-            length = plain.get_submodule(path).weight.shape[1]
-            sizes[name] = value * math.sqrt(length / (length - len(gone)))
-        else:
-            now = sizes.setdefault(name, [None] * (value.ndim if isinstance(value, Tensor) else len(value)))
-            now[index] = (value.shape[index] if isinstance(value, Tensor) else value[index]) - len(gone)
-    # The numbers that timm reports or builds a new head from: as counted on the narrower net.
     before = measure(plain, base.in_chans, base.img_size)
     remove_channels(plain, goes)
     after = measure(plain, base.in_chans, base.img_size)
+    modules: dict[str, dict[str, Any]] = {}
+    for full, index in goes:
+        path, _, name = full.rpartition(".")
+        value, sizes = getattr(plain.get_submodule(path), name), modules.setdefault(path, {})
+        if isinstance(value, (int, float)):
+            sizes[name] = value
+        else:
+            lengths = value.shape if isinstance(value, Tensor) else value
+            sizes.setdefault(name, [None] * len(lengths))[index] = lengths[index]
+    # The numbers that timm reports or builds a new head from.
     heads = [(path, m) for path, m in plain.named_modules() if any(c is plain.get_classifier() for c in m.children())]
     for path, module in dict([("", plain), *heads]).items():
         for name in ("num_features", "in_features", "head_hidden_size", "hidden_size"):

@@ -75,7 +75,7 @@ def settled(macro, seed=0):
 
 def plain(net, arch):
     """The timm net of ``arch`` with the supernet's weights."""
-    model = build_net(net_of(net.macro, arch), num_classes=net.macro.num_classes, in_chans=net.macro.in_chans)
+    model = build_net(net_of(net.outline, arch), num_classes=net.outline.num_classes, in_chans=net.outline.in_chans)
     model.load_state_dict(plain_state(net, arch))
     return model
 

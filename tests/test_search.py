@@ -125,7 +125,7 @@ def test_nothing_dead_is_left_in_the_modules(small_search):
         width = gate.widths[-1] if isinstance(gate, MarkovGate) else gate.large
         sizes = {module.weight.shape[1 if side == "in" else 0] for module, side in places}
         assert sizes == {width}, name
-    fresh = MacroSupernet(net.macro)
+    fresh = MacroSupernet(net.outline)
     assert sum(p.numel() for p in net.parameters()) < 0.6 * sum(p.numel() for p in fresh.parameters())
 
 

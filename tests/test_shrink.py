@@ -166,7 +166,7 @@ def test_under_the_real_guard_the_budget_stays_within_reach(bipath, share):
     # After all that, what is left is still the plain net that it says it is.
     best = net.best()
     assert low <= table.of(best) <= high
-    model = build_net(net_of(net.macro, best), num_classes=CLASSES)
+    model = build_net(net_of(net.outline, best), num_classes=CLASSES)
     model.load_state_dict(plain_state(net, best))
     with torch.no_grad():
         torch.testing.assert_close(net.eval()(batch(1)[0], best), model.eval()(batch(1)[0]), rtol=1e-4, atol=1e-5)

@@ -110,7 +110,7 @@ def test_a_candidate_whose_pair_moved_down_reads_the_bank_that_others_keep_wide(
     net.eval()
     x = torch.randn(2, 24, 8, 8)
     for name in ("ir-k5-se", "er-k3", "er-k5-se", "ir-k3"):
-        block, c = layer.blocks[name], next(c for c in net.macro.stages[1].candidates if c.name == name)
+        block, c = layer.blocks[name], next(c for c in net.outline.stages[1].candidates if c.name == name)
         se = 0 if isinstance(block.block.se, nn.Identity) else block.block.se.conv_reduce.out_channels
         widths = (block.gate.small, block.gate.large)
         shape = {"kernel": c.kernel, "stride": 1, "se": se, "act": nn.Hardswish}

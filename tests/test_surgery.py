@@ -265,7 +265,7 @@ def test_an_extracted_architecture_loads_strictly_and_is_the_masked_one(name):
         arch = net.space.complete({d.name: rng.choice(d.options) for d in net.space.decisions})
         cut = extract(net, arch)
         assert all(torch.equal(t, start[n]) for n, t in net.state_dict().items())  # the supernet is left alone
-        model = build_net(net_of(net.macro, arch), num_classes=CLASSES)
+        model = build_net(net_of(net.outline, arch), num_classes=CLASSES)
         result = model.load_state_dict(plain_state(net, arch), strict=True)
         assert not result.missing_keys and not result.unexpected_keys
         # Nothing but the architecture is left in it, and the last norms of the small copies.

@@ -91,6 +91,12 @@ def test_without_dnas(exported):
         assert n_out <= getattr(layer, "out_channels", getattr(layer, "out_features", 0))
 
 
+def test_a_rate_that_the_network_does_not_know_is_told(exported):
+    net = read_arch(exported("dla46_c")[1] / "arch.json")["net"]
+    with pytest.raises(UserError, match="does not take drop_path_rate"):
+        build_net(net, num_classes=10, drop_path_rate=0.1)
+
+
 def change(path, value):
     def apply(net):
         for key in path[:-1]:
@@ -112,8 +118,13 @@ def change(path, value):
         (change(["base"], 3), "net.base"),
         (change(["base"], "test_convnext"), "net.features"),
         (change(["base"], "test_efficientnet"), "net.modules"),
-        (change(["kwargs"], {"stem_type": "no'); import os"}), "net.kwargs['stem_type']"),
-        (change(["kwargs"], {"layers": [1, {}]}), "net.kwargs['layers']"),
+        (change(["kwargs"], {"stem_type": "no'); import os"}), "net.kwargs: model argument stem_type="),
+        (change(["kwargs"], {"layers": [1, {}]}), "net.kwargs: model argument layers="),
+        (change(["kwargs"], {"pretrained": True}), "net.kwargs: model argument 'pretrained'"),
+        (change(["kwargs"], {"checkpoint_path": "weights.pth"}), "net.kwargs: model argument 'checkpoint_path'"),
+        (change(["modules", "layer1.0.conv2", "padding"], [1, 0]), "net.modules['layer1.0.conv2']['padding'][1]"),
+        (change(["modules", "layer2.0.downsample.1", "padding"], [1, 1]), "left out"),
+        (change(["modules", "bn1", "weight"], 4), "a list of 1 entries"),
         (change(["kwargs"], {"no_such": 1}), "net.kwargs is"),
         (change(["kwargs"], {"layers": [2, 2, 2]}), "net.features"),
         (change(["more"], 1), "missing or unknown keys"),

@@ -94,6 +94,8 @@ SEARCH_ERRORS = [
     (["--budget", "50%", "--model", "test_resnet", "--width-mult", "2"], "--width-mult"),
     (["--budget", "50%", "--model", "test_resnet", "--model-kwargs", "no_such=1"], "no_such"),
     (["--budget", "50%", "--model", "test_resnet", "--model-kwargs", "layers"], "'layers'"),
+    (["--budget", "50%", "--model", "test_resnet", "--model-kwargs", "checkpoint_path=w.pth"], "'checkpoint_path'"),
+    (["--budget", "50%", "--model", "test_resnet", "--model-kwargs", "layers=(1,1)"], "(1, 1)"),
     (["--budget", "50%", "--model", "test_resnet", "--initial-checkpoint", "no/such.pth"], "no/such.pth"),
     (["--budget", "1%", "--model", "test_resnet"], "1%"),
     (["--budget", "1GFLOPs", "--model", "test_resnet"], "1GFLOPs"),
