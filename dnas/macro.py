@@ -14,11 +14,13 @@ from timm.layers import BatchNormAct2d, SelectAdaptivePool2d, create_conv2d
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidual, InvertedResidual, SqueezeExcite
 from timm.models._efficientnet_builder import efficientnet_init_weights
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dnas.arch import DROP, KEEP, Decision, Option, Site, Space
 from dnas.cost import CostTable
 from dnas.gates import MarkovGate
 from dnas.prunode import GatedBlock, PairGate, Prunode, TimmBlock, parts, share
+from dnas.resize import resize_module
 from dnas.stochastic import Answers, StochasticLayer, scale_channels
 from dnas.supernet import Gate, Supernet
 from dnas.units import Budget
@@ -270,6 +272,18 @@ class MacroSupernet(Supernet):
                 found[f"{layer.name}/block"] = layer.choice
             found |= {block.mid: block.gate for block in layer.blocks.values() if block.gate is not None}
         return found
+
+    def fit(self, optimizers: Sequence[Optimizer] = ()) -> None:
+        """Cut every module to what the live gates need: one that several share, to what the widest of them needs."""
+        gates = self.gates()
+        needs: dict[tuple[nn.Module, str], int] = {}
+        for name, places in self.slices().items():
+            gate = gates[name]
+            width = int(gate.widths[-1] if isinstance(gate, MarkovGate) else gate.large)
+            for place in places:
+                needs[place] = max(width, needs.get(place, 0))
+        for (module, side), width in needs.items():
+            resize_module(module, side, width, optimizers)
 
     def slices(self) -> dict[str, list[tuple[nn.Module, str]]]:
         """Width decision -> every (module, side) that has to be cut with it.

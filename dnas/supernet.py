@@ -1,10 +1,11 @@
 """The supernet: all networks of a space in one module, with a gate for every decision that is still open."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dnas.arch import DROP, KEEP, Arch, Option, Space
 from dnas.gates import MarkovGate
@@ -37,6 +38,10 @@ class Supernet(nn.Module):
 
     def gates(self) -> dict[str, Gate]:
         """Decision -> its gate, for every decision that is still part of the net."""
+        raise NotImplementedError
+
+    def fit(self, optimizers: Sequence[Optimizer] = ()) -> None:
+        """Cut every module, with its optimizer state, to what the live gates need (see `dnas.surgery`)."""
         raise NotImplementedError
 
     def net_of(self, arch: Mapping[str, Option]) -> dict[str, Any]:

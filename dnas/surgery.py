@@ -10,32 +10,13 @@ from torch.optim import Optimizer
 from dnas.arch import DROP, Arch, Option
 from dnas.gates import MarkovGate
 from dnas.prunode import Prunode, parts
-from dnas.resize import remove_channels, resize_module, resize_tensor
+from dnas.resize import resize_tensor
 from dnas.stochastic import StochasticLayer
 from dnas.supernet import Supernet
-from dnas.timm_net import TimmSupernet
-
-
-def fit(net: Supernet, optimizers: Sequence[Optimizer] = ()) -> None:
-    """Make every module exactly as wide as the live gates need it: a module that several share, as the widest needs."""
-    gates = net.gates()
-    if isinstance(net, TimmSupernet):
-        remove_channels(net.model, net.cut(), optimizers)
-        return
-    needs: dict[tuple[int, str], int] = {}
-    modules: dict[tuple[int, str], nn.Module] = {}
-    for name, places in net.slices().items():
-        gate = gates[name]
-        width = int(gate.widths[-1] if isinstance(gate, MarkovGate) else gate.large)
-        for module, side in places:
-            key = (id(module), side)
-            needs[key], modules[key] = max(width, needs.get(key, 0)), module
-    for (_, side), width in needs.items():
-        resize_module(modules[_, side], side, width, optimizers)
 
 
 def cut_width(net: Supernet, name: str, width: int, optimizers: Sequence[Optimizer] = ()) -> None:
-    """Leave a Markov gate only its widths up to ``width``. ValueError if it is not a live one. Call `fit` after."""
+    """Leave a Markov gate only its widths up to ``width``. ValueError if it is not a live one. Call `net.fit` after."""
     gate = net.gates()[name]
     assert isinstance(gate, MarkovGate)
     if width not in gate.widths:
@@ -46,7 +27,7 @@ def cut_width(net: Supernet, name: str, width: int, optimizers: Sequence[Optimiz
 
 
 def move_pair(block: Prunode, low: int, high: int, optimizers: Sequence[Optimizer] = ()) -> None:
-    """Set a bi-path block's pair to the grid indices ``low <= high``. Call `fit` after.
+    """Set a bi-path block's pair to the grid indices ``low <= high``. Call `net.fit` after.
 
     A copy that slid into the other one's width takes over its last norm, optimizer state included; the copy that is new
     there starts as the other one does. The logits' optimizer state starts anew.
@@ -80,7 +61,7 @@ def _forget(net: Supernet, optimizers: Iterable[Optimizer]) -> None:
 
 
 def remove_block(layer: StochasticLayer, name: str, optimizers: Sequence[Optimizer] = ()) -> None:
-    """Delete one candidate of a layer for good. ValueError if it is the last. Call `fit` after."""
+    """Delete one candidate of a layer for good. ValueError if it is the last. Call `net.fit` after."""
     choice = layer.choice
     if choice is None or len(choice.live) < 2:
         raise ValueError(f"{layer.name}: {name} is the only block left")
@@ -100,7 +81,7 @@ def _buffers_like(parameter: nn.Parameter, optimizers: Iterable[Optimizer]) -> l
 
 
 def remove_layer(layer: StochasticLayer) -> None:
-    """Drop a residual layer for good: its input is its output. ValueError if it may not go. Call `fit` after."""
+    """Drop a residual layer for good: its input is its output. ValueError if it may not go. Call `net.fit` after."""
     if layer.skip is None:
         raise ValueError(f"{layer.name} cannot be dropped")
     layer.blocks.clear()
@@ -159,7 +140,7 @@ def shrink(
                 cut_width(net, name, gate.widths[alive - 1], optimizers)
                 events.append({"width": name, "channels": gate.widths[-1]})
     if events:
-        fit(net, optimizers)
+        net.fit(optimizers)
         _forget(net, optimizers)
     return events
 
@@ -180,7 +161,7 @@ def extract(net: Supernet, arch: Mapping[str, Option]) -> Supernet:
     for name, gate in net.gates().items():
         if isinstance(gate, MarkovGate):
             cut_width(net, name, arch[name])
-    fit(net)
+    net.fit()
     return net
 
 

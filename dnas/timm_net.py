@@ -10,8 +10,8 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -22,6 +22,8 @@ import torch
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from dnas.arch import Decision, Option, Site, Space
 from dnas.channels import Axis, Channels
@@ -181,7 +183,7 @@ def gated(model: nn.Module, channels: Channels, reads: Reads, factors: Factors, 
     """``model(x)`` with every channel scaled by the factor of its unit wherever it is read."""
     if not factors:
         return model(x)
-    scaled, hooks, like = {}, [], next(model.parameters())
+    scaled, norms, like = {}, {}, next(model.parameters())
     every = torch.cat(
         [like.new_ones(1), *(factors[g.name] if g.name in factors else like.new_ones(g.size) for g in channels.groups)]
     )
@@ -197,25 +199,27 @@ def gated(model: nn.Module, channels: Channels, reads: Reads, factors: Factors, 
             else:
                 scaled[name] = weight * spread
         else:
-            module = model.get_submodule(name.rpartition(".")[0])
-            hooks.append(module.register_forward_hook(partial(_weighted_norm, factor)))
-    try:
+            norms[id(weight)] = factor
+    with _WeightedNorms(norms) if norms else nullcontext():
         return functional_call(model, scaled, (x,))
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def _weighted_norm(factor: Tensor, module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
-    """What a layer norm gives (instead of ``out``) if channels count as much as their factors say."""
-    first = "2d" in type(module).__name__  # timm's are for [B, C, H, W]
-    x = args[0].movedim(1, -1) if first else args[0]
-    share = factor / factor.sum()
-    mean = (x * share).sum(-1, keepdim=True)
-    variance = ((x - mean).square() * share).sum(-1, keepdim=True)
-    y = (x - mean) * torch.rsqrt(variance + module.eps) * module.weight + module.bias
-    y = y.movedim(-1, 1) if first else y
-    return module.act(module.drop(y)) if hasattr(module, "act") else y  # timm's norms with an activation in them
+class _WeightedNorms(TorchFunctionMode):
+    """Within it, layer norms with these weights (by identity) count channels as much as their factors say."""
+
+    def __init__(self, factors: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        given = kwargs or {}  # torch's layer_norm names all but the first two
+        factor = self.factors.get(id(given.get("weight"))) if func is nn.functional.layer_norm else None
+        if factor is None:
+            return func(*args, **given)
+        share = factor / factor.sum()  # means over channels as products with a vector: one pass each
+        x = args[0] - (args[0] @ share)[..., None]
+        x = x * torch.rsqrt(x.square() @ share + given["eps"])[..., None]
+        return torch.addcmul(given["bias"], x, given["weight"])
 
 
 def safe_channels(model: nn.Module, image: Sequence[int]) -> Channels:
@@ -309,12 +313,12 @@ class TimmSupernet(Supernet):
         gates: Iterable[Any] = self.widths
         return {d.name: gate for d, gate in zip(self.space.decisions, gates, strict=True)}
 
-    def cut(self) -> dict[Axis, np.ndarray]:
-        """Forget the channels beyond the gates' widths. Returns which positions have to go (see `remove_channels`)."""
+    def fit(self, optimizers: Sequence[Optimizer] = ()) -> None:
+        """Cut every module to what the live gates need."""
         sizes = {name: gate.widths[-1] // self.steps[name] for name, gate in self.gates().items()}
         self.channels, goes = self.channels.cut(sizes)
-        self.reads = {}  # found anew once the channels are gone
-        return goes
+        remove_channels(self.model, goes, optimizers)
+        self.reads = {}  # found anew in the next step
 
     def net_of(self, arch: Mapping[str, Option]) -> dict[str, Any]:
         """The network as `dnas.narrowed.build` reads it: the name of the base, and what is narrower in each module."""

@@ -11,7 +11,7 @@ from spaces import LARGE, METRICS, SMALL, Brute, assert_in_band, large, tables_o
 from dnas.arch import DROP, KEEP, Decision, Site, Space
 from dnas.derive import BAND, derive, gate_likelihood, in_band, random_arch, uniform_arch
 from dnas.macro import MacroSupernet
-from dnas.surgery import cut_width, fit, remove_block
+from dnas.surgery import cut_width, remove_block
 from dnas.units import Budget, UserError, show
 from supernets import SUPERNETS
 
@@ -319,7 +319,7 @@ def test_likelihood_of_the_gates():
     layer = next(layer for layer in net.layers if layer.choice)
     removed = layer.choice.options[1]
     remove_block(layer, removed)
-    fit(net)
+    net.fit()
     like = gate_likelihood(net)
     assert list(like) == [d.name for d in net.space.decisions]
     assert all(len(like[d.name]) == len(d.options) for d in net.space.decisions)

@@ -28,7 +28,7 @@ from dnas.gates import MarkovGate
 from dnas.macro import Candidate, Macro, MacroSupernet, Stage
 from dnas.prunode import GatedBlock, PairGate, Prunode
 from dnas.stochastic import ChoiceGate, scale_channels
-from dnas.surgery import fit, move_pair
+from dnas.surgery import move_pair
 
 # The soft path of the bi-path block.
 
@@ -99,7 +99,7 @@ def test_a_candidate_whose_pair_moved_down_reads_the_bank_that_others_keep_wide(
     layer = net.layers[3]
     moved, other = layer.blocks["ir-k5-se"], layer.blocks["ir-k3"]
     move_pair(moved, 0, 3)
-    fit(net)
+    net.fit()
     assert (
         moved.gate.large
         < other.gate.large

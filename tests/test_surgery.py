@@ -31,7 +31,6 @@ from dnas.stochastic import ChoiceGate
 from dnas.surgery import (
     cut_width,
     extract,
-    fit,
     move_pair,
     plain_state,
     remove_block,
@@ -53,7 +52,7 @@ def test_cutting_widths_changes_nothing_for_narrower_nets_then_or_later(opt, bip
     before = copy.deepcopy((net, optimizers))
     for name, width in cuts.items():
         cut_width(net, name, width, optimizers)
-    fit(net, optimizers)
+    net.fit(optimizers)
     consistent(net, optimizers)
     assert count(net) < count(before[0]) and net.conv_stem.out_channels == 8 and net.classifier.in_features == 20
     schedule = schedule_of(net)
@@ -153,7 +152,7 @@ def test_a_moved_pair_goes_on_from_the_copy_that_it_keeps(move, opt):
     if start != (2, 14):
         for block in blocks.values():
             move_pair(block, *start, optimizers)
-        fit(net, optimizers)
+        net.fit(optimizers)
         picks = [{f"{layer.name}/block": c for layer in net.layers if layer.choice} for c in ("ir-k3", "ir-k5-se")]
         for k in range(8):  # the copies and their momenta part
             pair = {m: (b.gate.small, b.gate.large)[k % 2] for m, b in blocks.items()}
@@ -167,7 +166,7 @@ def test_a_moved_pair_goes_on_from_the_copy_that_it_keeps(move, opt):
         move_pair(block, *end, optimizers)
         assert optimizers[1].state.get(block.gate.logits) is None and not block.gate.logits.any()
         assert float(block.gate.p_large) == 0.5
-    fit(net, optimizers)
+    net.fit(optimizers)
     consistent(net, optimizers)
     schedule, of_before = [], {}
     for seed, answers in enumerate(schedule_of(net)):
@@ -189,7 +188,7 @@ def test_growing_by_one_step_changes_neither_copy_yet(name, opt):
         remove_block(layer, other)
     block = layer.blocks[layer.only]
     move_pair(block, 1, 4)
-    fit(net)
+    net.fit()
     optimizers = [OPTIMIZERS[opt](net.weight_parameters())]
     answers = net.widest() | {n: KEEP for n in net.gates() if n.endswith("/keep")}
     for k in range(4):
@@ -198,7 +197,7 @@ def test_growing_by_one_step_changes_neither_copy_yet(name, opt):
     before = copy.deepcopy(net)
     small, large = block.gate.small, block.gate.large
     move_pair(block, 1, 5, optimizers)
-    fit(net, optimizers)
+    net.fit(optimizers)
     assert (block.gate.small, block.gate.large) == (small, large + 4) == (small, block.block.conv_pwl.in_channels)
     for p, state in optimizers[0].state.items():
         assert all(v.shape == p.shape for v in state.values() if isinstance(v, torch.Tensor) and v.dim())
@@ -223,7 +222,7 @@ def test_a_shared_bank_is_as_wide_as_the_neediest_candidate():
     assert three.block.conv_pw is five.block.conv_pw and three.block.conv_pwl is fused.block.conv_pwl
     move_pair(three, 2, 9, optimizers)
     move_pair(five, 2, 5, optimizers)
-    fit(net, optimizers)
+    net.fit(optimizers)
     assert three.block.conv_pw.out_channels == three.gate.large == 44 == five.block.bn1.num_features
     assert three.block.conv_dw.groups == 44 and five.block.conv_dw.groups == five.gate.large == 28
     assert five.block.se.conv_reduce.in_channels == 28

@@ -14,7 +14,7 @@ from dnas.data import load_data
 from dnas.derive import derive, gate_likelihood, random_arch, uniform_arch
 from dnas.export import count_macs, count_params
 from dnas.search import SearchConfig, live_cost, search
-from dnas.surgery import cut_width, extract, fit, plain_state
+from dnas.surgery import cut_width, extract, plain_state
 from dnas.timm_net import TimmBase, TimmSupernet, channel_grid, safe_channels
 from dnas.train import Recipe
 from dnas.units import UserError, parse_budget
@@ -163,7 +163,7 @@ def test_steps_after_a_cut_are_those_of_the_masked_network(optimizer):
     for _ in range(3):
         assert step(0, nets[0].widest()) == step(1, nets[1].widest())
     cut_width(nets[1], name, width, (optimizers[1],))
-    fit(nets[1], (optimizers[1],))
+    nets[1].fit((optimizers[1],))
     assert count_params(nets[1].model) < count_params(nets[0].model)
     for _ in range(5):
         masked, cut = step(0, nets[0].widest() | {name: width}), step(1, nets[1].widest())
