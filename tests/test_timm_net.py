@@ -6,6 +6,7 @@ import random
 import pytest
 import timm
 import torch
+from timm.layers import LayerNorm, LayerNorm2d
 from torch import nn
 
 from dnas import narrowed
@@ -15,7 +16,7 @@ from dnas.derive import derive, gate_likelihood, random_arch, uniform_arch
 from dnas.export import count_macs, count_params
 from dnas.search import SearchConfig, live_cost, search
 from dnas.surgery import cut_width, extract, plain_state
-from dnas.timm_net import TimmBase, TimmSupernet, channel_grid, safe_channels
+from dnas.timm_net import TimmBase, TimmSupernet, _WeightedNorms, channel_grid, safe_channels
 from dnas.train import Recipe
 from dnas.units import UserError, parse_budget
 
@@ -139,6 +140,21 @@ def test_a_soft_factor_of_zeros_and_ones_is_a_mask_and_every_gate_has_a_gradient
     for name, gate in small.gates().items():
         assert gate.alpha.grad is not None and (gate.alpha.grad != 0).all(), name
     small.zero_grad()
+
+
+@pytest.mark.parametrize("kind", [LayerNorm, LayerNorm2d])
+def test_a_channel_that_counts_twice_is_in_a_layer_norm_twice(kind):
+    norm, counts = lively(kind(5)).double(), torch.tensor([1, 2, 3, 1, 2])
+    x = torch.randn(3, 5, 4, 4).double() if kind is LayerNorm2d else torch.randn(3, 4, 4, 5).double()
+    channels = 1 if kind is LayerNorm2d else -1
+    repeated = kind(9).double()
+    for name in ("weight", "bias"):
+        getattr(repeated, name).data = getattr(norm, name).data.repeat_interleave(counts)
+    expected = repeated(x.repeat_interleave(counts, channels)).index_select(channels, counts.cumsum(0) - 1)
+    with _WeightedNorms({id(norm.weight): 0.3 * counts.double()}):
+        given, other = norm(x), repeated(x.repeat_interleave(counts, channels))
+    assert torch.allclose(given, expected, rtol=1e-12)
+    assert torch.equal(other, repeated(x.repeat_interleave(counts, channels)))  # not one of those to be weighted
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
