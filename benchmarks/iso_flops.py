@@ -81,7 +81,7 @@ SGD = Recipe(epochs=6, opt="sgd", lr=0.3, weight_decay=1e-3, warmup_epochs=1)
 SLOWER = replace(SGD, epochs=12, lr=0.1)  # at 0.3 a supernet spends its first epoch worse than a guess
 SETUPS = {
     "digits": Setup("prunet", 0.35, 2, "10%", "digits", 1437, 8, ADAMW, ADAMW, 3),
-    "mobilenet_v2": Setup("mobilenet_v2", 0.5, 2, "10%", "cifar10", 5000, 12, SGD, SLOWER, 6, most_layers=1),
+    "mobilenet_v2": Setup("mobilenet_v2", 0.5, 2, "10%", "cifar10", 5000, 12, SGD, SLOWER, 8, most_layers=1),
     "prunet": Setup("prunet", 0.35, 4, "10%", "cifar10", 5000, 12, SGD, SLOWER, 9, most_layers=2),
 }
 LIKE_20 = {"layers": [2, 2, 2, 2], "channels": [16, 32, 48, 64]}  # a ResNet of 18 layers, as narrow as ResNet-20
