@@ -324,8 +324,6 @@ def judge_method(table: Table, method: str) -> dict:
     if not random or not found or "uniform" not in scores:
         return {}
     means = [fmean(s.values()) for s in random.values()]
-    # Searches before the expected width are compared with the default of then, and that one with today's.
-    default = "old-default" if method.startswith("old-") and method != "old-default" else "default"
     seconds = [row["seconds"] for row in table.rows if row["kind"] == "training" and row["net"] in random]
     cost = median(nets[name]["search_seconds"] for name in found) / median(seconds)  # a process may have been paused
     return {
@@ -334,7 +332,7 @@ def judge_method(table: Table, method: str) -> dict:
         "found_percentile": fmean(stats.percentile(fmean(s.values()), means) for s in found.values()),
         "found_minus_uniform": stats.minus_paired(found, scores["uniform"]),
         "found_minus_random": stats.minus_mean(found, random),
-        "found_minus_default": stats.minus_method(found, stats.of_method(scores, default)),
+        "found_minus_default": stats.minus_method(found, stats.of_method(scores, "default")),
         "search_in_trainings": cost,
         "best_of_equal_compute": stats.best_of(random, max(1, math.ceil(cost))),
     }

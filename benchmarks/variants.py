@@ -49,7 +49,6 @@ VARIANTS = {
     "early-closed-skip": Variant(SearchConfig(skip_from=0.999)),
     "no-warmup": Variant(SearchConfig(warmup=0.0, skip_at=0.0)),
     "long-warmup": Variant(SearchConfig(warmup=0.5, budget_from=0.5, budget_by=0.8, block_from=0.5, skip_at=0.5)),
-    "hard-gates": Variant(SearchConfig(gates_on="hard")),
     "soft-weights": Variant(SearchConfig(weights_on="soft")),
     "sandwich": Variant(SearchConfig(weights_on="sandwich")),
     "same-images": Variant(SearchConfig(gate_fraction=0.0)),
@@ -58,4 +57,5 @@ VARIANTS = {
     "fast-shrinking": Variant(SearchConfig(block_from=0.2, block_by=0.4, width_below=0.2)),
     "scale-in-gradient": Variant(scale=True),
     "likeliest-width": Variant(likelihood=likeliest_width),
+    "likeliest-width-with-scale": Variant(scale=True, likelihood=likeliest_width),
 }

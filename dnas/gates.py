@@ -25,34 +25,20 @@ def chain_distribution(keep: Tensor) -> Tensor:
     return keep - torch.cat([keep[1:], keep.new_zeros(1)])
 
 
-def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """``hard`` in value, ``soft`` in gradient (Bengio et al., arXiv 1308.3432)."""
-    return hard + (soft - soft.detach())
-
-
-def one_hot_of(weights: Tensor) -> Tensor:
-    """[N] -> [N]: 1 for the largest of the ``weights`` and 0 for the others, with the gradient of ``weights``."""
-    return straight_through(nn.functional.one_hot(weights.argmax(), len(weights)).to(weights), weights)
-
-
 def without_scale(factor: Tensor) -> Tensor:
     """``factor`` in value; in gradient without its part along ``factor``, a change that scales all of it alike."""
     norm = torch.linalg.vector_norm(factor)
     return factor * (norm.detach() / norm)
 
 
-def gumbel_softmax(
-    logits: Tensor, temperature: float, generator: torch.Generator | None = None, hard: bool = False
-) -> Tensor:
+def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
     """A relaxed one-hot sample, [N] -> [N]: ``softmax((logits + g) / temperature)`` with g ~ Gumbel(0, 1).
 
-    As torch.nn.functional.gumbel_softmax, ``hard`` included, but with its own generator, so that a search can be
-    repeated.
+    As torch.nn.functional.gumbel_softmax, but with its own generator, so that a search can be repeated.
     """
     uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
     noise = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
-    sample = torch.softmax((logits + noise.to(logits)) / temperature, 0)
-    return one_hot_of(sample) if hard else sample
+    return torch.softmax((logits + noise.to(logits)) / temperature, 0)
 
 
 def draw_index(probabilities: Tensor, generator: torch.Generator | None = None) -> int:
@@ -88,21 +74,17 @@ class MarkovGate(nn.Module):
         live = chain_distribution(self.keep())
         return nn.functional.pad(live, (0, self.num_options - len(self.widths)))
 
-    def soft(self, generator: torch.Generator | None = None, hard: bool = False) -> Tensor:
+    def soft(self, generator: torch.Generator | None = None) -> Tensor:
         """The factor of every channel, [widest live width]: the marginal of its group.
 
         Deviation from the paper: the gradient leaves out the scale that all channels share (`without_scale`). A narrow
         network is not a quiet one, but soft factors make it so, and what is read with no norm behind it, above all by
-        the classifier, would ask for width only to be louder. ``hard``: 1 up to a drawn width and 0 after it, with the
-        gradient of the marginals, scale included: drawn networks are as loud as they are wide.
+        the classifier, would ask for width only to be louder.
         """
-        factor = keep = self.keep()
-        if hard:
-            last = draw_index(chain_distribution(keep), generator)
-            factor = straight_through((torch.arange(len(keep), device=keep.device) <= last).to(keep), keep)
         sizes = torch.tensor([self.widths[0], *(b - a for a, b in zip(self.widths, self.widths[1:], strict=False))])
-        factor = torch.repeat_interleave(factor, sizes.to(self.alpha.device), output_size=self.widths[-1])
-        return factor if hard else without_scale(factor)
+        return without_scale(
+            torch.repeat_interleave(self.keep(), sizes.to(self.alpha.device), output_size=self.widths[-1])
+        )
 
     def draw(self, generator: torch.Generator | None = None, uniform: bool = False) -> int:
         """A width: by the chain (the paper's direct sampling), or any live one with equal probability."""

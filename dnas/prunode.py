@@ -152,9 +152,9 @@ class PairGate(nn.Module):
         index = torch.tensor([self.low, self.high], device=pair.device)
         return pair.new_zeros(len(self.widths)).index_put((index,), pair, accumulate=True)
 
-    def soft(self, generator: torch.Generator | None = None, hard: bool = False) -> Tensor | int:
-        """A relaxed sample (q_small, q_large), ``hard``: one-hot in value; the width itself where there is only one."""
-        return gumbel_softmax(self.logits, self.temperature, generator, hard) if len(self.logits) else self.large
+    def soft(self, generator: torch.Generator | None = None) -> Tensor | int:
+        """A relaxed sample (q_small, q_large); the width itself where there is only one."""
+        return gumbel_softmax(self.logits, self.temperature, generator) if len(self.logits) else self.large
 
     def draw(self, generator: torch.Generator | None = None, uniform: bool = False) -> int:
         """One of the two widths, by their probabilities or evenly."""

@@ -33,7 +33,6 @@ class SearchConfig:
     gate_lr: float = 0.0
     paths: int = 2  # candidate blocks mixed in a gate step
     weights_on: str = "hard"  # nets that the weights learn on: "hard", "soft" or "sandwich"
-    gates_on: str = "soft"  # nets that the gates learn on: "soft" or "hard" (straight-through)
     entropy: float = 0.0  # weight of the gates' mean entropy at the end of the search; it grows from 0
     budget_weight: float = 20.0
     warmup: float = 0.2  # weights only, nets drawn evenly
@@ -48,7 +47,7 @@ class SearchConfig:
     patience: int = 5
 
 
-WEIGHTS_ON, GATES_ON = ("hard", "soft", "sandwich"), ("soft", "hard")
+WEIGHTS_ON = ("hard", "soft", "sandwich")
 
 
 def check_config(config: SearchConfig) -> SearchConfig:
@@ -63,9 +62,8 @@ def check_config(config: SearchConfig) -> SearchConfig:
     ):  # fmt: skip
         if not low <= getattr(config, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is not between {low} and {high}")
-    for flag, given, allowed in (("weights", config.weights_on, WEIGHTS_ON), ("gates", config.gates_on, GATES_ON)):
-        if given not in allowed:
-            raise UserError(f"--{flag}-on {given!r} is not one of {', '.join(allowed)}")
+    if config.weights_on not in WEIGHTS_ON:
+        raise UserError(f"--weights-on {config.weights_on!r} is not one of {', '.join(WEIGHTS_ON)}")
     for first, then in (("budget_from", "budget_by"), ("block_from", "block_by")):
         if getattr(config, first) > getattr(config, then):
             raise UserError(f"--{first.replace('_', '-')} must not come after --{then.replace('_', '-')}")
@@ -176,7 +174,7 @@ def search(
         """One step of the gates on held-out images. Returns its row; its graph is gone when shrinking starts."""
         sharpness = ramp(t, (config.budget_from + config.budget_by) / 2, 1.0)
         cooled = config.temperature**sharpness
-        checking, hard = gates_taught == 0, config.gates_on == "hard"
+        checking = gates_taught == 0
         for gate in net.gates().values():
             gate.temperature = cooled
             if isinstance(gate, SkipGate) and not gate.is_open and t >= config.skip_at:
@@ -191,7 +189,7 @@ def search(
         for p in weights:
             p.requires_grad_(False)
         with autocast(device, recipe):
-            logits = net(x, net.soft(draws, 0 if checking else config.paths, hard and not checking)).float()
+            logits = net(x, net.soft(draws, 0 if checking else config.paths)).float()
         loss = F.cross_entropy(logits, y)
         probabilities = net.probabilities()
         expected = {m: current[m].expected(probabilities) for m in limits}
@@ -202,7 +200,7 @@ def search(
         total_loss.backward()
         for p in weights:
             p.requires_grad_(True)
-        if checking:  # all live blocks were mixed softly, so that every gate can show a gradient
+        if checking:  # all live blocks were mixed, so that every gate can show a gradient
             check_gradients(net, updates)
         gate_optimizer.step()
         return {

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dnas.arch import DROP, KEEP, Option
-from dnas.gates import draw_index, gumbel_softmax, one_hot_of
+from dnas.gates import draw_index, gumbel_softmax
 from dnas.prunode import GatedBlock, Prunode, prefix_mask
 
 Answer = Option | Tensor | dict[str, Tensor]  # one option (hard), or the gate's weights (soft)
@@ -33,21 +33,17 @@ class ChoiceGate(nn.Module):
         index = torch.tensor(self.live, device=self.logits.device)
         return self.logits.new_zeros(len(self.options)).index_put((index,), self.clean())
 
-    def soft(
-        self, generator: torch.Generator | None = None, paths: int = 0, hard: bool = False
-    ) -> dict[str, Tensor] | str:
+    def soft(self, generator: torch.Generator | None = None, paths: int = 0) -> dict[str, Tensor] | str:
         """Gumbel-softmax weights ``{block: weight}`` of the live blocks; the name itself where one is left.
 
         ``paths`` > 0 takes only that many blocks, those that the noise favours, with their weights scaled to sum to 1
         (as ProxylessNAS trains two paths at a time): the cost of a step then does not grow with the number of blocks.
-        ``hard``: the largest weight is 1 in value and the others 0; all have their gradients.
         """
         if len(self.live) == 1:
             return self.options[self.live[0]]
         weights = gumbel_softmax(self.logits, self.temperature, generator)
         taken = weights.topk(min(paths or len(weights), len(weights))).indices.tolist()
         share = weights[taken] / weights[taken].sum()
-        share = one_hot_of(share) if hard else share
         return {self.options[self.live[k]]: w for k, w in sorted(zip(taken, share, strict=True), key=lambda kw: kw[0])}
 
     def draw(self, generator: torch.Generator | None = None, uniform: bool = False) -> str:

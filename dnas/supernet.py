@@ -63,22 +63,16 @@ class Supernet(nn.Module):
         """Decision -> distribution over its original options, for every live decision."""
         return {name: gate.probabilities() for name, gate in self.gates().items()}
 
-    def soft(self, generator: torch.Generator | None = None, paths: int = 0, hard: bool = False) -> dict[str, Answer]:
-        """What the net is multiplied by while the gates learn; ``paths`` blocks a layer (0: all live ones).
-
-        ``hard``: of drawn widths and blocks in value (all but the skips, which still scale their branch), with the
-        gradients of the soft factors.
-        """
+    def soft(self, generator: torch.Generator | None = None, paths: int = 0) -> dict[str, Answer]:
+        """What the net is multiplied by while the gates learn; ``paths`` blocks a layer (0: all live ones)."""
         answers: dict[str, Answer] = {}
         for name, gate in self.gates().items():
-            if isinstance(gate, SkipGate):
-                answers[name] = gate.soft(generator)
-            elif isinstance(gate, ChoiceGate):
-                answers[name] = gate.soft(generator, paths, hard)
+            if isinstance(gate, ChoiceGate):
+                answers[name] = gate.soft(generator, paths)
             elif isinstance(gate, MarkovGate) and len(gate.widths) == 1:
                 answers[name] = gate.widths[0]
             else:
-                answers[name] = gate.soft(generator, hard)
+                answers[name] = gate.soft(generator)
         return answers
 
     def draw(self, generator: torch.Generator | None = None, uniform: bool = False) -> dict[str, Answer]:

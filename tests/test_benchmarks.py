@@ -175,19 +175,6 @@ def test_only_the_ablation_leaves_the_scale_in_the_gradient(variant, lab, monkey
     assert (seen[0] > 0.1) if variant == "scale-in-gradient" else (seen[0] < 1e-4)
 
 
-def test_old_searches_are_compared_with_the_default_of_then(tmp_path, monkeypatch):
-    monkeypatch.setattr(iso_flops, "RESULTS", tmp_path)
-    planted_rows("digits", 2)
-    table = iso_flops.Table("digits")
-    for method, means in (("old-default", (57.0, 57.2)), ("old-late-skip", (56.0, 55.8))):
-        for k, top1 in enumerate(means):
-            info = {"net": f"{method}/{k}", "search_seconds": 30.0}
-            table.append({"kind": "net"} | info)
-            table.append({"kind": "training", "seed": 3 * k, "top1": top1} | info)
-    assert iso_flops.judge_method(table, "old-late-skip")["found_minus_default"][0] == pytest.approx(-1.2)
-    assert iso_flops.judge_method(table, "old-default")["found_minus_default"][0] == pytest.approx(-1.4)
-
-
 def test_evolution_climbs_what_the_judge_says(lab, monkeypatch):
     """A judge who likes wide streams: the answer beats all that were drawn at random."""
     space, looked = lab.net.space, []
