@@ -10,7 +10,7 @@ from statistics import fmean
 
 import iso_stats as stats
 import matplotlib
-from iso_flops import SETUPS, Table, judge_method, summarise
+from iso_flops import SETUPS, Table, baseline_of, judge_method, summarise
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -45,17 +45,17 @@ def setup_table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def method_table(table: Table) -> list[str]:
-    """One line a method of one set-up."""
-    head = ["method", "searches", "top-1", "percentile", "minus uniform", "minus random mean", "minus default"]
+def method_table(table: Table, baseline: str) -> list[str]:
+    """One line a method of one set-up, of those that are compared with ``baseline``; empty if there are none."""
+    head = ["method", "searches", "top-1", "percentile", "minus uniform", "minus random mean", f"minus {baseline}"]
     lines = ["| " + " | ".join([*head, "cost in trainings"]) + " |", "| --- " * (len(head) + 1) + "|"]
     for method in stats.methods(stats.scores_of(table.rows)):
-        if row := judge_method(table, method):
+        if baseline_of(method) == baseline and (row := judge_method(table, method)):
             cells = [method, str(row["search_seeds"]), number(row["found_top1"]), number(row["found_percentile"], 0)]
             cells += [with_ends(row["found_minus_uniform"]), with_ends(row["found_minus_random"])]
-            cells.append("-" if method == "default" else with_ends(row["found_minus_default"]))
+            cells.append("-" if method == baseline else with_ends(row["found_minus_baseline"]))
             lines.append("| " + " | ".join([*cells, number(row["search_in_trainings"], 1)]) + " |")
-    return lines
+    return lines if len(lines) > 2 else []
 
 
 def draw(table: Table) -> Path:
@@ -96,8 +96,10 @@ def main() -> None:
         parts.append(f"## {name}\n\n{what} ({setup.data}), {setup.recipe.epochs} epochs from scratch.")
         parts.append(f"![top-1 of nets of equal cost]({draw(table).name})")
         if best:
-            parts.append("\n".join(method_table(table)))
+            parts.append("\n".join(method_table(table, "default")))
             parts.append(f"Best of N random nets at equal compute: {number(best['best_of_equal_compute'])}.")
+        if ablations := method_table(table, "half-length"):
+            parts.append("Ablations of a search of half the length:\n\n" + "\n".join(ablations))
         if math.isfinite(row["rank_correlation"]):
             agreed = f"{number(row['rank_correlation'])} with norms recalibrated for each net, "
             agreed += f"{number(row['rank_correlation_running'])} with running statistics"

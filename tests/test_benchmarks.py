@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import iso_flops  # noqa: E402
 import iso_report  # noqa: E402
 import iso_stats as stats  # noqa: E402
+import speed  # noqa: E402
 import variants  # noqa: E402
 
 from dnas.prunode import PairGate  # noqa: E402
@@ -105,7 +106,7 @@ def test_rank_correlation_of_judges():
 
 
 SHORT = iso_flops.Recipe(epochs=2, batch_size=16)
-SMALL = iso_flops.Setup("prunet", 0.25, 2, "20%", "digits", 200, 8, SHORT, replace(SHORT, epochs=3), 2)
+SMALL = iso_flops.Setup("prunet", 0.25, 2, "20%", "digits", 200, 8, SHORT, replace(SHORT, epochs=4), 2)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,12 @@ def test_every_method_ends_inside_the_budget(method, lab, monkeypatch):
     again = json.loads(json.dumps(row))
     trained = iso_flops.train_net(lab, again["net"], again["arch"], seed=3)
     assert 0 <= trained["top1"] <= 100 and trained["seed"] == 3
+
+
+def test_ablations_change_a_search_of_half_the_length(lab):
+    seen = {name: iso_flops.run_search(lab, name, 0)["search_images"] for name in ("default", "half-length")}
+    assert {v.length for v in variants.ABLATIONS.values()} == {variants.LENGTHS["half-length"].length} == {0.5}
+    assert seen["half-length"] / seen["default"] == pytest.approx(1 / 2, rel=0.1)
 
 
 def test_the_same_seed_trains_the_same_net(lab):
@@ -248,14 +255,15 @@ def test_the_likeliest_width_is_the_one_that_the_gate_calls_best(lab):
 
 
 def planted_rows(setup, found):
-    """Random nets of 50, 51, ... 59 %, the uniform one of 54.5 %, found ones of 58.3 and 58.7 %."""
+    """Random nets of 50, 51, ... 59 %, the uniform one of 54.5 %, found ones of 58.3 and 58.7 %, and two ablations'."""
     info = {"device": "a machine", "torch": "2", "timm": "1", "date": "2026-01-02"}
     means = {f"random/{k}": 50.0 + k for k in range(10)} | {"uniform": 54.5}
-    means |= {f"default/{k}": 58.3 + 0.4 * k for k in range(found)}
+    for k in range(found):
+        means |= {f"default/{k}": 58.3 + 0.4 * k, f"half-length/{k}": 57 + 0.2 * k, f"late-skip/{k}": 56 - 0.2 * k}
     rows = []
     for net, mean in means.items():
         rows.append(info | {"kind": "net", "net": net, "search_seconds": 30.0})
-        seeds = iso_flops.own_seeds(net) if net.startswith("default") else range(6)
+        seeds = range(6) if net.startswith(("random", "uniform")) else iso_flops.own_seeds(net)
         rows += [
             info | {"kind": "training", "net": net, "seed": s, "top1": mean + s % 3 - 1, "seconds": 10} for s in seeds
         ]
@@ -280,7 +288,28 @@ def test_the_report_says_what_was_planted_and_leaves_the_rest(tmp_path, monkeypa
     # Two differences of 3.8 and 4.2: a standard error of 0.2 and Student's t of 12.71.
     line = "| default | 2 | 58.50 | 90 | +4.00 [+1.46, +6.54] | +4.00 "
     assert text.count("| default |") == 1 and line in text and text.count("Best of N") == 1
+    # An ablation is compared with the search that it changes, and that one with the default.
+    named = {line.split(" | ")[0]: line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
+    minus = {name: cells[6].split()[0] for name, cells in named.items() if len(cells) == 8}
+    assert (minus["| late-skip"], minus["| half-length"], minus["| default"]) == ("-1.20", "-1.40", "-")
     pictures = {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
     assert set(pictures) == {"digits.svg", "prunet.svg"}
     iso_report.main()
     assert readme.read_text() == text and all((tmp_path / k).read_bytes() == v for k, v in pictures.items())
+
+
+def test_what_gates_cost_is_a_ratio_of_steps_in_turn(monkeypatch):
+    """Planted times, the first round being the warm-up; the steps themselves are taken and must be what they say."""
+    losses = []
+
+    def planted(step, device):
+        losses.append(float(step().detach()))
+        turn, kind = divmod(len(losses) - 1, 4)
+        return turn * (1, 1, 1.5, 2)[kind] if turn else 100
+
+    monkeypatch.setattr(speed, "seconds", planted)
+    row = speed.gates_cost("test_resnet", 4, 32, 3, torch.device("cpu"))
+    assert (row["plain_ms"], row["open"], row["drawn"], row["soft"]) == (2000, [1] * 3, [1.5] * 3, [2] * 3)
+    rounds = [losses[k : k + 4] for k in range(0, 16, 4)]
+    assert all(plain == whole and plain not in (drawn, soft) for plain, whole, drawn, soft in rounds)
+    assert len({drawn for *_, drawn, _ in rounds}) == 4

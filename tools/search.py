@@ -54,7 +54,7 @@ def parser() -> OneLineParser:
     p.add_argument("--initial-checkpoint", help="with --model: the search starts from the weights in this file")
     p.add_argument("--width-mult", type=float, help="width of the widest net (default: the budget is half of its cost)")
     p.add_argument("--divisor", type=int, help="widths are multiples of this (default 8; 4 for toy)")
-    p.add_argument("--search-epochs", type=int, default=10, help="epochs of the search (default 10)")
+    p.add_argument("--search-epochs", type=int, default=20, help="epochs of the search (default 20)")
     p.add_argument("--num-random", type=int, default=0, help="also train this many random nets at the same cost")
     p.add_argument("--output", help="run folder (default runs/<supernet>-<budget>-<seed>)")
     p.add_argument("--name", help="name of the exported model (default: dnas_ and the run folder's name)")
