@@ -77,24 +77,24 @@ class Setup:
 
 
 ADAMW = Recipe(epochs=12)
+SEARCH = Recipe(epochs=24)
 SGD = Recipe(epochs=6, opt="sgd", lr=0.3, weight_decay=1e-3, warmup_epochs=1)
-SLOWER = replace(SGD, epochs=24, lr=0.1)  # at 0.3 a supernet spends its first epoch worse than a guess
 SETUPS = {
-    "digits": Setup("prunet", 0.35, 2, "10%", "digits", 1437, 8, ADAMW, replace(ADAMW, epochs=24), 3),
-    "mobilenet_v2": Setup("mobilenet_v2", 0.5, 2, "10%", "cifar10", 5000, 12, SGD, SLOWER, 8, most_layers=1),
-    "prunet": Setup("prunet", 0.35, 4, "10%", "cifar10", 5000, 12, SGD, SLOWER, 9, most_layers=2),
+    "digits": Setup("prunet", 0.35, 2, "10%", "digits", 1437, 8, ADAMW, SEARCH, 3),
+    "mobilenet_v2": Setup("mobilenet_v2", 0.5, 2, "10%", "cifar10", 5000, 12, SGD, SEARCH, 8, most_layers=1),
+    "prunet": Setup("prunet", 0.35, 4, "10%", "cifar10", 5000, 12, SGD, SEARCH, 9, most_layers=2),
 }
 LIKE_20 = {"layers": [2, 2, 2, 2], "channels": [16, 32, 48, 64]}  # a ResNet of 18 layers, as narrow as ResNet-20
 DILATED = {"output_stride": 8}  # timm's strides leave a map of one pixel of an image of 32
-EIGHT = replace(SLOWER, epochs=8)
+EIGHT = replace(SGD, epochs=8, lr=0.1)
 for percent in (30, 50):
     budget = f"{percent}%"
     SETUPS |= {
         f"timm_resnet_{percent}": Setup(
-            "resnet18", 1, 2, budget, "cifar10", 5000, 32, EIGHT, SLOWER, 2, kwargs=LIKE_20
+            "resnet18", 1, 2, budget, "cifar10", 5000, 32, EIGHT, SEARCH, 2, kwargs=LIKE_20
         ),
         f"timm_mobilenet_{percent}": Setup(
-            "mobilenetv2_035", 1, 4, budget, "cifar10", 5000, 32, EIGHT, SLOWER, 2, kwargs=DILATED
+            "mobilenetv2_035", 1, 4, budget, "cifar10", 5000, 32, EIGHT, SEARCH, 2, kwargs=DILATED
         ),
     }
 
