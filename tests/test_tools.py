@@ -202,6 +202,18 @@ def test_a_run_ends_with_all_its_files(finished_run):
     assert [row["step"] for row in history] == list(range(metrics["search"]["steps"]))
 
 
+def test_a_search_that_learned_nothing_says_so(tmp_path, monkeypatch, capsys):
+    flags = ("--budget", "50%", "--img-size", "8", "--width-mult", "0.25", "--search-epochs", "1", "--epochs", "1")
+    assert call(search_tool, monkeypatch, *flags, "-b", "128", "--lr", "1e-9", "--output", tmp_path / "run") == 0
+    out = capsys.readouterr()
+    assert "warning: the search ended at a loss of 2." in " ".join((out.out + out.err).split())
+    figures = json.loads((tmp_path / "run" / "metrics.json").read_text())["search"]
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    losses = [row["gate_loss"] for row in history if "gate_loss" in row]
+    assert figures["gate_loss"] == pytest.approx(losses[-1], abs=1e-4) and len(losses) < 20
+    assert search_tool.no_better_than_a_guess(2.2, 10) == ""
+
+
 def test_a_run_loads_without_dnas(finished_run):
     figures = verify_export(finished_run)
     assert figures["macs"] == read_arch(finished_run / "arch.json")["macs"]
@@ -276,7 +288,7 @@ def test_an_interrupted_run_leaves_no_folder_unless_a_network_was_found(where, t
         raise KeyboardInterrupt
 
     monkeypatch.setattr(search_tool, "run_search" if where == "search" else "train_arch", interrupt)
-    monkeypatch.setattr(search_tool, "search_figures", lambda *args: {})
+    monkeypatch.setattr(search_tool, "search_figures", lambda *args: {"gate_loss": 0.0})
     if where == "training":
         monkeypatch.setattr(search_tool, "run_search", lambda *args: [])
     out = tmp_path / "run"

@@ -4,11 +4,12 @@
 python tools/search.py --budget 300MFLOPs
 """
 
+import math
 import re
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import torch
 from cli import (
@@ -156,7 +157,7 @@ def search_figures(rows: list[dict], recipe: Recipe, seconds: float, plain_ms: f
     both = [row["weight_ms"] + row["gate_ms"] for row in rows if "gate_ms" in row]
     images = sum(recipe.batch_size + row.get("images", 0) for row in rows)
     some = both[1:] or both
-    last = next(row for row in reversed(rows) if "expected" in row)
+    taught = [row for row in rows if "expected" in row]
     return {
         "seconds": seconds,
         "steps": len(rows),
@@ -166,8 +167,18 @@ def search_figures(rows: list[dict], recipe: Recipe, seconds: float, plain_ms: f
         "last_step_ms": median(some[-10:]),
         "relative_cost": (1e3 * seconds / images) / (plain_ms / recipe.batch_size),
         "plain_step_ms": plain_ms,
-        "expected": last["expected"],
+        "expected": taught[-1]["expected"],
+        "gate_loss": fmean(row["gate_loss"] for row in taught[-max(1, len(taught) // 10) :]),
     }
+
+
+def no_better_than_a_guess(loss: float, num_classes: int) -> str:
+    """What to say of a search that ended at this cross entropy; empty if its supernet knew more than nothing."""
+    guess = math.log(num_classes)
+    if loss < 0.98 * guess:
+        return ""
+    said = f"warning: the search ended at a loss of {loss:.2f}, and a guess has {guess:.2f}"
+    return f"{said}: its gates had nothing to go by; another --lr or more --search-epochs may help"
 
 
 def print_table(folder: Path, name: str, metrics: dict) -> None:
@@ -252,6 +263,8 @@ def main() -> None:
         started = time.perf_counter()
         rows = run_search(net, tables, budgets, data, search_recipe, config, folder, args.seed)
         figures = search_figures(rows, recipe, time.perf_counter() - started, plain_ms, device)
+        if warning := no_better_than_a_guess(figures["gate_loss"], data.num_classes):
+            console.print(warning)
         found = derive(net.space, tables, budgets, gate_likelihood(net))
         document = export_arch(folder, name, net, found, data, tables, budgets, info)
         model, found_row = train_arch(net, found, tables, data, recipe, args.seed, device, "found")
