@@ -33,7 +33,7 @@ import iso_stats as stats  # noqa: E402
 import opponents  # noqa: E402
 import torch  # noqa: E402
 from timm.utils import random_seed  # noqa: E402
-from variants import LENGTHS, VARIANTS  # noqa: E402
+from variants import VARIANTS, baseline_of  # noqa: E402
 
 from dnas.arch import Arch  # noqa: E402
 from dnas.cost import CostTable, resolve_budgets  # noqa: E402
@@ -152,7 +152,7 @@ def run_search(lab: Lab, variant: str, seed: int) -> dict:
         found = {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
         return net_row(lab, f"{variant}/{seed}", arch) | found
     how = VARIANTS[variant]
-    recipe = replace(lab.setup.search, epochs=round(lab.setup.search.epochs * how.length))
+    recipe = replace(lab.setup.search, epochs=round(lab.setup.search.epochs * how.length), **how.recipe)
     random_seed(seed)
     net = lab.supernet(how.bipath)
     rows: list[dict] = []
@@ -315,11 +315,6 @@ def summarise(table: Table) -> dict:
         "rank_correlation": fmean(agree["judged"]) if agree["judged"] else math.nan,
         "rank_correlation_running": fmean(agree["judged_running"]) if agree["judged_running"] else math.nan,
     }
-
-
-def baseline_of(method: str) -> str:
-    """What a method is compared with: an ablation with the search that it changes."""
-    return "default" if method in LENGTHS or method in opponents.OPPONENTS else "half-length"
 
 
 def judge_method(table: Table, method: str) -> dict:

@@ -10,7 +10,8 @@ from statistics import fmean
 
 import iso_stats as stats
 import matplotlib
-from iso_flops import SETUPS, Table, baseline_of, judge_method, summarise
+from iso_flops import SETUPS, Table, judge_method, summarise
+from variants import baseline_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

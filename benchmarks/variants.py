@@ -1,10 +1,11 @@
 """What is changed in a search, one thing at a time: the ablations of `iso_flops.py`.
 
-Ablations are many, so they change a search of half the length, and are compared with that one.
+Ablations are many, so most change a search of half the length, and are compared with that one.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -29,17 +30,26 @@ def likeliest_width(net: Supernet) -> Likelihood:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is changed in a search; ``length`` is a factor on its epochs, ``scale`` stays in the gates' gradient."""
+    """What is changed in a search.
+
+    ``length`` is a factor on its epochs, ``recipe`` are fields of the weights' recipe, ``scale`` stays in the gates'
+    gradient.
+    """
 
     config: SearchConfig = SearchConfig()
     length: float = 0.5
+    recipe: Mapping[str, Any] = field(default_factory=dict)
     bipath: bool = True
     scale: bool = False
     likelihood: Callable[[Supernet], Likelihood] = gate_likelihood
 
 
-LENGTHS = {"default": Variant(length=1), "half-length": Variant(), "quarter-length": Variant(length=0.25)}
-ABLATIONS = {
+SGD = {"opt": "sgd", "lr": 0.1, "weight_decay": 1e-3, "warmup_epochs": 1}
+VARIANTS = {
+    "default": Variant(length=1),
+    "half-length": Variant(),
+    "quarter-length": Variant(length=0.25),
+    "sgd": Variant(length=1, recipe=SGD),
     "gates-every-step": Variant(SearchConfig(gate_every=1)),
     "gates-every-4": Variant(SearchConfig(gate_every=4)),
     "no-sharpening": Variant(SearchConfig(temperature=1.0)),
@@ -59,4 +69,9 @@ ABLATIONS = {
     "likeliest-width": Variant(likelihood=likeliest_width),
     "likeliest-width-with-scale": Variant(scale=True, likelihood=likeliest_width),
 }
-VARIANTS = LENGTHS | ABLATIONS
+
+
+def baseline_of(method: str) -> str:
+    """What a method is compared with: an ablation with the search that it changes, everything else with the default."""
+    half = method in VARIANTS and VARIANTS[method].length == 0.5 and method != "half-length"
+    return "half-length" if half else "default"

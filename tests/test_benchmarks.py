@@ -114,7 +114,7 @@ def lab():
     return iso_flops.open_lab(SMALL, "", "cpu")
 
 
-@pytest.mark.parametrize("method", ["default", "half-length", "fixed-grid", "sandwich", *iso_flops.opponents.OPPONENTS])
+@pytest.mark.parametrize("method", ["default", "sgd", "fixed-grid", "sandwich", *iso_flops.opponents.OPPONENTS])
 def test_every_method_ends_inside_the_budget(method, lab, monkeypatch):
     monkeypatch.setattr(iso_flops.opponents, "POPULATION", 8)
     monkeypatch.setattr(iso_flops.opponents, "GENERATIONS", 2)
@@ -128,8 +128,10 @@ def test_every_method_ends_inside_the_budget(method, lab, monkeypatch):
 
 def test_ablations_change_a_search_of_half_the_length(lab):
     seen = {name: iso_flops.run_search(lab, name, 0)["search_images"] for name in ("default", "half-length")}
-    assert {v.length for v in variants.ABLATIONS.values()} == {variants.LENGTHS["half-length"].length} == {0.5}
     assert seen["half-length"] / seen["default"] == pytest.approx(1 / 2, rel=0.1)
+    same = {name for name in variants.VARIANTS if variants.baseline_of(name) == "default"}
+    assert same == {"default", "half-length", "quarter-length", "sgd"}
+    assert {variants.baseline_of(name) for name in iso_flops.opponents.OPPONENTS} == {"default"}
 
 
 def test_the_same_seed_trains_the_same_net(lab):
