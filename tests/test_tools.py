@@ -1,7 +1,9 @@
 """The command lines: a table of wrong inputs, a dry run, and one small run from budget to trained model."""
 
 import json
+import platform
 import shutil
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -312,3 +314,29 @@ def test_a_tar_of_images_is_read(image_folder, tmp_path, monkeypatch):
     flags = ("--budget", "50%", "--data-dir", path, "--dry-run", "--width-mult", "0.25", "--output", out)
     assert call(search_tool, monkeypatch, *flags) == 0
     assert read_arch(out / "arch.json")["num_classes"] == 2
+
+
+FAULTS = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import cli
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        bytearray(b"x") * 2**26
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+fresh = page_faults()
+cli.keep_freed_memory()
+page_faults()  # the first round takes the memory that the second is to find
+print(fresh, page_faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_freed_memory_is_kept():
+    folder = Path(cli.__file__).parent
+    done = subprocess.run([sys.executable, "-c", FAULTS, folder], capture_output=True, text=True, check=True)
+    fresh, kept = map(int, done.stdout.split())
+    assert kept < fresh / 10
