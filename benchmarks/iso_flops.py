@@ -324,8 +324,10 @@ def judge_method(table: Table, method: str) -> dict:
     if not random or not found or "uniform" not in scores:
         return {}
     means = [fmean(s.values()) for s in random.values()]
-    seconds = [row["seconds"] for row in table.rows if row["kind"] == "training" and row["net"] in random]
-    cost = median(nets[name]["search_seconds"] for name in found) / median(seconds)  # a process may have been paused
+    # Trainings of its own nets: those of the random ones may be of a day on which the machine was slower. And a process
+    # may have been paused, hence medians.
+    seconds = [row["seconds"] for row in table.rows if row["kind"] == "training" and row["net"] in found]
+    cost = median(nets[name]["search_seconds"] for name in found) / median(seconds)
     return {
         "search_seeds": len(found),
         "found_top1": fmean(fmean(s.values()) for s in found.values()),
