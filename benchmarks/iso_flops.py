@@ -9,6 +9,7 @@ A training is a row in results/<setup>.jsonl, appended when it ends; what is the
 """
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -279,12 +280,11 @@ def main() -> None:
             have = {row["seed"] for row in table.rows if row["kind"] == "judged"}
             for _ in do([(judge_nets, judged, k) for k in range(args.judge) if k not in have], table=table):
                 pass
-        for method in args.variant if args.search else ():
-            found, nets = [f"{method}/{k}" for k in range(args.search)], table.nets()
-            missing = [(run_search, method, k) for k, name in enumerate(found) if name not in nets]
-            for _ in do(missing, table=table):
-                pass
-            train_all(found, own_seeds, table, do)
+        wanted, nets = list(itertools.product(args.variant, range(args.search))), table.nets()
+        missing = [(run_search, method, k) for method, k in wanted if f"{method}/{k}" not in nets]
+        for _ in do(missing, table=table):
+            pass
+        train_all([f"{method}/{k}" for method, k in wanted], own_seeds, table, do)
         taken = max(TRAININGS * args.search, setup.seeds)
         train_all(["uniform"], lambda name: range(taken), table, do)
 
