@@ -113,7 +113,7 @@ def keep_freed_memory(most: int = 2**30) -> None:
     """Let glibc keep up to ``most`` bytes that were freed, as torch does on a GPU; nothing happens without glibc.
 
     Else each step's larger tensors are mapped, zeroed page by page and unmapped again, which took a third of a step of
-    `prunet` with 96 images of 32 px on two cores, and a tenth of a run with the default 64. The numbers are M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h.
+    `prunet` with 96 images of 32 px on two cores. The numbers are M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for option in (-1, -3) if mallopt else ():
