@@ -7,7 +7,7 @@ the decisions are drawn independently of each other. No cost of an expected widt
 staircase in width, and the staircase has to be in the expectation.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dnas.arch import Arch, Decision, Option, Site, Space
+from dnas.latency import LatencyTable
 from dnas.units import Budget, UserError, show
 
 Form = Callable[..., np.ndarray]
@@ -146,9 +147,25 @@ class CostTable:
     def build(cls, space: Space, metric: str) -> "CostTable":
         """Closed-form costs for ``"macs"`` or ``"params"``. KeyError for another metric or an unknown operation."""
         forms = CLOSED_FORMS[metric]
+        return cls._merged(space, metric, (_entry(site, space, forms[site.op]) for site in space.sites))
+
+    @classmethod
+    def measured(cls, space: Space, sites: Sequence[Site], table: LatencyTable) -> "CostTable":
+        """Milliseconds of ``sites``, whose operations are units of a latency table.
+
+        Raises:
+            UserError: the table does not have all of them, at all widths of the space.
+        """
+        if lines := table.missing(space, sites):
+            more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
+            raise UserError(f"the latency table has {len(table.units)} units and lacks {lines[0]}{more}: profile them")
+        entries = (_entry(site, space, table.units[site.op].at) for site in sites)
+        return cls._merged(space, "ms", entries)
+
+    @classmethod
+    def _merged(cls, space: Space, metric: str, entries: Iterable[_Entry]) -> "CostTable":
         merged: dict[tuple, _Entry] = {}  # sites that hang on the same decisions are one table
-        for site in space.sites:
-            entry = _entry(site, space, forms[site.op])
+        for entry in entries:
             key = entry.axes, entry.when
             table = entry.table + merged[key].table if key in merged else entry.table
             merged[key] = _Entry(table, *key)

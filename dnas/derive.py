@@ -126,7 +126,7 @@ def derive(
 ) -> Arch:
     """The likeliest `Arch` whose cost keeps every budget and reaches 98 % of at least one.
 
-    Exact by enumeration for small spaces. Otherwise coordinate ascent with a multiplier on the cost, found by
+    Widths that cost nothing are raised in the end. Exact by enumeration for small spaces. Otherwise coordinate ascent with a multiplier on the cost, found by
     bisection, then single and paired moves inside the band; paired moves also mend a net that missed the band.
 
     Raises:
@@ -134,7 +134,7 @@ def derive(
     """
     used, limits = [tables[b.metric] for b in budgets], [b.limit for b in budgets]
     if space.num_archs() <= exact_below:
-        return _exact(space, used, limits, like, budgets)
+        return widen_for_free(space, used, limits, _exact(space, used, limits, like, budgets))
     walker = _Walker(space, used, limits, like)
     found: list[tuple[float, dict[str, int]]] = []
     nearest = {"below": 0.0, "above": np.inf}
@@ -162,6 +162,26 @@ def derive(
     walker.at = max(found, key=lambda f: f[0])[1]
     walker.refresh()
     _polish(walker)
+    return widen_for_free(space, used, limits, walker.arch())
+
+
+def widen_for_free(space: Space, tables: Sequence[CostTable], limits: Sequence[float], arch: Arch) -> Arch:
+    """``arch`` with every width raised as far as no cost rises: to the edge of its step, where a latency has steps.
+
+    Costs in closed form rise with every width, and leave it as it is.
+    """
+    walker = _Walker(space, tables, limits, {d.name: np.zeros(len(d.options)) for d in space.decisions})
+    walker.at |= {name: space.by_name[name].index(option) for name, option in arch.items()}
+    walker.refresh()
+    for d in space.decisions:
+        if d.is_width and d.name in arch:
+            now, rises = walker.at[d.name], np.zeros(len(d.options))
+            for table in tables:
+                along = table.along(d, walker.at)
+                rises = np.maximum(rises, along - along[now] * (1 + 1e-9))
+            fits = [k for k in np.flatnonzero(rises <= 0) if k > now and in_band(float(walker.ratios(d)[k]))]
+            if fits:
+                walker.move(d, int(fits[-1]))
     return walker.arch()
 
 

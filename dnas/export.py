@@ -26,8 +26,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnas import narrowed, native
+from dnas.plain import check, fail, parse_json, read_json
 from dnas.runs import write_whole
-from dnas.schema import ARCH, DATA, MAX_BYTES, SCHEMA, Floats, check, check_data, check_name, check_net, fail
+from dnas.schema import ARCH, DATA, MAX_BYTES, SCHEMA, Floats, check_data, check_name, check_net
 from dnas.timm_net import measure
 from dnas.units import UserError
 
@@ -247,7 +248,7 @@ def arch_document(
     data = check_data(**data)
     document = {"schema": SCHEMA, "name": name, "supernet": supernet, **data, "answers": dict(answers), "net": net}
     document |= {**_counts(net, data), "budget": [*map(dict, budget)], "provenance": dict(provenance or {})}
-    document = _parse(_dump(document).encode(), "arch document")  # a copy, of JSON's own types
+    document = parse_json(_dump(document).encode(), "arch document", MAX_BYTES)  # a copy, of JSON's own types
     check_document(document)
     return document
 
@@ -255,7 +256,7 @@ def arch_document(
 def write_export(folder: str | Path, document: dict[str, Any]) -> None:
     """Write ``model.py`` and ``arch.json``, each whole or not at all; nothing (UserError) if ``document`` is wrong."""
     text = (_dump(document) + "\n").encode()
-    document = _parse(text, "arch document")
+    document = parse_json(text, "arch document", MAX_BYTES)
     check_document(document)
     source = model_source(document["name"], document["net"], **{key: document[key] for key in DATA})
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -266,11 +267,8 @@ def write_export(folder: str | Path, document: dict[str, Any]) -> None:
 def read_arch(path: str | Path) -> dict[str, Any]:
     """The document in an ``arch.json``, whoever wrote it. Raises UserError if anything is wrong with it."""
     try:
-        with open(path, "rb") as file:
-            document = _parse(file.read(MAX_BYTES + 1), "the content")
+        document = read_json(path, MAX_BYTES)
         check_document(document)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return document
@@ -288,18 +286,6 @@ def _dump(value: Any) -> str:
         return _pretty(value, partial(json.dumps, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"arch document cannot be written as JSON: {error}") from None
-
-
-def _parse(content: bytes, what: str) -> Any:
-    """``content`` as JSON; UserError if it is too long, something else, or has NaN or infinity (1e999) in it."""
-    if len(content) > MAX_BYTES:
-        raise UserError(f"{what} is too large: at most {MAX_BYTES} bytes are allowed")
-    try:
-        value = json.loads(content)
-        json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} is not strict JSON: {str(error).splitlines()[0]}") from None
-    return value
 
 
 _CHILD = """

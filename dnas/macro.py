@@ -113,7 +113,7 @@ def fit_strides(img_size: int, strides: Sequence[int], smallest: int = 4) -> tup
     return tuple(fitted)
 
 
-def _layers(macro: Macro) -> Iterable[tuple[str, int, int, Stage, str, str, int, int]]:
+def layers_of(macro: Macro) -> Iterable[tuple[str, int, int, Stage, str, str, int, int]]:
     """Every layer: (name, stage index, layer index, stage, in decision, out decision, stride, input side length)."""
     before, side = "stem", math.ceil(macro.img_size / macro.stem_stride)
     for s, stage in enumerate(macro.stages):
@@ -141,7 +141,7 @@ def space_of(macro: Macro) -> Space:
     side = math.ceil(macro.img_size / macro.stem_stride)
     conv = {"in": macro.in_chans, "out": "stem"}
     sites = [Site("conv_stem", "conv", conv, {"kernel": 3, "size": side**2})]
-    for name, _, i, stage, before, width, stride, side_in in _layers(macro):
+    for name, _, i, stage, before, width, stride, side_in in layers_of(macro):
         side = math.ceil(side_in / stride)
         there: tuple[tuple[str, Option], ...] = ()
         if stage.droppable and i > 0:
@@ -171,7 +171,7 @@ def net_of(macro: Macro, arch: Mapping[str, Option]) -> dict:
     """The rows of one network, as `dnas.native.build` reads them."""
     stages: list[list[dict]] = [[] for _ in macro.stages]
     tops = {"stem": macro.stem} | {f"stage{s}/width": stage.width for s, stage in enumerate(macro.stages)}
-    for name, s, i, stage, before, width, stride, _ in _layers(macro):
+    for name, s, i, stage, before, width, stride, _ in layers_of(macro):
         if arch.get(f"{name}/keep") == DROP:
             continue
         chosen = arch.get(f"{name}/block", stage.candidates[0].name)
@@ -228,7 +228,7 @@ class MacroSupernet(Supernet):
         self.conv_stem = create_conv2d(macro.in_chans, top["stem"], 3, stride=macro.stem_stride)
         self.bn1 = BatchNormAct2d(top["stem"], act_layer=act)
         layers, self._ins = [], []
-        for name, _, i, stage, before, width, stride, _side in _layers(macro):
+        for name, _, i, stage, before, width, stride, _side in layers_of(macro):
             blocks: dict[str, Prunode | GatedBlock] = {}
             for c in stage.candidates:
                 hidden, squeeze = hidden_top(c, top[before], macro.divisor), squeeze_width(macro, c, top[before])

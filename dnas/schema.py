@@ -2,23 +2,21 @@
 
 import builtins
 import keyword
-import math
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import timm
 import torch
 from timm.models import is_model, model_entrypoint
 
 from dnas import narrowed, native
+from dnas.plain import check, fail
 from dnas.timm_net import check_kwargs
 from dnas.units import UserError
 
 Floats = Sequence[float]
 
-# What is allowed, as data for `check`: a dict has exactly these keys; a list is [entry, how many]; a range holds whole
-# numbers and a tuple known values; `str` is a short line of text, `float` any finite number, `dict` any plain dict.
 SCHEMA = 1
 MAX_BYTES = 1_000_000
 WIDTH, CHANNELS, COUNT = range(1, 16_385), range(1, 1_025), range(1, 2**63)
@@ -44,45 +42,6 @@ DATA: dict[str, Any] = {**SIZES, "mean": [float, CHANNELS], "std": [float, CHANN
 BUDGET = [{"metric": str, "limit": float, "reached": float}, range(17)]
 ARCH = {"schema": (SCHEMA,), "name": str, "supernet": str, **DATA, "answers": dict, "net": dict, "widths": dict}
 ARCH |= {"macs": COUNT, "params": COUNT, "budget": BUDGET, "provenance": dict}
-
-
-def fail(where: str, value: object, allowed: str) -> NoReturn:
-    """Raise a UserError that says what ``where`` is and what it must be."""
-    try:
-        shown = " ".join(repr(value).split())
-    except ValueError:  # Python refuses to print integers of thousands of digits
-        shown = "a huge number"
-    raise UserError(f"{where} is {shown if len(shown) <= 60 else shown[:57] + '...'}: it must be {allowed}")
-
-
-def check(where: str, value: Any, allowed: Any) -> None:
-    """Raise UserError, naming the entry, unless ``value`` is ``allowed``; types are exact, so that True is no 1."""
-    kind, parts = type(value), []
-    if isinstance(allowed, dict):
-        ok, text = kind is dict and value.keys() == allowed.keys(), f"a dict with the keys {', '.join(allowed)}"
-        if kind is dict and not ok:
-            odd = ", ".join(sorted(map(repr, value.keys() ^ allowed.keys())))[:80]
-            raise UserError(f"{where} has missing or unknown keys, {odd}: it must be {text}")
-        parts = [(f"{where}.{key}", key, entry) for key, entry in allowed.items()]
-    elif isinstance(allowed, list):
-        entry, sizes = allowed
-        ok, text = kind is list and len(value) in sizes, f"a list of {sizes[0]} to {sizes[-1]} entries"
-        parts = [(f"{where}[{i}]", i, entry) for i in range(len(value) if ok else 0)]
-    elif isinstance(allowed, range):
-        ok, text = kind is int and value in allowed, f"a whole number from {allowed[0]} to {allowed[-1]}"
-    elif isinstance(allowed, tuple):
-        ok = any(kind is type(known) and value == known for known in allowed)
-        text = f"one of {', '.join(map(str, allowed))}"
-    elif allowed is str:
-        ok, text = kind is str and 1 <= len(value) <= 128 and value.isprintable(), "1 to 128 printable characters"
-    elif allowed is float:
-        ok, text = kind in (int, float) and abs(value) < math.inf, "a finite number"
-    else:
-        ok, text = kind is allowed, f"a {allowed.__name__}"
-    if not ok:
-        fail(where, value, text)
-    for name, key, entry in parts:
-        check(name, value[key], entry)
 
 
 def check_net(net: Any) -> None:

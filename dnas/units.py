@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 _UNITS = {"flops": "macs", "macs": "macs", "flop": "macs", "mac": "macs", "": "macs", "params": "params"}
 _SCALE = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_SHOWN = {"macs": "FLOPs", "params": "Params"}
+_SHOWN = {"macs": "FLOPs", "params": "Params", "ms": "ms"}
+_TIME = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(ms|us|s)", re.IGNORECASE)
+_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 _TEXT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:(%)|([kmgt]?)(flops?|macs?|params)|([KMGT]))", re.IGNORECASE)
-ALLOWED = "a number with a unit, such as 300MFLOPs, 0.3G, 5MParams or 50% (of the widest net's FLOPs), joined by commas"
+ALLOWED = "a number with a unit (300MFLOPs, 0.3G, 5MParams, 1.2ms, or 50% of the widest net's FLOPs), joined by commas"
 
 
 class UserError(ValueError):
@@ -24,7 +26,7 @@ class UserError(ValueError):
 class Budget:
     """An upper limit on one metric of a network.
 
-    ``metric`` is ``"macs"`` or ``"params"``; ``limit`` is in units of it, or a percentage if ``percent``.
+    ``metric`` is ``"macs"``, ``"params"`` or ``"ms"``; ``limit`` is in units of it, or a percentage if ``percent``.
     """
 
     metric: str
@@ -41,6 +43,8 @@ class Budget:
 
 def show(metric: str, value: float) -> str:
     """``show("macs", 3e6) == "3MFLOPs"``: four significant digits, with the unit."""
+    if metric == "ms":
+        return f"{value:.4g}ms"
     scale = next((s for s in "tgmk" if value >= _SCALE[s]), "")
     return f"{value / _SCALE[scale]:.4g}{scale.upper() if scale != 'k' else 'k'}{_SHOWN[metric]}"
 
@@ -54,16 +58,14 @@ def parse_budget(text: str) -> tuple[Budget, ...]:
     budgets: list[Budget] = []
     for part in text.split(","):
         given = part.strip()
-        if re.fullmatch(r"[\d.]+\s*(ms|us|s)", given, re.IGNORECASE):
-            raise UserError(
-                f"budget {given!r}: a budget in time needs a latency table, which this version cannot use yet"
-            )
-        match = _TEXT.fullmatch(given)
-        if not match:
+        if match := _TIME.fullmatch(given):
+            percent, metric, limit = None, "ms", float(match[1]) * _MS[match[2].lower()]
+        elif match := _TEXT.fullmatch(given):
+            number, percent, prefix, unit, bare = match.groups()
+            scale = 1 if percent else _SCALE[(prefix or bare or "").lower()]
+            metric, limit = _UNITS[(unit or "").lower()], float(number) * scale
+        else:
             raise UserError(f"budget {given!r} is not {ALLOWED}")
-        number, percent, prefix, unit, bare = match.groups()
-        scale = 1 if percent else _SCALE[(prefix or bare or "").lower()]
-        metric, limit = _UNITS[(unit or "").lower()], float(number) * scale
         if not (0 < limit < math.inf) or (percent and limit > 100):
             raise UserError(f"budget {given!r} must be above 0{' and at most 100%' if percent else ''}: {ALLOWED}")
         if any(b.metric == metric for b in budgets):

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     "units",
     "arch",
+    "plain",
     "latency",
     "cost",
     "gates",
@@ -34,6 +35,7 @@ ORDER = [
     "search",
     "schema",
     "export",
+    "deployed",
     "profile",
     "report",
 ]

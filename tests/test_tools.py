@@ -56,7 +56,7 @@ SEARCH_ERRORS = [
     (["--budget", "nanFLOPs"], "'nanFLOPs'"),
     (["--budget", "infFLOPs"], "'infFLOPs'"),
     (["--budget", ""], "''"),
-    (["--budget", "1.2ms"], "latency table"),
+    (["--budget", "1.2ms"], "--latency-table"),
     (["--budget", "0%"], "'0%'"),
     (["--budget", "1kFLOPs"], "1kFLOPs"),
     (["--budget", "1TFLOPs", "--width-mult", "0.25"], "1TFLOPs"),

@@ -30,6 +30,11 @@ VALID = {
     "7Params": [("params", 7)],
     "300MFLOPs,5MParams": [("macs", 300e6), ("params", 5e6)],
     "5MParams , 0.3G": [("params", 5e6), ("macs", 300e6)],
+    "1.2ms": [("ms", 1.2)],
+    "1.2 MS": [("ms", 1.2)],
+    "900us": [("ms", 0.9)],
+    ".5s": [("ms", 500)],
+    "300MFLOPs,1.2ms": [("macs", 300e6), ("ms", 1.2)],
 }
 
 INVALID = [
@@ -49,7 +54,7 @@ INVALID = [
         "300MFLOPs;5MParams",
     ),
     *("300MFLOPs 5MParams", "300MFLOPs\n5MParams", "300MB\nand more", "9" * 400 + "FLOPs", "300MFLOPs,-1MParams"),
-    *("1.2ms", "1.2 ms", "900us", "2s", "1.2MS", "-1.2ms", "300MFLOPs,1.2ms"),
+    *("-1.2ms", "0ms", "0.0us", "1.2msec", "ms", "1.2kms", "nanms", "1e3ms", "300MFLOPs,-1.2ms", "1ms,900us", "1ms%"),
     *("300MFLOPs,0.2G", "50%,300MFLOPs", "50%,50%", "5MParams,5MParams", "1M,5MParams,2M"),
 ]
 

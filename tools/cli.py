@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -14,8 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from timm.utils import ParseKwargs
 
 from dnas.data import Data, load_data
+from dnas.macro import Macro
+from dnas.timm_net import TimmBase
 from dnas.train import AMP_DTYPES, Recipe, check_recipe
 from dnas.units import UserError
+from supernets import SUPERNETS
 
 console = Console(highlight=False)
 # fvcore scripts its helpers when it is imported, which newer torch deprecates: nothing that a user could mend.
@@ -36,6 +40,37 @@ def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**32:  # numpy's range
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**32 - 1")
     return int(text)
+
+
+def add_space_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which search space it is."""
+    parser.add_argument("--supernet", choices=list(SUPERNETS), help="search space (default prunet)")
+    parser.add_argument("--model", help="instead: any convolutional network of timm's, searched for its widths")
+    parser.add_argument(
+        "--model-kwargs", nargs="*", default={}, action=ModelKwargs, help="as timm's: layers=[2,2,2,2] ..."
+    )
+    parser.add_argument("--width-mult", type=float, help="width of the widest net (search: twice the budget's)")
+    parser.add_argument("--divisor", type=int, help="widths are multiples of this (default 8; 4 for toy)")
+
+
+def outline_of(args: argparse.Namespace, fixed: dict[str, int]) -> TimmBase | Callable[..., Macro]:
+    """What the flags of `add_space_flags` mean: a network of timm's, or what makes a macro of a width multiplier.
+
+    ``fixed`` are ``num_classes``, ``in_chans`` and ``img_size``. Raises UserError for flags that do not fit.
+    """
+    if args.divisor is not None:
+        if not 1 <= args.divisor <= 64:
+            raise UserError(f"--divisor {args.divisor} is not between 1 and 64")
+        fixed = {**fixed, "divisor": args.divisor}
+    if args.width_mult is not None and not 0.05 <= args.width_mult <= 32:
+        raise UserError(f"--width-mult {args.width_mult} is not between 0.05 and 32")
+    if not args.model:
+        if args.model_kwargs:
+            raise UserError("--model-kwargs goes with --model")
+        return partial(SUPERNETS[args.supernet or "prunet"], **fixed)
+    if args.supernet or args.width_mult is not None:
+        raise UserError("--model is the search space: neither --supernet nor --width-mult goes with it")
+    return TimmBase(args.model, **fixed, kwargs=args.model_kwargs)
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -102,11 +137,13 @@ def data_of(args: argparse.Namespace, device: torch.device) -> Data:
 
 @contextmanager
 def progress_bar(text: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar with the time that remains; silent where the output is no terminal. Yields ``advance(note)``."""
+    """A bar with the time that remains, silent where the output is no terminal: ``advance(note, steps, total)``."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(text, total=total)
-        yield lambda note="": bar.update(task, advance=1, description=f"{text} {note}".rstrip())
+        yield lambda note="", steps=1, total=None: bar.update(
+            task, advance=steps, total=total, description=f"{text} {note}".rstrip()
+        )
 
 
 def keep_freed_memory(most: int = 2**30) -> None:

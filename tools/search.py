@@ -11,15 +11,18 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import fmean, median
 
+import numpy as np
 import torch
 from cli import (
     ModelKwargs,
     OneLineParser,
     add_data_flags,
     add_recipe_flags,
+    add_space_flags,
     console,
     data_of,
     device_of,
+    outline_of,
     progress_bar,
     recipe_of,
     run,
@@ -30,31 +33,36 @@ from timm.utils import random_seed
 from dnas.arch import Arch
 from dnas.cost import CostTable, resolve_budgets
 from dnas.data import Data
+from dnas.deployed import parts_of
 from dnas.derive import derive, gate_likelihood, random_arch, uniform_arch
 from dnas.export import arch_document, build_net, check_name, count_macs, save_weights, verify_export, write_export
-from dnas.macro import Macro, MacroSupernet, size_to
+from dnas.latency import LatencyTable, check_use, read_table
+from dnas.macro import MacroSupernet, size_to
+from dnas.profile import target_of, time_nets
 from dnas.runs import append_row, check_new_folder, peak_memory_mb, provenance, whole_folder, write_json
 from dnas.search import SearchConfig, check_config, check_length, search
 from dnas.supernet import Supernet
 from dnas.timm_net import TimmBase, TimmSupernet
 from dnas.train import Recipe, time_step, train_from_scratch
 from dnas.units import Budget, UserError, parse_budget, show
-from supernets import SUPERNETS
 
 
 def parser() -> OneLineParser:
     """All flags."""
     p = OneLineParser(description=__doc__)
     p.add_argument("--budget", required=True, help="300MFLOPs (= MMACs), 5MParams, 50%%; several joined by commas")
-    p.add_argument("--supernet", choices=list(SUPERNETS), help="search space (default prunet)")
+    add_space_flags(p)
+    p.add_argument("--latency-table", help="for a budget in ms: what tools/profile_latency.py wrote")
     p.add_argument(
-        "--model", help="instead of a supernet: any convolutional network of timm's, searched for its widths"
+        "--latency-for",
+        nargs="*",
+        default={},
+        action=ModelKwargs,
+        help="what it must be of: batch=32 dtype=float16 ...",
     )
-    p.add_argument("--model-kwargs", nargs="*", default={}, action=ModelKwargs, help="as timm's: layers=[2,2,2,2] ...")
+    p.add_argument("--latency-anyway", action="store_true", help="use it, even if it is of another device or batch")
     p.add_argument("--pretrained", action="store_true", help="with --model: the search starts from timm's weights")
     p.add_argument("--initial-checkpoint", help="with --model: the search starts from the weights in this file")
-    p.add_argument("--width-mult", type=float, help="width of the widest net (default: the budget is half of its cost)")
-    p.add_argument("--divisor", type=int, help="widths are multiples of this (default 8; 4 for toy)")
     p.add_argument("--search-epochs", type=int, default=20, help="epochs of the search (default 20)")
     p.add_argument("--num-random", type=int, default=0, help="also train this many random nets at the same cost")
     p.add_argument("--output", help="run folder (default runs/<supernet>-<budget>-<seed>)")
@@ -73,35 +81,50 @@ def parser() -> OneLineParser:
 
 def plan_supernet(args, data: Data, budgets: tuple[Budget, ...]) -> Supernet:
     """The supernet. If made of layers, the budget is half of its widest net unless a width is given."""
-    fixed = {"num_classes": data.num_classes, "in_chans": data.in_chans, "img_size": data.img_size}
-    if args.divisor is not None:
-        if not 1 <= args.divisor <= 64:
-            raise UserError(f"--divisor {args.divisor} is not between 1 and 64")
-        fixed["divisor"] = args.divisor
-    if args.width_mult is not None and not 0.05 <= args.width_mult <= 32:
-        raise UserError(f"--width-mult {args.width_mult} is not between 0.05 and 32")
+    outline = outline_of(args, {key: getattr(data, key) for key in ("num_classes", "in_chans", "img_size")})
+    if isinstance(outline, TimmBase):
+        return TimmSupernet(outline, args.pretrained, args.initial_checkpoint)
+    if args.pretrained or args.initial_checkpoint:
+        raise UserError("--pretrained and --initial-checkpoint go with --model")
+    counted = [b for b in budgets if not b.percent and b.metric != "ms"]  # a table of milliseconds is of one width
+    if args.width_mult is not None or not counted or args.latency_table:
+        return MacroSupernet(outline(width_mult=args.width_mult or 1.0))
+    return MacroSupernet(size_to(lambda width_mult: outline(width_mult=width_mult), counted))
 
-    if args.model:
-        if args.supernet or args.width_mult is not None:
-            raise UserError("--model is the search space: neither --supernet nor --width-mult goes with it")
-        base = TimmBase(args.model, **fixed, kwargs=args.model_kwargs)
-        return TimmSupernet(base, args.pretrained, args.initial_checkpoint)
-    if args.pretrained or args.initial_checkpoint or args.model_kwargs:
-        raise UserError("--pretrained, --initial-checkpoint and --model-kwargs go with --model")
 
-    def outline(width_mult: float) -> Macro:
-        return SUPERNETS[args.supernet or "prunet"](**fixed, width_mult=width_mult)
+def open_table(args, device: torch.device) -> tuple[LatencyTable, torch.device | None] | tuple[None, None]:
+    """The latency table in the flags, if there is one, and the device of this machine that it is for, if it is here.
 
-    absolute = [b for b in budgets if not b.percent]
-    if args.width_mult is not None or not absolute:
-        return MacroSupernet(outline(args.width_mult or 1.0))
-    return MacroSupernet(size_to(outline, absolute))
+    Without a space in the flags, the table's becomes theirs. Raises UserError for a table of something else than asked.
+    """
+    if not args.latency_table:
+        if args.latency_for or any(b.metric == "ms" for b in parse_budget(args.budget)):
+            raise UserError(f"budget {args.budget!r} needs --latency-table, which tools/profile_latency.py writes")
+        return None, None
+    table = read_table(args.latency_table)
+    here = {provenance(d)["device"]: d for d in (device, torch.device("cpu"))}
+    name = table.header["device"]
+    check_use(
+        table, {**({} if name in here else {"device": next(iter(here))}), **args.latency_for}, args.latency_anyway
+    )
+    if not (args.supernet or args.model):
+        for key, value in table.header["space"].items():
+            if getattr(args, key) in (None, {}):
+                setattr(args, key, value)
+    return table, here.get(name)
 
 
 def export_arch(folder: Path, name: str, net: Supernet, arch: Arch, data: Data, tables, budgets, info) -> dict:
     """Write arch.json and model.py and check them: counted MACs equal the cost table's to the unit."""
     shown = {key: getattr(data, key) for key in ("num_classes", "in_chans", "img_size", "mean", "std")}
-    rows = [{"metric": b.metric, "limit": int(b.limit), "reached": tables[b.metric].of(arch)} for b in budgets]
+    rows = [
+        {
+            "metric": b.metric,
+            "limit": b.limit if b.metric == "ms" else int(b.limit),
+            "reached": tables[b.metric].of(arch),
+        }
+        for b in budgets
+    ]
     document = arch_document(
         name, net.net_of(arch), shown, supernet=net.name, answers=arch, budget=rows, provenance=info
     )
@@ -188,10 +211,12 @@ def print_table(folder: Path, name: str, metrics: dict) -> None:
         table.add_column(column, justify="left" if not column else "right")
     found, uniform, figures = metrics["found"], metrics["uniform"], metrics["search"]
     limits = {row["metric"]: row["limit"] for row in metrics["budget"]}
-    for metric, text in (("macs", "MACs"), ("params", "parameters")):
+    for metric, text in (("macs", "MACs"), ("params", "parameters"), *([("ms", "latency")] if "ms" in found else [])):
         asked = (limits[metric], figures["expected"][metric]) if metric in limits else ()
         shown = [show(metric, v) for v in (*asked, found[metric], uniform[metric])]
         table.add_row(text, *[""] * (4 - len(shown)), *shown)
+    if "measured_ms" in found:
+        table.add_row("measured", "", "", *(show("ms", row["measured_ms"]) for row in (found, uniform)))
     table.add_row("top-1", "", "", f"{found['top1']:.2f} %", f"{uniform['top1']:.2f} %")
     console.print(table)
     if metrics["random"]:
@@ -221,10 +246,13 @@ def main() -> None:
     folder = check_new_folder(args.output or default)
     name = args.name or "dnas_" + re.sub("[^a-z0-9]", "_", folder.name.lower())[:58]
     check_name(name)
+    latency, latency_device = open_table(args, device)
     data = data_of(args, device)
     random_seed(args.seed)
     net = plan_supernet(args, data, budgets)
     tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
+    if latency:
+        tables["ms"] = CostTable.measured(net.space, [part.site for part in parts_of(net)], latency)
     stays = net.channels.fixed if isinstance(net, TimmSupernet) else ()
     if stays:
         more = f" and {len(stays) - 3} more" if len(stays) > 3 else ""
@@ -241,7 +269,7 @@ def main() -> None:
         write_json(folder / "config.json", {"args": vars(args), "space": asdict(net.outline), "provenance": info})
         if args.dry_run:
             document = export_arch(folder, name, net, uniform, data, tables, budgets, info)
-            costs = {metric: document[metric] for metric in tables}
+            costs = {metric: table.of(uniform) for metric, table in tables.items()}
             write_json(folder / "metrics.json", {"budget": document["budget"], "uniform": costs})
             reached = ", ".join(show(metric, cost) for metric, cost in costs.items())
             console.print(f"dry run: the uniform net at {', '.join(map(str, budgets))} is in {folder} ({reached})")
@@ -270,7 +298,12 @@ def main() -> None:
         model, found_row = train_arch(net, found, tables, data, recipe, args.seed, device, "found")
         save_weights(model, folder)
         verify_export(folder)
-        _, uniform_row = train_arch(net, uniform, tables, data, recipe, args.seed, device, "uniform")
+        uniform_model, uniform_row = train_arch(net, uniform, tables, data, recipe, args.seed, device, "uniform")
+        if latency and latency_device:
+            both, shape = (model, uniform_model), (data.in_chans, data.img_size, data.img_size)
+            ms = time_nets(both, shape, target_of(latency.header, latency_device), 15, 20.0)
+            for row, value in zip((found_row, uniform_row), np.median(ms, 1), strict=True):
+                row["measured_ms"] = float(value)
         metrics = {
             "budget": document["budget"],
             "search": figures,

@@ -1,0 +1,212 @@
+#!/usr/bin/env python3
+"""Measure what the parts of a search space take on this device, for budgets in milliseconds.
+
+python tools/profile_latency.py --supernet prunet --img-size 224 --out latency_tables/mine.json
+python tools/profile_latency.py --check latency_tables/mine.json
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cli import OneLineParser, add_space_flags, console, device_of, outline_of, progress_bar, run
+
+from dnas.arch import Arch
+from dnas.cost import CostTable
+from dnas.deployed import parts_of
+from dnas.export import build_net
+from dnas.latency import DTYPES, RUNTIMES, SPACE, check_use, read_table, table_of, table_text
+from dnas.macro import MacroSupernet
+from dnas.profile import (
+    Target,
+    check_figures,
+    check_target,
+    point_of,
+    profile,
+    scale_of,
+    spread_archs,
+    target_of,
+    time_nets,
+)
+from dnas.runs import provenance, write_whole
+from dnas.supernet import Supernet
+from dnas.timm_net import TimmBase, TimmSupernet
+from dnas.units import UserError
+
+
+def parser() -> OneLineParser:
+    """All flags."""
+    p = OneLineParser(description=__doc__)
+    p.add_argument("--out", help="the table; what was measured is kept beside it until it is whole, and not done again")
+    p.add_argument("--check", metavar="TABLE", help="instead: predict and measure random nets, and note it in TABLE")
+    add_space_flags(p)
+    p.add_argument("--img-size", type=int, default=224, help="image side in pixels (default 224)")
+    p.add_argument("--in-chans", type=int, default=3, help="image channels (default 3)")
+    p.add_argument("--num-classes", type=int, default=1000, help="of the classifier (default 1000)")
+    group = p.add_argument_group("how the networks will run")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.add_argument("--runtime", choices=RUNTIMES, help="default: cudagraph on a GPU, eager on a CPU")
+    group.add_argument("--amp", action="store_true", help="weights and maps of --amp-dtype, not of float32")
+    group.add_argument("--amp-dtype", choices=DTYPES[1:], default="float16")
+    group.add_argument("--batch-size", "-b", type=int, default=1, help="images of a run (default 1)")
+    group.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    group.add_argument("--channels-last", action="store_true")
+    group = p.add_argument_group("how it is measured")
+    group.add_argument(
+        "--rounds", type=int, default=9, help="blocks of runs of each unit; the median counts (default 9)"
+    )
+    group.add_argument("--block-ms", type=float, default=10.0, help="length of a block (default 10)")
+    group.add_argument("--tolerance", type=float, default=0.05, help="of interpolation between widths (default 0.05)")
+    group.add_argument(
+        "--scale-nets", type=int, default=10, help="whole nets that the sum of parts is scaled by (default 10)"
+    )
+    group.add_argument("--check-nets", type=int, default=50, help="random nets of a check (default 50)")
+    return p
+
+
+def supernet_of(args) -> Supernet:
+    """The search space in the flags, as a supernet that nobody trains."""
+    for name, value in (("img-size", args.img_size), ("in-chans", args.in_chans), ("num-classes", args.num_classes)):
+        if not 1 <= value <= 8192:
+            raise UserError(f"--{name} {value} is not between 1 and 8192")
+    outline = outline_of(args, {key: getattr(args, key) for key in ("num_classes", "in_chans", "img_size")})
+    return (
+        TimmSupernet(outline)
+        if isinstance(outline, TimmBase)
+        else MacroSupernet(outline(width_mult=args.width_mult or 1.0))
+    )
+
+
+def space_flags(args, net: Supernet) -> dict[str, Any]:
+    """The flags that make this space again, for whoever searches it with the table."""
+    found = {key: getattr(args, key) for key in SPACE}
+    if not args.model:
+        found |= {"supernet": net.name, "width_mult": args.width_mult or 1.0}
+    return {key: value for key, value in found.items() if value not in (None, {})} | {"divisor": net.outline.divisor}
+
+
+def rows_beside(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a run that did not end has left; its last line may be torn. UserError if its settings were others."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    first, *rows = [json.loads(line) for line in lines if line.endswith("\n")] or [None]
+    if first != header:
+        raise UserError(f"{path} is of another device or other settings: remove it, or choose another --out")
+    return rows
+
+
+def new_table(args, target: Target) -> None:
+    """Measure and write a table; what an interrupted run of the same settings has measured is taken over."""
+    out = Path(args.out)
+    if out.exists() or not out.absolute().parent.is_dir():
+        raise UserError(f"--out {args.out!r}: a file that does not exist yet, in a folder that does, is allowed")
+    net = supernet_of(args)
+    parts = parts_of(net)
+    keys = ("rounds", "block_ms", "tolerance", "scale_nets", "num_classes", "in_chans")
+    protocol = {key: getattr(args, key) for key in keys}
+    header = {"schema": 1, **target.header(), "space": space_flags(args, net), "protocol": protocol}
+    units = len({part.site.op for part in parts})
+    console.print(f"{net.name}: {units} units of {len(parts)} parts, on {header['device']}, {target.runtime}")
+
+    beside = out.with_name(f"{out.name}.part.jsonl")
+    known = rows_beside(beside, header)
+    measured = {point_of(row): row for row in known}
+    started = time.perf_counter()
+    with open(beside, "w") as file, progress_bar("measuring", 0) as advance:
+        file.writelines(json.dumps(line) + "\n" for line in (header, *known))
+
+        def on_rows(rows: list[dict], left: int) -> None:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            advance(steps=len(rows), total=len(measured) - len(known) + left)
+
+        rows = profile(
+            parts, net.space, target, measured,
+            tolerance=args.tolerance, rounds=args.rounds, block_ms=args.block_ms, on_rows=on_rows,
+        )  # fmt: skip
+    header |= {"date": date.today().isoformat(), "check": {}, "scale": 1.0}
+    sites = [part.site for part in parts]
+    archs = spread_archs(net.space, args.scale_nets, seed=1)
+    if archs:
+        raw = CostTable.measured(net.space, sites, table_of(header, rows))
+        header["scale"] = round(scale_of(raw, archs, time_archs(args, net, archs, target)), 4)
+    write_whole(out, table_text(header, rows).encode())
+    beside.unlink()
+    console.print(f"{out}: {len(rows)} rows of {len(measured)} measured in {time.perf_counter() - started:.0f} s")
+    table = CostTable.measured(net.space, sites, table_of(header, rows))
+    low, high = (table.of(arch) for arch in table.extremes())
+    console.print(f"networks take {low:.4g} to {high:.4g} ms by it; next: --check {out}")
+
+
+def time_archs(args, net: Supernet, archs: Sequence[Arch], target: Target) -> np.ndarray:
+    """Milliseconds of whole networks, [len(archs), rounds]."""
+    sizes = {"num_classes": args.num_classes, "in_chans": args.in_chans}
+    nets = [build_net(net.net_of(arch), **sizes) for arch in archs]
+    shape = (args.in_chans, args.img_size, args.img_size)
+    return time_nets(nets, shape, target, 2 * args.rounds, 2 * args.block_ms)
+
+
+def check_table(args) -> None:
+    """Predict and measure whole random networks, and write the figures into the table."""
+    path = Path(args.check)
+    table = read_table(path)
+    space, protocol = table.header["space"], table.header["protocol"]
+    for key in SPACE:
+        setattr(args, key, space.get(key, {} if key == "model_kwargs" else None))
+    for key in ("num_classes", "in_chans", "rounds", "block_ms"):
+        setattr(args, key, protocol[key])
+    device = device_of(args)
+    check_use(table, {"device": provenance(device)["device"]})
+    target = check_target(target_of(table.header, device))
+    torch.set_num_threads(target.threads)
+    net = supernet_of(args)
+    costs = CostTable.measured(net.space, [part.site for part in parts_of(net)], table)
+    archs = spread_archs(net.space, args.check_nets, seed=0)
+    ms = time_archs(args, net, archs, target)
+    figures = {
+        key: value if isinstance(value, int) else float(f"{value:.4g}")
+        for key, value in check_figures(costs, archs, ms).items()
+    }
+    content = json.loads(path.read_text())
+    rows = content.pop("rows")
+    content["check"] = {**figures, "date": date.today().isoformat()}
+    write_whole(path, table_text(content, rows).encode())
+    console.print(f"{figures['nets']} nets of {figures['fastest_ms']:.4g} to {figures['slowest_ms']:.4g} ms")
+    for text, prefix in (("predicted against measured", ""), ("measured against measured again", "noise_")):
+        error, tau = figures[f"{prefix}median_error"], figures[f"{prefix}kendall_tau"]
+        console.print(f"{text}: median error {100 * error:.1f} %, Kendall tau {tau:.3f}")
+    console.print(f"bias {100 * figures['bias']:+.1f} %")
+
+
+def main() -> None:
+    """A new table, or the check of one."""
+    args = parser().parse_args()
+    if bool(args.out) == bool(args.check):
+        raise UserError("either --out FILE (a new table) or --check TABLE must be given")
+    for name, low, high in (
+        ("rounds", 3, 1000),
+        ("block_ms", 0.01, 1e4),
+        ("tolerance", 0.001, 1),
+        ("scale_nets", 0, 10_000),
+        ("check_nets", 3, 10_000),
+    ):
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not between {low} and {high}")
+    if args.check:
+        return check_table(args)
+    device = device_of(args)
+    runtime = args.runtime or ("cudagraph" if device.type == "cuda" else "eager")
+    dtype = args.amp_dtype if args.amp else "float32"
+    target = check_target(Target(device, runtime, dtype, args.batch_size, args.threads, args.channels_last))
+    torch.set_num_threads(target.threads)
+    new_table(args, target)
+
+
+if __name__ == "__main__":
+    run(main)
