@@ -5,6 +5,7 @@ and pooling, the classifier. A part of any other network of timm's is a convolut
 after it, up to the next one. Together the parts are the whole network, each operation once.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -130,7 +131,8 @@ def _classifier(widths: Widths, batch: int) -> Built:
 def _timm_parts(net: TimmSupernet) -> tuple[Part, ...]:
     base, parts = net.outline, []
     found: dict[tuple, str] = {}
-    calls = _calls(net, {}, 1)
+    plain = base.create(device="meta").eval()
+    calls = _calls(net, plain, {}, 1)
     for op in net.whole.ops:
         slots = _slots(net, op)
         # Equal layers of a stage are one unit: the same calls on the same shapes, hanging on widths in the same way.
@@ -139,7 +141,7 @@ def _timm_parts(net: TimmSupernet) -> tuple[Part, ...]:
         module = found.setdefault(key, op.module)
         told = f" {dict(base.kwargs)}" if base.kwargs else ""
         unit = f"{base.name}{told} {base.in_chans}x{base.img_size}px {module}"
-        build = partial(_slice, net, module, _slots(net, next(o for o in net.whole.ops if o.module == module)))
+        build = partial(_slice, net, plain, module, _slots(net, next(o for o in net.whole.ops if o.module == module)))
         parts.append(Part(Site(op.module, unit, slots, {}), build, {}))
     return tuple(parts)
 
@@ -202,10 +204,9 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _calls(net: TimmSupernet, widths: Mapping[str, int], batch: int) -> dict[str, list[_Call]]:
+def _calls(net: TimmSupernet, plain: nn.Module, widths: Mapping[str, int], batch: int) -> dict[str, list[_Call]]:
     """Layer -> the calls of its part, of the network with these widths (all others at their widest), on ``meta``."""
-    base, ops = net.outline, net.whole.ops
-    model = base.create(device="meta").eval()
+    base, ops, model = net.outline, net.whole.ops, copy.deepcopy(plain)
     remove_channels(model, net.whole.cut({name: width // net.steps[name] for name, width in widths.items()})[1])
     recorder = _Recorder(ops[0].module)
 
@@ -219,9 +220,11 @@ def _calls(net: TimmSupernet, widths: Mapping[str, int], batch: int) -> dict[str
     return recorder.calls
 
 
-def _slice(net: TimmSupernet, module: str, slots: Mapping[str, Option], widths: Widths, batch: int) -> Built:
+def _slice(
+    net: TimmSupernet, plain: nn.Module, module: str, slots: Mapping[str, Option], widths: Widths, batch: int
+) -> Built:
     sizes = {str(slots[slot]): width for slot, width in widths.items()}
-    part = Slice(_calls(net, sizes, batch)[module])
+    part = Slice(_calls(net, plain, sizes, batch)[module])
     return part.eval(), tuple(torch.rand(t.shape) for t in part.given)
 
 

@@ -126,8 +126,9 @@ def derive(
 ) -> Arch:
     """The likeliest `Arch` whose cost keeps every budget and reaches 98 % of at least one.
 
-    Widths that cost nothing are raised in the end. Exact by enumeration for small spaces. Otherwise coordinate ascent with a multiplier on the cost, found by
-    bisection, then single and paired moves inside the band; paired moves also mend a net that missed the band.
+    Exact by enumeration for small spaces. Otherwise coordinate ascent with a multiplier on the cost, found by
+    bisection, then single and paired moves inside the band; paired moves also mend a net that missed the band. In the
+    end widths are raised that cost nothing.
 
     Raises:
         UserError: no network in the band was found; the nearest costs are named.

@@ -28,7 +28,7 @@ from dnas.runs import provenance
 from dnas.units import UserError
 
 TOGETHER = 48  # calls that are kept ready side by side, and measured in turn
-MOST_WIDTHS = {0: 1, 1: 33, 2: 9, 3: 5}  # of a grid along each of its axes, by the number of these
+MOST_WIDTHS = {0: 1, 1: 33, 2: 9, 3: 5}  # of an axis: from there on it is not refined; by the number of axes
 
 
 @dataclass(frozen=True)

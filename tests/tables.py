@@ -20,13 +20,13 @@ def row(unit, ms, **widths):
 
 def rows_of(net, ms):
     """Rows of all units of a supernet at all widths: ``ms(unit, widths by slot)``."""
-    found = {}
-    for part in parts_of(net):
-        options = part.options(net.space)
-        for at in product(*options.values()):
-            widths = dict(zip(options, at, strict=True))
-            found[part.site.op, at] = row(part.site.op, ms(part.site.op, widths), **widths)
-    return list(found.values())
+    axes = {}
+    for part in parts_of(net):  # equal layers may have different widths: a unit has all of them
+        own = axes.setdefault(part.site.op, {})
+        for slot, options in part.options(net.space).items():
+            own[slot] = sorted({*own.get(slot, ()), *options})
+    points = [(unit, dict(zip(own, at, strict=True))) for unit, own in axes.items() for at in product(*own.values())]
+    return [row(unit, ms(unit, widths), **widths) for unit, widths in points]
 
 
 def costs_of(net, ms):

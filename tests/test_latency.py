@@ -46,7 +46,8 @@ def test_interpolation_is_scipys(slots):
 
 
 def test_a_unit_without_widths_and_one_with_a_single_width():
-    units = units_of([row("run", 0.25), row("stem", 2.0, **{"in": 3, "out": 8}), row("stem", 4.0, **{"in": 3, "out": 16})])
+    stem = [row("stem", ms, **{"in": 3, "out": out}) for ms, out in ((2.0, 8), (4.0, 16))]
+    units = units_of([row("run", 0.25), *stem])
     assert units["run"].at() == 0.25
     assert units["stem"].at(**{"in": np.array(3), "out": np.array([8, 12, 16])}) == pytest.approx([2.0, 3.0, 4.0])
 
@@ -138,7 +139,7 @@ WRONG = [
     (changed(["rows", 1, "widths"], {"depth": 8}), "rows[1].widths has 'depth'"),
     (changed(["rows", 1, "widths"], {"out": 16}), "two rows of unit 'u' at out 16"),
     (changed(["rows", 1, "widths"], {"in": 8}), "the rows of unit 'u' have different widths"),
-    (lambda t: t["rows"].append(row("v", 1.0, **{"in": 8, "out": 8})) or t["rows"].append(row("v", 1.0, **{"in": 9, "out": 9})),
+    (lambda t: t["rows"].extend(row("v", 1.0, **{"in": w, "out": w}) for w in (8, 9)),
      "the row of unit 'v' at in 8, out 9 is missing"),
 ]  # fmt: skip
 TEXTS = {

@@ -9,30 +9,15 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from commands import call, check_refused, cli, export_tool, retrain_tool, search_tool
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import cli  # noqa: E402
-import export as export_tool  # noqa: E402
-import retrain as retrain_tool  # noqa: E402
-import search as search_tool  # noqa: E402
-
-from dnas.cost import CostTable  # noqa: E402
-from dnas.export import read_arch, verify_export, write_export  # noqa: E402
-from dnas.macro import space_of  # noqa: E402
-from supernets import SUPERNETS  # noqa: E402
+from dnas.cost import CostTable
+from dnas.export import read_arch, verify_export, write_export
+from dnas.macro import space_of
+from supernets import SUPERNETS
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-
-
-def call(tool, monkeypatch, *args):
-    """Exit code of a tool, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["tool", *map(str, args)])
-    try:
-        cli.run(tool.main)
-    except SystemExit as stop:
-        return stop.code
-    return 0
 
 
 @pytest.fixture
@@ -106,13 +91,6 @@ SEARCH_ERRORS = [
     (["--budget", "50%", "--img-size", "16", "--search-epochs", "1", "-b", "1024"], "1 steps"),
     (["--budget", "50%", "--img-size", "16", "--search-epochs", "2", "--lr", "1e30", "--clip-grad", "0"], "--lr"),
 ]
-
-
-def check_refused(code, capsys, quoted):
-    captured = capsys.readouterr()
-    assert code == 2, captured.err
-    assert quoted in captured.err
-    assert captured.err.count("\n") == 1, captured.err
 
 
 @pytest.mark.parametrize(("flags", "quoted"), SEARCH_ERRORS, ids=lambda value: " ".join(value) if value else None)

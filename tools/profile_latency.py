@@ -126,10 +126,12 @@ def new_table(args, target: Target) -> None:
             file.flush()
             advance(steps=len(rows), total=len(measured) - len(known) + left)
 
-        rows = profile(
-            parts, net.space, target, measured,
-            tolerance=args.tolerance, rounds=args.rounds, block_ms=args.block_ms, on_rows=on_rows,
-        )  # fmt: skip
+        how = {"tolerance": args.tolerance, "rounds": args.rounds, "block_ms": args.block_ms}
+        try:
+            rows = profile(parts, net.space, target, measured, on_rows=on_rows, **how)
+        except KeyboardInterrupt:
+            console.print(f"{len(measured)} measurements are kept in {beside}: the same command will go on with them")
+            raise
     header |= {"date": date.today().isoformat(), "check": {}, "scale": 1.0}
     sites = [part.site for part in parts]
     archs = spread_archs(net.space, args.scale_nets, seed=1)

@@ -1,0 +1,223 @@
+"""Profiling: which widths are measured, what is made of times, and what runs them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import kendalltau
+from tables import HEADER, costs_of
+from torch import nn
+
+from dnas import profile as profiling
+from dnas.cost import CostTable
+from dnas.deployed import parts_of
+from dnas.latency import table_of
+from dnas.macro import MacroSupernet
+from dnas.profile import (
+    Target,
+    check_figures,
+    check_target,
+    kendall_tau,
+    ready,
+    row_of,
+    scale_of,
+    spread_archs,
+    time_calls,
+)
+from dnas.units import UserError
+from supernets import SUPERNETS
+
+CPU = Target(torch.device("cpu"))
+NET = MacroSupernet(SUPERNETS["mobilenet_v2"](num_classes=10, img_size=32, divisor=4))
+PARTS = parts_of(NET)
+
+
+def profiled(monkeypatch, ms, measured, noise=0.0, tolerance=0.05):
+    """The rows that profiling ends with on a device where units take ``ms(unit, widths)``, and all that it measured."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(profiling, "ready", lambda module, inputs, target: None)
+
+    def row(point, times):
+        base = ms(point[0], dict(point[1])) * (1 + noise * rng.uniform(-1, 1, 9))
+        return row_of(point, base)
+
+    monkeypatch.setattr(profiling, "time_calls", lambda calls, *args, **kwargs: np.ones((len(calls), 9)))
+    monkeypatch.setattr(profiling, "row_of", row)
+    cheap = [profiling.Part(part.site, lambda widths, batch: (nn.Identity(), ()), part.more) for part in PARTS]
+    told = []
+    rows = profiling.profile(
+        cheap, NET.space, CPU, measured, tolerance=tolerance, rounds=9, block_ms=1.0,
+        on_rows=lambda rows, left: told.append((len(rows), left)),
+    )  # fmt: skip
+    return rows, told
+
+
+def smooth(unit, widths):
+    """Linear in each width, as where arithmetic is all that counts."""
+    return 0.001 if unit == "run" else 0.05 + 0.001 * math.prod(widths.values())
+
+
+def staircase(unit, widths):
+    return 0.001 if unit == "run" else 0.05 + 0.02 * sum(math.ceil(w / 32) for w in widths.values())
+
+
+def errors_of(rows, ms):
+    """Relative errors of a table along each width of each unit, the others at their widest."""
+    units, errors = table_of(HEADER, rows).units, {}
+    for part in PARTS[1:]:
+        for slot, options in part.options(NET.space).items():
+            ends = {s: o[-1] for s, o in part.options(NET.space).items()}
+            for w in options:
+                want = ms(part.site.op, ends | {slot: w}) - ms("run", {})
+                found = float(units[part.site.op].at(**{s: np.array(v) for s, v in (ends | {slot: w}).items()}))
+                errors.setdefault(part.site.op, []).append(abs(found / want - 1))
+    return np.concatenate(list(errors.values()))
+
+
+def test_where_latency_is_linear_few_widths_are_enough(monkeypatch):
+    measured = {}
+    rows, told = profiled(monkeypatch, smooth, measured)
+    assert errors_of(rows, smooth).max() < 1e-3
+    by_unit = {}
+    for row in rows:
+        by_unit.setdefault(row["unit"], []).append(row)
+    for unit in by_unit.values():
+        for slot in unit[0]["widths"]:
+            assert len({row["widths"][slot] for row in unit}) <= 4  # the classifier has more
+    assert sum(count for count, _ in told) == len(measured) and told[-1][1] == 0
+
+
+def test_noise_is_no_reason_for_more(monkeypatch):
+    few = len(profiled(monkeypatch, smooth, {})[0])
+    assert len(profiled(monkeypatch, smooth, {}, noise=0.3)[0]) < 1.2 * few
+
+
+def test_a_staircase_gets_widths_until_it_is_met_between_them(monkeypatch):
+    few, _ = profiled(monkeypatch, smooth, {})
+    rows, _ = profiled(monkeypatch, staircase, {}, tolerance=0.02)
+    assert len(rows) > 1.5 * len(few)
+    assert errors_of(rows, staircase).mean() < 0.02
+    options = {}
+    for part in PARTS:
+        for slot, own in part.options(NET.space).items():
+            options.setdefault((part.site.op, slot), set()).update(own)
+    tried = 0
+    for name, unit in table_of(HEADER, rows).units.items():
+        for slot, known in zip(unit.slots, unit.widths, strict=True):
+            if len(known) >= profiling.MOST_WIDTHS[len(unit.slots)]:
+                continue
+            for low, high in zip(known, known[1:], strict=False):
+                for middle in [w for w in options[name, slot] if abs(2 * w - low - high) <= 1]:
+                    for end in (0, -1):
+                        at = {s: int(ws[end]) for s, ws in zip(unit.slots, unit.widths, strict=True)} | {slot: middle}
+                        want = staircase(name, at)
+                        assert (
+                            abs(float(unit.at(**{s: np.array(w) for s, w in at.items()})) - want) < 0.02 * want + 0.002
+                        )
+                        tried += 1
+    assert tried > 30
+
+
+def test_what_was_measured_is_not_measured_again(monkeypatch):
+    first = {}
+    rows, _ = profiled(monkeypatch, smooth, first)
+    some = dict(list(first.items())[: len(first) // 2])
+    again, told = profiled(monkeypatch, smooth, some)
+    assert again == rows and sum(count for count, _ in told) == len(first) - len(first) // 2
+
+
+def test_what_starting_takes_is_counted_once(monkeypatch):
+    rows, _ = profiled(monkeypatch, lambda unit, widths: 0.25 if unit == "run" else 1.0, {})
+    table = CostTable.measured(NET.space, [part.site for part in PARTS], table_of(HEADER, rows))
+    arch = table.extremes()[1]
+    assert table.of(arch) == pytest.approx(0.25 + (len(PARTS) - 1) * 0.75)
+
+
+def test_a_row_has_the_quantiles_of_its_times():
+    ms = np.array([3.0, 1.0, 2.0, 5.0, 4.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0])
+    assert row_of(("u", (("out", 8),)), ms) == {"unit": "u", "widths": {"out": 8}, "ms": 6.0, "p10": 2.0, "p90": 10.0}
+
+
+def test_kendall_is_scipys():
+    a, b = np.random.default_rng(0).normal(size=(2, 30))
+    b = b + a
+    assert kendall_tau(a, b) == pytest.approx(kendalltau(a, b).statistic)
+    assert kendall_tau(a, a) == 1 and kendall_tau(a, -a) == -1
+
+
+def test_check_figures():
+    """Networks that take 1.1 x their parts, in odd rounds 1.21 x: the scale, then errors and noise, by hand."""
+    table = costs_of(NET, smooth)
+    archs = spread_archs(NET.space, 20, seed=0)
+    exact = np.array([table.of(arch) for arch in archs])
+    ms = np.tile(exact[:, None] * 1.1, 8)
+    assert scale_of(table, archs, ms) == pytest.approx(1.1)
+    ms[:, 1::2] *= 1.1
+    found = check_figures(table, archs, ms)
+    assert found["nets"] == 20 and found["kendall_tau"] == 1 and found["noise_kendall_tau"] == 1
+    assert found["noise_median_error"] == pytest.approx(1 - 1 / 1.1)
+    for figure in (found["median_error"], -found["bias"], found["p90_error"]):
+        assert figure == pytest.approx(1 - 1 / (1.1 * 1.05))
+    assert found["fastest_ms"] == pytest.approx(1.1 * 1.05 * exact.min())
+
+
+def test_nets_of_a_check_reach_from_narrow_to_wide():
+    table = CostTable.build(NET.space, "macs")
+    costs = [table.of(arch) for arch in spread_archs(NET.space, 50, seed=0)]
+    low, high = (table.of(arch) for arch in table.extremes())
+    assert min(costs) < 0.1 * high and max(costs) > 0.6 * high and min(costs) >= low
+    assert spread_archs(NET.space, 5, seed=0) == spread_archs(NET.space, 50, seed=0)[:5]
+    assert not set(spread_archs(NET.space, 50, seed=0)) & set(spread_archs(NET.space, 50, seed=1))
+
+
+# Runtimes.
+
+TARGETS = {
+    "eager": CPU,
+    "channels_last": Target(torch.device("cpu"), channels_last=True),
+    "bfloat16": Target(torch.device("cpu"), dtype="bfloat16"),
+    "onnxruntime": Target(torch.device("cpu"), runtime="onnxruntime"),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_more_work_takes_longer(target):
+    if target.runtime == "onnxruntime":
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+    calls = [
+        ready(
+            nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU()),
+            [torch.rand(1, 3, size, size)],
+            target,
+        )
+        for width, size in ((8, 8), (64, 128))
+    ]
+    ms = np.median(time_calls(calls, target, 3, 1.0), 1)
+    assert 0 < 4 * ms[0] < ms[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("runtime", ["eager", "cudagraph"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_on_a_gpu(runtime, dtype):
+    target = Target(torch.device("cuda"), runtime, dtype)
+    calls = [ready(nn.Conv2d(64, 64, 3), [torch.rand(8, 64, size, size)], target) for size in (16, 512)]
+    ms = np.median(time_calls(calls, target, 5, 2.0), 1)
+    assert 0 < 4 * ms[0] < ms[1]
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"runtime": "cudagraph"}, "--runtime cudagraph needs --device cuda, not cpu"),
+        ({"runtime": "onnxruntime", "dtype": "float16"}, "runs float32 on cpu, not float16 on cpu"),
+        ({"runtime": "tensorrt"}, "'tensorrt' is not one of eager, compile, cudagraph, onnxruntime"),
+        ({"batch": 0}, "--batch-size 0"),
+        ({"threads": 0}, "--threads 0"),
+    ],
+)
+def test_targets_that_cannot_be(given, said):
+    with pytest.raises(UserError, match=said):
+        check_target(Target(torch.device("cpu"), **given))
