@@ -6,6 +6,8 @@ after it, up to the next one. Together the parts are the whole network, each ope
 """
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -71,9 +73,7 @@ def _macro_parts(macro: Macro) -> tuple[Part, ...]:
     last, side = f"stage{len(macro.stages) - 1}/width", 0
     parts = []
 
-    def add(
-        name: str, unit: str, widths: Mapping[str, Option], build: Callable[[Widths, int], Built], **more: Any
-    ) -> None:
+    def add(name: str, unit: str, widths: Mapping[str, Option], build: Build, **more: tuple[int, ...]) -> None:
         parts.append(Part(Site(name, unit, widths, {}, sites[name].when), build, more))
 
     stem = {"in": macro.in_chans, "out": "stem"}
@@ -96,12 +96,13 @@ def _macro_parts(macro: Macro) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _native(act: str, in_width: int, row: Mapping[str, Any] | None = None, **given: Any) -> EfficientNet:
+def _native(
+    act: str, in_width: int, row: Mapping[str, Any] | None = None, in_chans: int = 1, **given: Any
+) -> EfficientNet:
     """An EfficientNet of one block (of any kind), to take a part out of: timm itself makes what is measured."""
     row = row or {"kind": "ds", "kernel": 1, "stride": 1, "mid": in_width, "out": in_width, "se": 0, "skip": False}
     net = {"act": act, "stem": {"width": in_width, "stride": 1}, "stages": [[row]], "head": 8, **given}
-    chans = net.pop("in_chans", 1)
-    return native.network(net, num_classes=net.pop("num_classes", 1), in_chans=chans).eval()
+    return native.network(net, num_classes=1, in_chans=in_chans).eval()
 
 
 def _stem(macro: Macro, widths: Widths, batch: int) -> Built:
@@ -130,7 +131,9 @@ def _classifier(widths: Widths, batch: int) -> Built:
 
 def _timm_parts(net: TimmSupernet) -> tuple[Part, ...]:
     base, parts = net.outline, []
-    found: dict[tuple, str] = {}
+    told = "#" + hashlib.sha256(json.dumps(dict(base.kwargs), sort_keys=True).encode()).hexdigest()[:8]
+    prefix = f"{base.name}{told if base.kwargs else ''} {base.in_chans}x{base.img_size}px"
+    found: dict[tuple, tuple[str, dict[str, Option]]] = {}
     plain = base.create(device="meta").eval()
     calls = _calls(net, plain, {}, 1)
     for op in net.whole.ops:
@@ -138,10 +141,8 @@ def _timm_parts(net: TimmSupernet) -> tuple[Part, ...]:
         # Equal layers of a stage are one unit: the same calls on the same shapes, hanging on widths in the same way.
         ways = [(slot, _way(net, op, slot, name)) for slot, name in slots.items()]
         key = (str(ways), *(call.signature() for call in calls[op.module]))
-        module = found.setdefault(key, op.module)
-        told = f" {dict(base.kwargs)}" if base.kwargs else ""
-        unit = f"{base.name}{told} {base.in_chans}x{base.img_size}px {module}"
-        build = partial(_slice, net, plain, module, _slots(net, next(o for o in net.whole.ops if o.module == module)))
+        first, widths = found.setdefault(key, (op.module, slots))
+        unit, build = f"{prefix} {first}", partial(_slice, net, plain, first, widths)
         parts.append(Part(Site(op.module, unit, slots, {}), build, {}))
     return tuple(parts)
 

@@ -16,6 +16,7 @@ from scipy.stats import norm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import iso_flops  # noqa: E402
+import iso_latency  # noqa: E402
 import iso_report  # noqa: E402
 import iso_stats as stats  # noqa: E402
 import speed  # noqa: E402
@@ -299,6 +300,28 @@ def test_the_report_says_what_was_planted_and_leaves_the_rest(tmp_path, monkeypa
     assert set(pictures) == {"digits.svg", "prunet.svg"}
     iso_report.main()
     assert readme.read_text() == text and all((tmp_path / k).read_bytes() == v for k, v in pictures.items())
+
+
+def test_nets_of_equal_latency_are_compared_by_search(tmp_path, monkeypatch, capsys):
+    """Planted: nets searched for ms are 1.0 and 1.4 points better, and take 2 % more and 1 % less than asked for."""
+    monkeypatch.setattr(iso_flops, "RESULTS", tmp_path)
+    rows = []
+    for k, (ms, gain, over) in enumerate(((2.0, 1.0, 1.02), (3.0, 1.4, 0.99))):
+        for method, top1, took in (("macs", 60, 1.0), ("ms", 60 + gain, over), ("uniform", 55, 1.0)):
+            name = f"{method}/{k}"
+            rows.append({"kind": "net", "net": name, "macs": 100, "asked_ms": None if method == "macs" else ms})
+            rows += [{"kind": "measured", "net": name, "ms": t} for t in (9.9, ms * took)]  # the last one counts
+            rows += [
+                {"kind": "training", "net": name, "seed": s, "top1": top1 + s % 3} for s in iso_flops.own_seeds(name)
+            ]
+    (tmp_path / "latency_digits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", ["iso_latency.py", "digits", "--report"])
+    iso_latency.main()
+    table = {line.split(" | ")[0]: line.strip(" |").split(" | ") for line in capsys.readouterr().out.splitlines()}
+    # Two differences of -1.0 and -1.4: a standard error of 0.2 and Student's t of 12.71.
+    assert table["| macs"][1:] == ["2", "61.00", "-1.20 [-3.74, +1.34]", "100", "-", "1.000 [1.000, 1.000]"]
+    assert table["| ms"][1:] == ["2", "62.20", "-", "100", "1.005 [0.990, 1.020]", "1.005 [0.990, 1.020]"]
+    assert table["| uniform"][2] == "56.00"
 
 
 def test_what_gates_cost_is_a_ratio_of_steps_in_turn(monkeypatch):

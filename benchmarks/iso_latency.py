@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""Is a search for milliseconds worth more than one for FLOPs, at equal measured latency?
+
+python tools/profile_latency.py --supernet prunet --width-mult 0.35 --divisor 2 --img-size 8 --num-classes 10 \
+    --threads 1 --batch-size 32 --runtime onnxruntime --out digits.json
+python benchmarks/iso_latency.py digits --latency-table digits.json --search 5
+python benchmarks/iso_latency.py digits --report
+
+For each seed: a search for the set-up's FLOPs; its net is measured; a search for that many milliseconds, and the
+uniform net of as many. All three are measured side by side, with nothing else running, and trained with three seeds.
+What ends is a row in results/latency_<setup>.jsonl, and is not done again.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import iso_flops as lab_of  # noqa: E402
+import iso_stats as stats  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from iso_flops import SETUPS, Lab, Table, net_row, own_seeds, run_search, train_all, work  # noqa: E402
+
+from dnas.cost import CostTable  # noqa: E402
+from dnas.deployed import parts_of  # noqa: E402
+from dnas.derive import uniform_arch  # noqa: E402
+from dnas.export import build_net  # noqa: E402
+from dnas.latency import LatencyTable, check_use, read_table  # noqa: E402
+from dnas.profile import check_target, target_of, time_nets  # noqa: E402
+from dnas.runs import provenance  # noqa: E402
+from dnas.units import Budget, UserError  # noqa: E402
+
+METHODS = ("macs", "ms", "uniform")
+
+
+def with_ms(lab: Lab, path: str, ms: float | None = None) -> Lab:
+    """The same set-up with costs in milliseconds, and a budget of ``ms`` instead of its own."""
+    sites = [part.site for part in parts_of(lab.net)]
+    tables = lab.tables | {"ms": CostTable.measured(lab.net.space, sites, read_table(path))}
+    return replace(lab, tables=tables, budgets=(Budget("ms", ms),) if ms else lab.budgets)
+
+
+def find(lab: Lab, method: str, path: str, ms: float | None, seed: int) -> dict:
+    """A net within the budget: searched, or the uniform one."""
+    lab, name = with_ms(lab, path, ms), f"{method}/{seed}"
+    if method == "uniform":
+        return net_row(lab, name, uniform_arch(lab.net.space, lab.tables, lab.budgets)) | {"asked_ms": ms}
+    return run_search(lab, "default", seed) | {"net": name, "asked_ms": ms}
+
+
+def measure(lab: Lab, table: LatencyTable, nets: Sequence[Mapping]) -> list[float]:
+    """Milliseconds of found nets, taken in turn: the median of 30 blocks of 20 ms."""
+    sizes = {"num_classes": lab.data.num_classes, "in_chans": lab.data.in_chans}
+    models = [build_net(lab.net.net_of(net["arch"]), **sizes) for net in nets]
+    target = check_target(target_of(table.header, torch.device(lab.device)))
+    torch.set_num_threads(target.threads)
+    shape = (lab.data.in_chans, lab.setup.img_size, lab.setup.img_size)
+    return [round(float(ms), 6) for ms in np.median(time_nets(models, shape, target, 30, 20.0), 1)]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Add to the table what it lacks."""
+    setup, rows = SETUPS[args.setup], Table(f"latency_{args.setup}")
+    lab, table = lab_of.open_lab(setup, args.data_dir, args.device), read_table(args.latency_table)
+    check_use(table, {"device": provenance(lab.device)["device"]})
+    with_ms(lab, args.latency_table)  # is it complete?
+    keys = ("device", "runtime", "dtype", "batch", "threads")
+    info = {"date": date.today().isoformat()} | provenance(lab.device) | {"table": {k: table.header[k] for k in keys}}
+    lab_of.RESULTS.mkdir(exist_ok=True)
+    measured = {row["net"]: row["ms"] for row in rows.rows if row["kind"] == "measured"}
+
+    def measure_all(names: Sequence[str]) -> None:
+        nets = rows.nets()
+        for name, ms in zip(names, measure(lab, table, [nets[name] for name in names]), strict=True):
+            rows.append({"kind": "measured", "net": name, "ms": ms} | info)
+            measured[name] = ms
+
+    entered = (setup, args.data_dir, args.device)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, spawn, initializer=lab_of._enter, initargs=entered) as pool:
+        do, seeds = partial(work, pool=pool, info=info, table=rows), range(args.search)
+        missing = [k for k in seeds if f"macs/{k}" not in rows.nets()]
+        for _ in do([(find, "macs", args.latency_table, None, k) for k in missing]):
+            pass
+        if todo := [f"macs/{k}" for k in seeds if f"macs/{k}" not in measured]:
+            measure_all(todo)
+        wanted = [(m, k) for k in seeds for m in METHODS[1:] if f"{m}/{k}" not in rows.nets()]
+        for _ in do([(find, m, args.latency_table, measured[f"macs/{k}"], k) for m, k in wanted]):
+            pass
+        for k in seeds:
+            if f"ms/{k}" not in measured:  # the first net once more, beside the others: its last row counts
+                measure_all([f"{m}/{k}" for m in METHODS])
+        train_all([f"{m}/{k}" for k in seeds for m in METHODS], own_seeds, rows, partial(work, pool=pool, info=info))
+
+
+def report(rows: Table) -> None:
+    """What it came to, as a table in Markdown."""
+    scores, nets = stats.scores_of(rows.rows), rows.nets()
+    measured = {row["net"]: row["ms"] for row in rows.rows if row["kind"] == "measured"}
+    print("| net | seeds | top-1 | minus searched for ms | MACs | measured / asked | measured / searched for FLOPs |")
+    print("| --- " * 7 + "|")
+    for method in METHODS:
+        own = stats.of_method(scores, method)
+        difference = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*stats.minus_method(own, stats.of_method(scores, "ms")))
+        top1, macs = fmean(fmean(s.values()) for s in own.values()), round(median(nets[name]["macs"] for name in own))
+        asked = [measured[name] / nets[name]["asked_ms"] for name in own if nets[name]["asked_ms"]]
+        beside = [measured[name] / measured[f"macs/{name.split('/')[1]}"] for name in own]
+        compared = "-" if method == "ms" else difference
+        row = (method, len(own), f"{top1:.2f}", compared, macs, _range(asked), _range(beside))
+        print(f"| {' | '.join(map(str, row))} |")
+
+
+def _range(ratios: Sequence[float]) -> str:
+    return f"{median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]" if ratios else "-"
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("setup", choices=list(SETUPS))
+    p.add_argument("--latency-table", help="of the set-up's space, on this device")
+    p.add_argument("--search", type=int, default=5, help="with so many seeds (default 5)")
+    p.add_argument("--report", action="store_true", help="only print what the rows say")
+    p.add_argument("--data-dir", default=os.environ.get("DNAS_CIFAR10", ""), help="CIFAR-10 (default: DNAS_CIFAR10)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings side by side, one thread each")
+    return p.parse_args()
+
+
+def main() -> None:
+    """Rows, then the report."""
+    args = parse()
+    if not args.report:
+        if not args.latency_table:
+            raise UserError("--latency-table is needed: see tools/profile_latency.py")
+        run(args)
+    report(Table(f"latency_{args.setup}"))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
