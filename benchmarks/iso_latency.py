@@ -36,7 +36,7 @@ from dnas.deployed import parts_of  # noqa: E402
 from dnas.derive import uniform_arch  # noqa: E402
 from dnas.export import build_net  # noqa: E402
 from dnas.latency import LatencyTable, check_use, read_table  # noqa: E402
-from dnas.profile import check_target, target_of, time_nets  # noqa: E402
+from dnas.profile import Pace, check_target, target_of, time_nets  # noqa: E402
 from dnas.runs import provenance  # noqa: E402
 from dnas.units import Budget, UserError  # noqa: E402
 
@@ -65,7 +65,7 @@ def measure(lab: Lab, table: LatencyTable, nets: Sequence[Mapping]) -> list[floa
     target = check_target(target_of(table.header, torch.device(lab.device)))
     torch.set_num_threads(target.threads)
     shape = (lab.data.in_chans, lab.setup.img_size, lab.setup.img_size)
-    return [round(float(ms), 6) for ms in np.median(time_nets(models, shape, target, 30, 20.0), 1)]
+    return [round(float(ms), 6) for ms in np.median(time_nets(models, shape, target, Pace(target, 600), 30, 20.0), 1)]
 
 
 def run(args: argparse.Namespace) -> None:

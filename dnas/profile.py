@@ -148,24 +148,62 @@ def _graph_call(module: nn.Module, given: Sequence[Tensor]) -> Callable[[], obje
     return call
 
 
+class Pace:
+    """Whether a CPU runs at its own pace just now: on a shared machine a neighbour may halve it for a minute.
+
+    Told by a small convolution, which must be as quick as the quickest so far, but for a tenth. ``best`` is its time in
+    seconds, ``left`` how many seconds may still be spent on waiting; then everything counts. A GPU is not asked.
+    """
+
+    def __init__(self, target: Target, patience: float, best: float = math.inf) -> None:
+        self.asked, self.best, self.left = target.device.type == "cpu", best, patience
+        self.x, self.w = torch.rand(1, 64, 20, 20), torch.rand(64, 64, 3, 3)
+        for _ in range(20 if self.asked and patience > 0 else 0):
+            self.steady()
+            time.sleep(0.1)
+
+    def steady(self) -> bool:
+        if not self.asked or self.left <= 0:
+            return True
+        least = math.inf
+        for _ in range(3):
+            start = time.perf_counter()
+            with torch.inference_mode():
+                nn.functional.conv2d(self.x, self.w)
+            least = min(least, time.perf_counter() - start)
+        self.best = min(self.best, least)
+        return least < 1.1 * self.best
+
+    def wait(self, start: float) -> None:
+        """Sleep a moment; all since ``start`` was in vain."""
+        time.sleep(0.05)
+        self.left -= time.perf_counter() - start
+
+
 def time_calls(
-    calls: Sequence[Callable[[], object]], target: Target, rounds: int, block_ms: float, seed: int = 0
+    calls: Sequence[Callable[[], object]], target: Target, pace: Pace, rounds: int, block_ms: float, seed: int = 0
 ) -> np.ndarray:
     """Milliseconds of a run, [len(calls), rounds]: the mean over a block of runs of about ``block_ms``.
 
     A round takes a block of every call, in an order of its own: what else the machine does, and what it does with its
-    clock, spreads over all of them. A block begins with a run that does not count (caches, other threads asleep).
+    clock, spreads over all of them. A block begins with a run that does not count (caches, other threads asleep), and
+    is repeated where the machine was slowed down before or after it (see `Pace`).
     """
-    wait = torch.cuda.synchronize if target.device.type == "cuda" else (lambda: None)
+    sync = torch.cuda.synchronize if target.device.type == "cuda" else (lambda: None)
 
     def block(call: Callable[[], object], runs: int) -> float:
-        call()
-        wait()
-        start = time.perf_counter()
-        for _ in range(runs):
+        while True:
+            began, steady = time.perf_counter(), pace.steady()
             call()
-        wait()
-        return 1e3 * (time.perf_counter() - start) / runs
+            sync()
+            start = time.perf_counter()
+            for _ in range(runs):
+                call()
+            sync()
+            ms = 1e3 * (time.perf_counter() - start) / runs
+            if steady and pace.steady():
+                return ms
+            pace.wait(began)
 
     runs = []
     for call in calls:
@@ -265,6 +303,7 @@ def profile(
     target: Target,
     measured: Measured,
     *,
+    pace: Pace,
     tolerance: float,
     rounds: int,
     block_ms: float,
@@ -283,7 +322,7 @@ def profile(
         for start in range(0, len(todo), TOGETHER):
             some = todo[start : start + TOGETHER]
             calls = [ready(*grids[unit].build(dict(at), target.batch), target) for unit, at in some]
-            times = time_calls(calls, target, rounds, block_ms, seed=start)
+            times = time_calls(calls, target, pace, rounds, block_ms, seed=start)
             rows = [row_of(point, ms) for point, ms in zip(some, times, strict=True)]
             measured |= zip(some, rows, strict=True)
             on_rows(rows, len(todo) - start - len(some))
@@ -333,11 +372,11 @@ def spread_archs(space: Space, count: int, seed: int) -> list[Arch]:
 
 
 def time_nets(
-    nets: Sequence[nn.Module], shape: Sequence[int], target: Target, rounds: int, block_ms: float
+    nets: Sequence[nn.Module], shape: Sequence[int], target: Target, pace: Pace, rounds: int, block_ms: float
 ) -> np.ndarray:
     """Milliseconds of whole networks on images of (channels, height, width), [len(nets), rounds]."""
     calls = [ready(net, [torch.rand(target.batch, *shape)], target) for net in nets]
-    return time_calls(calls, target, rounds, block_ms)
+    return time_calls(calls, target, pace, rounds, block_ms)
 
 
 def kendall_tau(a: np.ndarray, b: np.ndarray) -> float:

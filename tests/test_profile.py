@@ -15,6 +15,7 @@ from dnas.deployed import parts_of
 from dnas.latency import table_of
 from dnas.macro import MacroSupernet
 from dnas.profile import (
+    Pace,
     Target,
     check_figures,
     check_target,
@@ -47,7 +48,7 @@ def profiled(monkeypatch, ms, measured, noise=0.0, tolerance=0.05):
     cheap = [profiling.Part(part.site, lambda widths, batch: (nn.Identity(), ()), part.more) for part in PARTS]
     told = []
     rows = profiling.profile(
-        cheap, NET.space, CPU, measured, tolerance=tolerance, rounds=9, block_ms=1.0,
+        cheap, NET.space, CPU, measured, pace=Pace(CPU, 0), tolerance=tolerance, rounds=9, block_ms=1.0,
         on_rows=lambda rows, left: told.append((len(rows), left)),
     )  # fmt: skip
     return rows, told
@@ -194,7 +195,7 @@ def test_more_work_takes_longer(target):
         )
         for width, size in ((8, 8), (64, 128))
     ]
-    ms = np.median(time_calls(calls, target, 3, 1.0), 1)
+    ms = np.median(time_calls(calls, target, Pace(target, 5), 3, 1.0), 1)
     assert 0 < 4 * ms[0] < ms[1]
 
 
@@ -204,7 +205,7 @@ def test_more_work_takes_longer(target):
 def test_on_a_gpu(runtime, dtype):
     target = Target(torch.device("cuda"), runtime, dtype)
     calls = [ready(nn.Conv2d(64, 64, 3), [torch.rand(8, 64, size, size)], target) for size in (16, 512)]
-    ms = np.median(time_calls(calls, target, 5, 2.0), 1)
+    ms = np.median(time_calls(calls, target, Pace(target, 5), 5, 2.0), 1)
     assert 0 < 4 * ms[0] < ms[1]
 
 

@@ -6,6 +6,7 @@ python tools/profile_latency.py --check latency_tables/mine.json
 """
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from datetime import date
@@ -23,6 +24,7 @@ from dnas.export import build_net
 from dnas.latency import DTYPES, RUNTIMES, SPACE, check_use, read_table, table_of, table_text
 from dnas.macro import MacroSupernet
 from dnas.profile import (
+    Pace,
     Target,
     check_figures,
     check_target,
@@ -61,6 +63,7 @@ def parser() -> OneLineParser:
         "--rounds", type=int, default=9, help="blocks of runs of each unit; the median counts (default 9)"
     )
     group.add_argument("--block-ms", type=float, default=10.0, help="length of a block (default 10)")
+    group.add_argument("--patience", type=float, default=600, help="seconds of waiting for a busy CPU (default 600)")
     group.add_argument("--tolerance", type=float, default=0.05, help="of interpolation between widths (default 0.05)")
     group.add_argument(
         "--scale-nets", type=int, default=10, help="whole nets that the sum of parts is scaled by (default 10)"
@@ -117,7 +120,7 @@ def new_table(args, target: Target) -> None:
     beside = out.with_name(f"{out.name}.part.jsonl")
     known = rows_beside(beside, header)
     measured = {point_of(row): row for row in known}
-    started = time.perf_counter()
+    started, pace = time.perf_counter(), Pace(target, args.patience)
     with open(beside, "w") as file, progress_bar("measuring", 0) as advance:
         file.writelines(json.dumps(line) + "\n" for line in (header, *known))
 
@@ -128,7 +131,7 @@ def new_table(args, target: Target) -> None:
 
         how = {"tolerance": args.tolerance, "rounds": args.rounds, "block_ms": args.block_ms}
         try:
-            rows = profile(parts, net.space, target, measured, on_rows=on_rows, **how)
+            rows = profile(parts, net.space, target, measured, pace=pace, on_rows=on_rows, **how)
         except KeyboardInterrupt:
             console.print(f"{len(measured)} measurements are kept in {beside}: the same command will go on with them")
             raise
@@ -137,7 +140,9 @@ def new_table(args, target: Target) -> None:
     archs = spread_archs(net.space, args.scale_nets, seed=1)
     if archs:
         raw = CostTable.measured(net.space, sites, table_of(header, rows))
-        header["scale"] = round(scale_of(raw, archs, time_archs(args, net, archs, target)), 4)
+        header["scale"] = round(scale_of(raw, archs, time_archs(args, net, archs, target, pace)), 4)
+    header["protocol"] = protocol | {"pace_us": round(1e6 * pace.best, 1) if pace.best < math.inf else 0.0}
+    header["protocol"]["waited_s"] = round(args.patience - pace.left, 1)
     write_whole(out, table_text(header, rows).encode())
     beside.unlink()
     console.print(f"{out}: {len(rows)} rows of {len(measured)} measured in {time.perf_counter() - started:.0f} s")
@@ -146,23 +151,23 @@ def new_table(args, target: Target) -> None:
     console.print(f"networks take {low:.4g} to {high:.4g} ms by it; next: --check {out}")
 
 
-def time_archs(args, net: Supernet, archs: Sequence[Arch], target: Target) -> np.ndarray:
+def time_archs(args, net: Supernet, archs: Sequence[Arch], target: Target, pace: Pace) -> np.ndarray:
     """Milliseconds of whole networks, [len(archs), rounds]."""
     sizes = {"num_classes": args.num_classes, "in_chans": args.in_chans}
     nets = [build_net(net.net_of(arch), **sizes) for arch in archs]
     shape = (args.in_chans, args.img_size, args.img_size)
-    return time_nets(nets, shape, target, 2 * args.rounds, 2 * args.block_ms)
+    return time_nets(nets, shape, target, pace, 2 * args.rounds, 2 * args.block_ms)
 
 
 def check_table(args) -> None:
     """Predict and measure whole random networks, and write the figures into the table."""
     path = Path(args.check)
     table = read_table(path)
-    space, protocol = table.header["space"], table.header["protocol"]
+    space, known = table.header["space"], {"pace_us": 0.0} | vars(args) | table.header["protocol"]
     for key in SPACE:
         setattr(args, key, space.get(key, {} if key == "model_kwargs" else None))
     for key in ("num_classes", "in_chans", "rounds", "block_ms"):
-        setattr(args, key, protocol[key])
+        setattr(args, key, known[key])
     device = device_of(args)
     check_use(table, {"device": provenance(device)["device"]})
     target = check_target(target_of(table.header, device))
@@ -170,7 +175,7 @@ def check_table(args) -> None:
     net = supernet_of(args)
     costs = CostTable.measured(net.space, [part.site for part in parts_of(net)], table)
     archs = spread_archs(net.space, args.check_nets, seed=0)
-    ms = time_archs(args, net, archs, target)
+    ms = time_archs(args, net, archs, target, Pace(target, args.patience, known["pace_us"] / 1e6 or math.inf))
     figures = {
         key: value if isinstance(value, int) else float(f"{value:.4g}")
         for key, value in check_figures(costs, archs, ms).items()
@@ -197,6 +202,7 @@ def main() -> None:
         ("tolerance", 0.001, 1),
         ("scale_nets", 0, 10_000),
         ("check_nets", 3, 10_000),
+        ("patience", 0, 86_400),
     ):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not between {low} and {high}")

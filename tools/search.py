@@ -38,7 +38,7 @@ from dnas.derive import derive, gate_likelihood, random_arch, uniform_arch
 from dnas.export import arch_document, build_net, check_name, count_macs, save_weights, verify_export, write_export
 from dnas.latency import LatencyTable, check_use, read_table
 from dnas.macro import MacroSupernet, size_to
-from dnas.profile import target_of, time_nets
+from dnas.profile import Pace, target_of, time_nets
 from dnas.runs import append_row, check_new_folder, peak_memory_mb, provenance, whole_folder, write_json
 from dnas.search import SearchConfig, check_config, check_length, search
 from dnas.supernet import Supernet
@@ -301,7 +301,8 @@ def main() -> None:
         uniform_model, uniform_row = train_arch(net, uniform, tables, data, recipe, args.seed, device, "uniform")
         if latency and latency_device:
             both, shape = (model, uniform_model), (data.in_chans, data.img_size, data.img_size)
-            ms = time_nets(both, shape, target_of(latency.header, latency_device), 15, 20.0)
+            target = target_of(latency.header, latency_device)
+            ms = time_nets(both, shape, target, Pace(target, 60), 15, 20.0)
             for row, value in zip((found_row, uniform_row), np.median(ms, 1), strict=True):
                 row["measured_ms"] = float(value)
         metrics = {
