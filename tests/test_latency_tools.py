@@ -156,6 +156,20 @@ def test_a_search_for_milliseconds(planned, tmp_path, monkeypatch, capsys):
     assert "latency" in shown and "measured" in shown
 
 
+def test_the_run_is_named_after_the_tables_space(planned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--budget", f"{limits()[1]:.6f}ms", "--latency-table", planned, "--device", "cpu", "--dry-run")
+    assert call(search_tool, monkeypatch, *flags) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("toy-")
+
+
+@pytest.mark.parametrize("flag", [["--latency-anyway"], ["--latency-for", "batch=1"]])
+def test_flags_of_a_table_without_one(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    check_refused(call(search_tool, monkeypatch, "--budget", "50%", *flag), capsys, "--latency-table")
+
+
 def test_milliseconds_and_flops_at_once(planned, tmp_path, monkeypatch):
     out, limit = tmp_path / "dry", limits()[1]
     flags = ("--budget", f"{limit}ms,60%", "--latency-table", planned, "--device", "cpu", "--dry-run", "--output", out)
@@ -172,7 +186,14 @@ def test_tables_that_do_not_fit(planned, tmp_path, monkeypatch, capsys):
     content = json.loads(text)
     other = json.dumps({**content, "device": "another device"})
     few = json.dumps({**content, "rows": [r for r in content["rows"] if r["unit"] != "classifier"]})
-    wrong = {"other": other, "few": few, "cut": text[:-200], "schema": text.replace('"schema": 1', '"schema": 9')}
+    foreign = json.dumps({**content, "space": {"supernet": "resnet9000"}})
+    wrong = {
+        "foreign": foreign,
+        "other": other,
+        "few": few,
+        "cut": text[:-200],
+        "schema": text.replace('"schema": 1', '"schema": 9'),
+    }
     for name, given in wrong.items():
         (tmp_path / f"{name}.json").write_text(given)
     before = sorted(p.name for p in tmp_path.iterdir())
@@ -180,6 +201,7 @@ def test_tables_that_do_not_fit(planned, tmp_path, monkeypatch, capsys):
     for given, quoted in (
         (["other.json"], "'another device'"),
         (["few.json"], "lacks classifier"),
+        (["foreign.json"], "'resnet9000'"),
         (["cut.json"], "cut.json"),
         (["schema.json"], "schema is 9"),
         ([planned, "--latency-for", "batch=32"], "batch 1"),

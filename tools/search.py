@@ -45,6 +45,7 @@ from dnas.supernet import Supernet
 from dnas.timm_net import TimmBase, TimmSupernet
 from dnas.train import Recipe, time_step, train_from_scratch
 from dnas.units import Budget, UserError, parse_budget, show
+from supernets import SUPERNETS
 
 
 def parser() -> OneLineParser:
@@ -92,23 +93,31 @@ def plan_supernet(args, data: Data, budgets: tuple[Budget, ...]) -> Supernet:
     return MacroSupernet(size_to(lambda width_mult: outline(width_mult=width_mult), counted))
 
 
-def open_table(args, device: torch.device) -> tuple[LatencyTable, torch.device | None] | tuple[None, None]:
+def open_table(args, budgets, device: torch.device) -> tuple[LatencyTable | None, torch.device | None]:
     """The latency table in the flags, if there is one, and the device of this machine that it is for, if it is here.
 
     Without a space in the flags, the table's becomes theirs. Raises UserError for a table of something else than asked.
     """
     if not args.latency_table:
-        if args.latency_for or any(b.metric == "ms" for b in parse_budget(args.budget)):
-            raise UserError(f"budget {args.budget!r} needs --latency-table, which tools/profile_latency.py writes")
+        for given, is_given in (
+            (f"budget {args.budget!r}", any(b.metric == "ms" for b in budgets)),
+            ("--latency-for", args.latency_for),
+            ("--latency-anyway", args.latency_anyway),
+        ):
+            if is_given:
+                raise UserError(f"{given} needs --latency-table, a file that tools/profile_latency.py writes")
         return None, None
     table = read_table(args.latency_table)
     here = {provenance(d)["device"]: d for d in (device, torch.device("cpu"))}
-    name = table.header["device"]
-    check_use(
-        table, {**({} if name in here else {"device": next(iter(here))}), **args.latency_for}, args.latency_anyway
-    )
+    name, space = table.header["device"], table.header["space"]
+    elsewhere = {} if name in here else {"device": next(iter(here))}
+    check_use(table, elsewhere | args.latency_for, args.latency_anyway)
     if not (args.supernet or args.model):
-        for key, value in table.header["space"].items():
+        if space.get("supernet", "prunet") not in SUPERNETS:
+            raise UserError(
+                f"the latency table is of supernet {space['supernet']!r}, not one of {', '.join(SUPERNETS)}"
+            )
+        for key, value in space.items():
             if getattr(args, key) in (None, {}):
                 setattr(args, key, value)
     return table, here.get(name)
@@ -241,12 +250,12 @@ def main() -> None:
     if args.search_epochs < 1 or args.num_random < 0:
         given = f"--search-epochs {args.search_epochs} --num-random {args.num_random}"
         raise UserError(f"{given}: at least 1 epoch and no negative number is allowed")
+    latency, latency_device = open_table(args, budgets, device)  # which may say what the space is
     space = args.model or args.supernet or "prunet"
     default = f"runs/{space}-{args.budget.replace('%', 'pc').replace(',', '-')}-{args.seed}"
     folder = check_new_folder(args.output or default)
     name = args.name or "dnas_" + re.sub("[^a-z0-9]", "_", folder.name.lower())[:58]
     check_name(name)
-    latency, latency_device = open_table(args, device)
     data = data_of(args, device)
     random_seed(args.seed)
     net = plan_supernet(args, data, budgets)
