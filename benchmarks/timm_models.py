@@ -48,7 +48,7 @@ mixnet_s efficientnet_b0 efficientnet_lite0 tf_efficientnetv2_b0 ghostnet_100 gh
 densenet121 vgg11_bn convnext_atto convnextv2_atto inception_next_tiny hgnetv2_b0 dla34 hrnet_w18_small selecsls42b
 inception_v3 inception_v4 inception_resnet_v2 xception41 cspresnet50 cspdarknet53 darknet53 vovnet39a ese_vovnet19b_dw
 dpn48b dm_nfnet_f0 eca_nfnet_l0 nf_regnet_b0 edgenext_xx_small fastvit_t8 mobilevit_xxs repvit_m1 fasternet_t0
-starnet_s1 poolformer_s12 nasnetalarge pnasnet5large
+starnet_s1 poolformer_s12 nasnetalarge pnasnet5large resnetblur18 tresnet_m
 """.split()  # noqa: SIM905
 
 

@@ -59,7 +59,7 @@ def _scale(module: nn.Module, old: torch.Tensor, size: list[int | None]) -> floa
     The law is read off the weights: a variance of 2 / fan-out, 1 to 2 / fan-in, torch's own 1 / (3 fan-in), or one that
     depends on no width.
     """
-    if old.ndim < 2 or old.is_meta or not old.is_floating_point():
+    if old.ndim < 2 or old.is_meta or not isinstance(old, nn.Parameter):  # a buffer is no draw
         return 1.0
     (outs, ins), area, variance = old.shape[:2], old[0, 0].numel(), max(float(old.var()), 1e-24)
     narrower_out, narrower_in = outs / (size[0] or outs), ins / (size[1] or ins)

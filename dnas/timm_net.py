@@ -113,11 +113,14 @@ def channel_grid(top: int, step: int, divisor: int, most: int = 32) -> tuple[int
     return (*(w for w in range(unit, top, unit) if w >= top / 10), top)
 
 
-def space_of_channels(channels: Channels, shapes: Mapping[str, torch.Size], divisor: int) -> Space:
+def space_of_channels(
+    channels: Channels, shapes: Mapping[str, torch.Size], filters: Mapping[str, torch.Size], divisor: int
+) -> Space:
     """A width decision for every group with more than one width, and the costs of all layers.
 
-    ``shapes`` are those of all parameters. Costs are products of widths, so that a layer that reads several groups side
-    by side (a concatenation) is a site for each pair of a group that it reads and one that it writes.
+    ``shapes`` are those of all parameters, ``filters`` those of buffers that convolve (BlurPool2d). Costs are products
+    of widths, so that a layer that reads several groups side by side (a concatenation) is a site for each pair of a
+    group that it reads and one that it writes.
     """
     grids = {g.name: channel_grid(g.size * g.step, g.step, divisor) for g in channels.groups}
     decisions = tuple(Decision(name, grid, grid[-1]) for name, grid in grids.items() if len(grid) > 1)
@@ -140,12 +143,12 @@ def space_of_channels(channels: Channels, shapes: Mapping[str, torch.Size], divi
     counted = set()
     for op in channels.ops:
         weight = op.writes[0]
-        out, length, *kernel = shapes[weight]
+        out, length, *kernel = {**filters, **shapes}[weight]
         area = math.prod(kernel)
         reads = parts(op.reads, length) if op.reads else {None: (length, 1)}
         for ins in reads.items():
             for outs in parts(op.writes, out).items():
-                add(f"{op.module}:{ins[0]}:{outs[0]}", area * op.positions, area, ins, outs)
+                add(f"{op.module}:{ins[0]}:{outs[0]}", area * op.positions, area * (weight in shapes), ins, outs)
         counted.add(weight)
     for name, shape in shapes.items():
         if name not in counted:
@@ -290,7 +293,8 @@ class TimmSupernet(Supernet):
             why = "; ".join(self.channels.fixed[:2]) or "it has no convolutions one after the other"
             raise UserError(f"{base} has no channels that can be cut: {why}")
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
-        self.space = space_of_channels(self.channels, shapes, base.divisor)
+        filters = {name: b.shape for name, b in self.model.named_buffers() if b.ndim == 4}
+        self.space = space_of_channels(self.channels, shapes, filters, base.divisor)
         self.widths = nn.ModuleList(MarkovGate(d.options) for d in self.space.decisions)
         self.steps = {g.name: g.step for g in self.channels.groups if g.name in self.space.by_name}
         self.reads: Reads = {}

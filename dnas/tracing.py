@@ -178,6 +178,7 @@ class _Tracer(TorchDispatchMode):
     def layer(self, out: Tensor, line: Tensor, weight: str, bias: Tensor | None, groups: int) -> None:
         """A convolution or linear layer that reads the units ``line`` and writes dimension 1 of ``out``."""
         module, conv = weight.rpartition(".")[0], out.ndim > 2
+        standard = hasattr(self.model.get_submodule(module), "out_channels" if conv else "out_features")
         made = self.axes[weight, 0] if (weight, 0) in self.axes else self.fresh(out.shape[1])
         reads: Axis | None = (weight, 1)
         if groups > 1:
@@ -189,13 +190,18 @@ class _Tracer(TorchDispatchMode):
             else:
                 self.join(ins, ins[:, :1])
                 self.join(outs, ins[:, :1])
-                self.axis(f"{module}.groups", 0, ins[:, 0])
+                if standard:
+                    self.axis(f"{module}.groups", 0, ins[:, 0])
                 reads = None
         else:
             self.axis(weight, 1, line)
         self.axis(weight, 0, made)
-        self.axis(f"{module}.{'in_channels' if conv else 'in_features'}", 0, line)
-        self.axis(f"{module}.{'out_channels' if conv else 'out_features'}", 0, made)
+        if standard:
+            self.axis(f"{module}.{'in_channels' if conv else 'in_features'}", 0, line)
+            self.axis(f"{module}.{'out_channels' if conv else 'out_features'}", 0, made)
+        else:  # a module of timm's with numbers of its own (BlurPool2d)
+            for numbers in ([line], [made]):
+                self.sizes(numbers)
         if bias is not None:
             self.axis(self.names[id(bias)], 0, made)
         positions = out.shape[2:].numel() if conv else out.shape[0]

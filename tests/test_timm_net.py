@@ -22,15 +22,21 @@ from dnas.units import UserError, parse_budget
 
 SIZE, CLASSES = 64, 10
 # Small ones of many families: additions, concatenations, splits, groups, depthwise, squeeze-excite, layer scale, layer
-# norms with and without an activation, group norms, standardised weights, attention, several kernels side by side.
+# norms with and without an activation, group norms, standardised weights, attention, kernels side by side, blurs.
 FAMILIES = [
     *("test_resnet", "test_byobnet", "test_efficientnet", "test_efficientnet_ln", "test_efficientnet_gn"),
     *("test_convnext", "test_nfnet", "test_mambaout", "lcnet_050", "mixnet_s", "ghostnet_050", "regnety_002"),
     *("rexnet_100", "cspresnet50", "res2net50_14w_8s", "skresnet18", "hgnetv2_b0", "hrnet_w18_small"),
-    *("mobilevit_xxs", "edgenext_xx_small", "resnest14d", "dla46_c"),
+    *("mobilevit_xxs", "edgenext_xx_small", "resnest14d", "dla46_c", "resnetblur18"),
 ]
 SHALLOW = {"layers": [1, 1, 1, 1]}
-SMALLER = {"res2net50_14w_8s": SHALLOW, "skresnet18": SHALLOW, "resnest14d": SHALLOW, "rexnet_100": {"depth_mult": 0.5}}
+SMALLER = {
+    "resnetblur18": SHALLOW,
+    "res2net50_14w_8s": SHALLOW,
+    "skresnet18": SHALLOW,
+    "resnest14d": SHALLOW,
+    "rexnet_100": {"depth_mult": 0.5},
+}
 
 
 def lively(model, seed=0):
