@@ -376,9 +376,14 @@ def parse() -> argparse.Namespace:
     return p.parse_args()
 
 
-if __name__ == "__main__":
+def told(main: Callable[[], None]) -> None:
+    """Call ``main``: a user's mistake is one line on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    told(main)
