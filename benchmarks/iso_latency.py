@@ -36,8 +36,9 @@ from dnas.deployed import parts_of  # noqa: E402
 from dnas.derive import uniform_arch  # noqa: E402
 from dnas.export import build_net  # noqa: E402
 from dnas.latency import LatencyTable, check_use, read_table  # noqa: E402
-from dnas.profile import Pace, check_target, target_of, time_nets  # noqa: E402
+from dnas.profile import time_nets  # noqa: E402
 from dnas.runs import provenance  # noqa: E402
+from dnas.timing import Pace, check_target, target_of  # noqa: E402
 from dnas.units import Budget, UserError  # noqa: E402
 
 METHODS = ("macs", "ms", "uniform")

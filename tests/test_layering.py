@@ -36,6 +36,7 @@ ORDER = [
     "schema",
     "export",
     "deployed",
+    "timing",
     "profile",
     "report",
 ]

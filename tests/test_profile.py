@@ -10,22 +10,13 @@ from tables import HEADER, costs_of
 from torch import nn
 
 from dnas import profile as profiling
+from dnas import timing
 from dnas.cost import CostTable
 from dnas.deployed import parts_of
 from dnas.latency import table_of
 from dnas.macro import MacroSupernet
-from dnas.profile import (
-    Pace,
-    Target,
-    check_figures,
-    check_target,
-    kendall_tau,
-    ready,
-    row_of,
-    scale_of,
-    spread_archs,
-    time_calls,
-)
+from dnas.profile import check_figures, kendall_tau, row_of, scale_of, spread_archs
+from dnas.timing import Pace, Target, check_target, ready, time_calls
 from dnas.units import UserError
 from supernets import SUPERNETS
 
@@ -197,6 +188,54 @@ def test_more_work_takes_longer(target):
     ]
     ms = np.median(time_calls(calls, target, Pace(target, 5), 3, 1.0), 1)
     assert 0 < 4 * ms[0] < ms[1]
+
+
+class Machine:
+    """A clock that only work and sleep move, at a pace of its own: ``slow`` is how much longer everything takes."""
+
+    def __init__(self, slow):
+        self.now, self.slow = 0.0, slow
+
+    def work(self, seconds):
+        self.now += seconds * self.slow(self.now)
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def on(self, monkeypatch):
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(timing.time, "sleep", self.sleep)
+        monkeypatch.setattr(timing.nn.functional, "conv2d", lambda x, w: self.work(1e-3))
+        return [lambda: self.work(2e-3), lambda: self.work(3e-3)]
+
+
+@pytest.mark.parametrize("first", [1.0, 2.0])
+def test_a_machine_that_is_half_as_fast_for_half_of_the_time(monkeypatch, first):
+    machine = Machine(lambda now: first if now % 20 < 10 else 3.0 - first)
+    calls = machine.on(monkeypatch)
+    pace = Pace(CPU, 600)
+    ms = time_calls(calls, CPU, pace, 901, 10.0)
+    assert machine.now > 30 and pace.left < 595
+    # Until the fast half is known the slow one is taken for the machine's own; both are told by the usual pace.
+    assert ms == pytest.approx(first * np.array([[2.0], [3.0]]) * np.ones((2, 901)), rel=1e-6)
+    assert ms * pace.best / pace.usual == pytest.approx(np.array([[2.0], [3.0]]) * np.ones((2, 901)), rel=1e-6)
+
+
+def test_a_clock_that_creeps_is_divided_out_where_nobody_waits(monkeypatch):
+    machine = Machine(lambda now: 1.0 + 0.08 * math.sin(now))
+    calls = machine.on(monkeypatch)
+    pace = Pace(CPU, 600)
+    ms = time_calls(calls, CPU, pace, 501, 10.0) * pace.best / pace.usual
+    assert ms == pytest.approx(0.92 * np.array([[2.0], [3.0]]) * np.ones((2, 501)), rel=0.01)
+
+
+def test_once_patience_is_gone_everything_counts(monkeypatch):
+    machine = Machine(lambda now: 1.0 if now < 5 else 2.0)
+    calls = machine.on(monkeypatch)
+    pace = Pace(CPU, 3)
+    ms = time_calls(calls, CPU, pace, 201, 10.0)
+    assert pace.left <= 0 and machine.now < 60
+    assert ms == pytest.approx(np.array([[2.0], [3.0]]) * np.ones((2, 201)), rel=1e-6)
 
 
 @pytest.mark.gpu

@@ -23,20 +23,10 @@ from dnas.deployed import parts_of
 from dnas.export import build_net
 from dnas.latency import DTYPES, RUNTIMES, SPACE, check_use, read_table, table_of, table_text
 from dnas.macro import MacroSupernet
-from dnas.profile import (
-    Pace,
-    Target,
-    check_figures,
-    check_target,
-    point_of,
-    profile,
-    scale_of,
-    spread_archs,
-    target_of,
-    time_nets,
-)
+from dnas.profile import check_figures, point_of, profile, scale_of, spread_archs, time_nets
 from dnas.runs import provenance, write_whole
 from dnas.supernet import Supernet
+from dnas.timing import Pace, Target, check_target, target_of
 from dnas.timm_net import TimmBase, TimmSupernet
 from dnas.units import UserError
 

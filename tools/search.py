@@ -38,10 +38,11 @@ from dnas.derive import derive, gate_likelihood, random_arch, uniform_arch
 from dnas.export import arch_document, build_net, check_name, count_macs, save_weights, verify_export, write_export
 from dnas.latency import LatencyTable, check_use, read_table
 from dnas.macro import MacroSupernet, size_to
-from dnas.profile import Pace, target_of, time_nets
+from dnas.profile import time_nets
 from dnas.runs import append_row, check_new_folder, peak_memory_mb, provenance, whole_folder, write_json
 from dnas.search import SearchConfig, check_config, check_length, search
 from dnas.supernet import Supernet
+from dnas.timing import Pace, target_of
 from dnas.timm_net import TimmBase, TimmSupernet
 from dnas.train import Recipe, time_step, train_from_scratch
 from dnas.units import Budget, UserError, parse_budget, show

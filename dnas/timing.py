@@ -1,0 +1,216 @@
+"""How networks run where they are deployed, and how long a run takes."""
+
+import math
+import platform
+import random
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dnas.latency import RUNTIMES
+from dnas.runs import provenance
+from dnas.units import UserError
+
+
+@dataclass(frozen=True)
+class Target:
+    """How networks run where they are deployed. ``batch`` images a run; ``threads`` of the CPU."""
+
+    device: torch.device
+    runtime: str = "eager"
+    dtype: str = "float32"
+    batch: int = 1
+    threads: int = 1
+    channels_last: bool = False
+
+    def header(self) -> dict[str, Any]:
+        """The part of a table's header that says so."""
+        known = provenance(self.device)
+        driver = platform.platform()
+        if self.device.type == "cuda":
+            driver = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        if self.runtime == "onnxruntime":
+            driver += f", onnxruntime {_onnxruntime().__version__}"
+        told = {"device": known["device"], "driver": driver[:128], "runtime": self.runtime, "dtype": self.dtype}
+        told |= {"batch": self.batch, "threads": self.threads, "channels_last": self.channels_last}
+        return told | {"torch": torch.__version__}
+
+
+def target_of(header: Mapping[str, Any], device: torch.device) -> Target:
+    """The target that a table was measured on, which is ``device`` here."""
+    return Target(device, *(header[key] for key in ("runtime", "dtype", "batch", "threads", "channels_last")))
+
+
+def check_target(target: Target) -> Target:
+    """``target`` itself if this machine can run it. Raises UserError otherwise."""
+    if target.runtime not in RUNTIMES:
+        raise UserError(f"--runtime {target.runtime!r} is not one of {', '.join(RUNTIMES)}")
+    if target.runtime == "cudagraph" and target.device.type != "cuda":
+        raise UserError(f"--runtime cudagraph needs --device cuda, not {target.device.type}")
+    if target.runtime == "onnxruntime":
+        if target.device.type != "cpu" or target.dtype != "float32":
+            raise UserError(f"--runtime onnxruntime runs float32 on cpu, not {target.dtype} on {target.device.type}")
+        _onnxruntime()
+    if not 1 <= target.batch <= 65_536 or not 1 <= target.threads <= 1024:
+        given = f"--batch-size {target.batch} --threads {target.threads}"
+        raise UserError(f"{given}: 1 to 65536 images and 1 to 1024 threads are allowed")
+    return target
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnx  # noqa: F401  (torch's exporter needs it)
+        import onnxruntime
+    except ImportError:
+        raise UserError("--runtime onnxruntime needs the packages of `pip install 'dnas[onnx]'`") from None
+    return onnxruntime
+
+
+# One call.
+
+
+def ready(module: nn.Module, inputs: Sequence[Tensor], target: Target) -> Callable[[], object]:
+    """A function that runs ``module`` on ``inputs`` once, as the target does."""
+    layout = torch.channels_last if target.channels_last else torch.contiguous_format
+    dtype = getattr(torch, target.dtype)
+
+    def placed(t: Tensor) -> Tensor:
+        t = t.to(target.device, dtype if t.is_floating_point() else t.dtype)
+        return t.to(memory_format=layout) if t.ndim == 4 else t
+
+    module, given = module.eval().to(target.device, dtype).to(memory_format=layout), [placed(t) for t in inputs]
+    if target.runtime == "onnxruntime":
+        return _onnx_call(module, given, target.threads)
+    if target.runtime == "cudagraph":
+        return _graph_call(module, given)
+    run = torch.compile(module, fullgraph=True, dynamic=False) if target.runtime == "compile" else module
+
+    def call() -> None:
+        with torch.inference_mode():
+            run(*given)
+
+    return call
+
+
+def _onnx_call(module: nn.Module, given: Sequence[Tensor], threads: int) -> Callable[[], object]:
+    ort, names = _onnxruntime(), [f"x{k}" for k in range(len(given))]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        # The exporter that torch now prefers takes seconds for each of a thousand units; the graphs are the same.
+        warnings.simplefilter("ignore")
+        file = f"{folder}/part.onnx"
+        torch.onnx.export(module, tuple(given), file, input_names=names, output_names=["y"], dynamo=False)
+        session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    taken = {node.name for node in session.get_inputs()}
+    binding = session.io_binding()
+    for name, t in zip(names, given, strict=True):
+        if name in taken:
+            binding.bind_cpu_input(name, t.numpy())
+    binding.bind_output("y")
+    return lambda: session.run_with_iobinding(binding)
+
+
+def _graph_call(module: nn.Module, given: Sequence[Tensor]) -> Callable[[], object]:
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside), torch.inference_mode():
+        for _ in range(3):  # what is chosen at the first runs (algorithms, workspaces) must not be captured
+            module(*given)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        module(*given)
+
+    def call() -> None:
+        graph.replay()
+
+    call.__dict__["kept"] = (module, given)  # the graph reads their memory, and does not own it
+    return call
+
+
+class Pace:
+    """How fast a CPU runs just now: on a shared machine a neighbour may halve that for a minute. A GPU is not asked.
+
+    Told by a small convolution. ``usual`` is its time in seconds when the pace was first looked at, ``best`` the least
+    so far, ``left`` how many seconds may still be spent on waiting for it.
+    """
+
+    def __init__(self, target: Target, patience: float, best: float = math.inf) -> None:
+        self.asked, self.best, self.left = target.device.type == "cpu" and patience > 0, best, patience
+        self.x, self.w = torch.rand(1, 64, 20, 20), torch.rand(64, 64, 3, 3)
+        self.usual = 1.0
+        for _ in range(20 if self.asked else 0):
+            self.slowness()
+            time.sleep(0.1)
+        self.usual = self.best if self.asked else 1.0
+
+    def slowness(self) -> float:
+        """The convolution's time now over its usual one."""
+        if not self.asked:
+            return 1.0
+        taken = []
+        for _ in range(5):
+            start = time.perf_counter()
+            with torch.inference_mode():
+                nn.functional.conv2d(self.x, self.w)
+            taken.append(time.perf_counter() - start)
+        now = sorted(taken)[2]
+        self.best = min(self.best, now)
+        return now / self.usual
+
+    def counts(self, slowness: float) -> bool:
+        """Whether that is near enough to the best to measure: within a tenth, or there is no time left to wait."""
+        return not self.asked or self.left <= 0 or slowness * self.usual < 1.1 * self.best
+
+    def wait(self, start: float) -> None:
+        """Sleep a moment; all since ``start`` was in vain."""
+        time.sleep(0.05)
+        self.left -= time.perf_counter() - start
+
+
+def time_calls(
+    calls: Sequence[Callable[[], object]], target: Target, pace: Pace, rounds: int, block_ms: float, seed: int = 0
+) -> np.ndarray:
+    """Milliseconds of a run at the usual pace, [len(calls), rounds]: the mean over a block of about ``block_ms``.
+
+    A round takes a block of every call, in an order of its own: what else the machine does, and what it does with its
+    clock, spreads over all of them. A block begins with a run that does not count (caches, other threads asleep). It is
+    repeated where the machine was much slower before or after it than at its best, and divided by the `Pace.slowness`
+    that is left.
+    """
+    sync = torch.cuda.synchronize if target.device.type == "cuda" else (lambda: None)
+
+    def block(call: Callable[[], object], runs: int) -> float:
+        while True:
+            began, before = time.perf_counter(), pace.slowness()
+            call()
+            sync()
+            start = time.perf_counter()
+            for _ in range(runs):
+                call()
+            sync()
+            ms = 1e3 * (time.perf_counter() - start) / runs
+            after = pace.slowness()
+            if pace.counts(before) and pace.counts(after):
+                return 2 * ms / (before + after)
+            pace.wait(began)
+
+    runs = []
+    for call in calls:
+        call()
+        runs.append(max(1, math.ceil(block_ms / max(1e-3, block(call, 1)))))
+    order, rng = list(range(len(calls))), random.Random(seed)
+    found = np.empty((len(calls), rounds))
+    for k in range(rounds):
+        rng.shuffle(order)
+        for c in order:
+            found[c, k] = block(calls[c], runs[c])
+    return found
