@@ -37,6 +37,7 @@ HEADER: dict[str, Any] = {
     "date": str,
     "space": dict,  # the flags that make what was profiled, of `SPACE`
     "protocol": dict,  # how it was measured
+    "pace_us": float,  # what the small network of `dnas.timing.Pace` takes at the pace of these milliseconds; 0: a GPU
     "scale": float,  # of all milliseconds below: whole networks over the sum of their parts
     "check": dict,  # whole nets, predicted and measured; empty until --check has been run
 }
@@ -152,8 +153,9 @@ def read_table(path: str | Path) -> LatencyTable:
         space = content["space"]
         check("space", space, {key: SPACE.get(key, type(None)) for key in space})
         check_rows(content["rows"])
-        if not 0.1 <= content["scale"] <= 10:
-            fail("scale", content["scale"], "from 0.1 to 10")
+        for key, low, high in (("scale", 0.1, 10), ("pace_us", 0, 1_000_000)):
+            if not low <= content[key] <= high:
+                fail(key, content[key], f"from {low} to {high}")
         return table_of({key: content[key] for key in HEADER}, content["rows"])
     except UserError as error:
         raise UserError(f"latency table {path}: {error}") from None

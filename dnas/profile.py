@@ -5,6 +5,7 @@ where interpolation misses what was measured there, the grid gets that width: a 
 few rows, one with a staircase with many.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from dnas.deployed import RUN, Build, Part
 from dnas.latency import SLOTS, Unit, units_of
 from dnas.timing import Pace, Target, ready, time_calls
 
-TOGETHER = 48  # calls that are kept ready side by side, and measured in turn
+TOGETHER = 200, 2**31  # calls that are kept ready side by side, and measured in turn; bytes that they read
 MOST_WIDTHS = {0: 1, 1: 33, 2: 9, 3: 5}  # of an axis: from there on it is not refined; by the number of axes
 
 
@@ -83,16 +84,19 @@ def first_grids(parts: Sequence[Part], space: Space) -> dict[str, _Grid]:
     return grids
 
 
-def refine(grids: Mapping[str, _Grid], measured: Measured, tolerance: float) -> bool:
+def refine(grids: Mapping[str, _Grid], measured: Measured, tolerance: float, rounds: int) -> bool:
     """Give grids the widths where interpolation is off by more than ``tolerance`` and the noise. False: none."""
     grew = False
+    # Of normal noise p90 - p10 is 2.56 standard deviations, and a median's error 1.25 of them over the root of the
+    # rounds. What is between two medians has half of its variance from them: three errors of the difference.
+    noise = 3 * math.sqrt(1.5) * 1.25 / 2.56 / math.sqrt(rounds)
     for unit, grid in grids.items():
         known = _unit(unit, grid, measured)
         news: dict[str, set[int]] = {}
         for slot, middle, point in grid.probes(unit):
             row = measured[point]
             guess = float(known.at(**{s: np.array(w) for s, w in point[1]}))
-            if abs(guess - row["ms"]) > max(tolerance * row["ms"], row["p90"] - row["p10"]):
+            if abs(guess - row["ms"]) > max(tolerance * row["ms"], noise * (row["p90"] - row["p10"])):
                 news.setdefault(slot, set()).add(middle)
         for slot, widths in news.items():
             grid.widths[slot] = sorted({*grid.widths[slot], *widths})
@@ -126,14 +130,20 @@ def profile(
         wanted |= {point for unit, grid in grids.items() for *_, point in grid.probes(unit)}
         todo = sorted(wanted - measured.keys())
         rng.shuffle(todo)  # neighbours on a grid are measured at different times
-        for start in range(0, len(todo), TOGETHER):
-            some = todo[start : start + TOGETHER]
-            calls = [ready(*grids[unit].build(dict(at), target.batch), target) for unit, at in some]
-            times = time_calls(calls, target, pace, rounds, block_ms, seed=start)
+        while todo:
+            some: list[Point] = []
+            calls, read = [], 0
+            while todo and len(some) < TOGETHER[0] and read < TOGETHER[1]:
+                unit, at = todo.pop()
+                module, inputs = grids[unit].build(dict(at), target.batch)
+                some.append((unit, at))
+                calls.append(ready(module, inputs, target))
+                read += sum(t.nbytes for t in inputs)
+            times = time_calls(calls, target, pace, rounds, block_ms, seed=len(measured))
             rows = [row_of(point, ms) for point, ms in zip(some, times, strict=True)]
             measured |= zip(some, rows, strict=True)
-            on_rows(rows, len(todo) - start - len(some))
-        if not refine(grids, measured, tolerance):
+            on_rows(rows, len(todo))
+        if not refine(grids, measured, tolerance, rounds):
             return without_run([measured[point] for unit, grid in grids.items() for point in grid.points(unit)])
 
 
@@ -181,13 +191,9 @@ def spread_archs(space: Space, count: int, seed: int) -> list[Arch]:
 def time_nets(
     nets: Sequence[nn.Module], shape: Sequence[int], target: Target, pace: Pace, rounds: int, block_ms: float
 ) -> np.ndarray:
-    """Milliseconds of whole networks on images of (channels, height, width), [len(nets), rounds].
-
-    At the best pace that was seen, so that `scale_of` takes the rows of a table there, too.
-    """
+    """Milliseconds of whole networks on images of (channels, height, width), [len(nets), rounds]."""
     calls = [ready(net, [torch.rand(target.batch, *shape)], target) for net in nets]
-    usual = time_calls(calls, target, pace, rounds, block_ms)
-    return usual * (pace.best / pace.usual) if pace.asked else usual
+    return time_calls(calls, target, pace, rounds, block_ms)
 
 
 def kendall_tau(a: np.ndarray, b: np.ndarray) -> float:

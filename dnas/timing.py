@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -139,41 +140,38 @@ def _graph_call(module: nn.Module, given: Sequence[Tensor]) -> Callable[[], obje
 class Pace:
     """How fast a CPU runs just now: on a shared machine a neighbour may halve that for a minute. A GPU is not asked.
 
-    Told by a small convolution. ``usual`` is its time in seconds when the pace was first looked at, ``best`` the least
-    so far, ``left`` how many seconds may still be spent on waiting for it.
+    Told by a small network that computes and moves about as much as larger ones do. ``usual_us`` is what it takes at
+    the pace at which all milliseconds are told: given (not 0), or what it took when it was first looked at.
     """
 
-    def __init__(self, target: Target, patience: float, best: float = math.inf) -> None:
-        self.asked, self.best, self.left = target.device.type == "cpu" and patience > 0, best, patience
-        self.x, self.w = torch.rand(1, 64, 20, 20), torch.rand(64, 64, 3, 3)
-        self.usual = 1.0
-        for _ in range(20 if self.asked else 0):
+    def __init__(self, target: Target, usual_us: float = 0.0) -> None:
+        self.asked, self.usual_us = target.device.type == "cpu", usual_us
+        self.seen: list[float] = []
+        if not self.asked:
+            return
+        wide = nn.Sequential(nn.Conv2d(24, 144, 1), nn.Conv2d(144, 144, 3, padding=1, groups=144), nn.ReLU())
+        net = nn.Sequential(wide, nn.Conv2d(144, 24, 1), nn.Flatten(2), nn.Unflatten(2, (14, 56)), nn.Conv2d(24, 96, 3))
+        self.run = ready(net, [torch.rand(1, 24, 28, 28)], Target(target.device))
+        for _ in range(20):
             self.slowness()
-            time.sleep(0.1)
-        self.usual = self.best if self.asked else 1.0
+        self.seen = self.seen[10:]
+        self.usual_us = usual_us or self.typical_us()
 
     def slowness(self) -> float:
-        """The convolution's time now over its usual one."""
+        """What the small network takes now over what it usually takes."""
         if not self.asked:
             return 1.0
         taken = []
-        for _ in range(5):
+        for _ in range(3):
             start = time.perf_counter()
-            with torch.inference_mode():
-                nn.functional.conv2d(self.x, self.w)
+            self.run()
             taken.append(time.perf_counter() - start)
-        now = sorted(taken)[2]
-        self.best = min(self.best, now)
-        return now / self.usual
+        self.seen.append(1e6 * median(taken))
+        return self.seen[-1] / self.usual_us if self.usual_us else 1.0
 
-    def counts(self, slowness: float) -> bool:
-        """Whether that is near enough to the best to measure: within a tenth, or there is no time left to wait."""
-        return not self.asked or self.left <= 0 or slowness * self.usual < 1.1 * self.best
-
-    def wait(self, start: float) -> None:
-        """Sleep a moment; all since ``start`` was in vain."""
-        time.sleep(0.05)
-        self.left -= time.perf_counter() - start
+    def typical_us(self) -> float:
+        """The median of all that was seen; 0 of a GPU."""
+        return median(self.seen) if self.asked else 0.0
 
 
 def time_calls(
@@ -182,35 +180,29 @@ def time_calls(
     """Milliseconds of a run at the usual pace, [len(calls), rounds]: the mean over a block of about ``block_ms``.
 
     A round takes a block of every call, in an order of its own: what else the machine does, and what it does with its
-    clock, spreads over all of them. A block begins with a run that does not count (caches, other threads asleep). It is
-    repeated where the machine was much slower before or after it than at its best, and divided by the `Pace.slowness`
-    that is left.
+    clock, spreads over all of them. A block begins with a run that does not count (caches, other threads asleep), and
+    is divided by the mean of the `Pace.slowness` before and after it.
     """
     sync = torch.cuda.synchronize if target.device.type == "cuda" else (lambda: None)
 
     def block(call: Callable[[], object], runs: int) -> float:
-        while True:
-            began, before = time.perf_counter(), pace.slowness()
+        call()
+        sync()
+        start = time.perf_counter()
+        for _ in range(runs):
             call()
-            sync()
-            start = time.perf_counter()
-            for _ in range(runs):
-                call()
-            sync()
-            ms = 1e3 * (time.perf_counter() - start) / runs
-            after = pace.slowness()
-            if pace.counts(before) and pace.counts(after):
-                return 2 * ms / (before + after)
-            pace.wait(began)
+        sync()
+        return 1e3 * (time.perf_counter() - start) / runs
 
     runs = []
     for call in calls:
         call()
         runs.append(max(1, math.ceil(block_ms / max(1e-3, block(call, 1)))))
     order, rng = list(range(len(calls))), random.Random(seed)
-    found = np.empty((len(calls), rounds))
+    found, before = np.empty((len(calls), rounds)), pace.slowness()
     for k in range(rounds):
         rng.shuffle(order)
         for c in order:
-            found[c, k] = block(calls[c], runs[c])
+            ms, after = block(calls[c], runs[c]), pace.slowness()
+            found[c, k], before = 2 * ms / (before + after), after
     return found

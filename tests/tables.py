@@ -10,7 +10,7 @@ from dnas.latency import table_of
 HEADER = {
     **{"schema": 1, "device": "a device", "driver": "none", "runtime": "eager", "dtype": "float32", "batch": 1},
     **{"threads": 1, "channels_last": False, "torch": "2.6", "date": "2026-01-01", "space": {}, "protocol": {}},
-    **{"scale": 1.0, "check": {}},
+    **{"pace_us": 0.0, "scale": 1.0, "check": {}},
 }
 
 

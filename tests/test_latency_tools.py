@@ -21,8 +21,6 @@ QUICK = (
     "2",
     "--threads",
     "1",
-    "--patience",
-    "0",
     "--device",
     "cpu",
 )
@@ -72,9 +70,7 @@ def test_a_profile_is_a_table_that_says_what_it_is_of(table):
 def test_a_check_writes_its_figures_into_the_table(table, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "copy.json"
     copy.write_bytes(table.read_bytes())
-    assert (
-        call(profile_tool, monkeypatch, "--check", copy, "--check-nets", "5", "--patience", "0", "--device", "cpu") == 0
-    )
+    assert call(profile_tool, monkeypatch, "--check", copy, "--check-nets", "5", "--device", "cpu") == 0
     assert "5 nets of " in capsys.readouterr().out
     before, after = read_table(table), read_table(copy)
     assert after.header["check"]["nets"] == 5 and -1 <= after.header["check"]["kendall_tau"] <= 1

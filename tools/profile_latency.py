@@ -6,7 +6,6 @@ python tools/profile_latency.py --check latency_tables/mine.json
 """
 
 import json
-import math
 import time
 from collections.abc import Sequence
 from datetime import date
@@ -50,10 +49,9 @@ def parser() -> OneLineParser:
     group.add_argument("--channels-last", action="store_true")
     group = p.add_argument_group("how it is measured")
     group.add_argument(
-        "--rounds", type=int, default=9, help="blocks of runs of each unit; the median counts (default 9)"
+        "--rounds", type=int, default=25, help="blocks of runs of each unit; the median counts (default 25)"
     )
     group.add_argument("--block-ms", type=float, default=10.0, help="length of a block (default 10)")
-    group.add_argument("--patience", type=float, default=600, help="seconds of waiting for a busy CPU (default 600)")
     group.add_argument("--tolerance", type=float, default=0.05, help="of interpolation between widths (default 0.05)")
     group.add_argument(
         "--scale-nets", type=int, default=10, help="whole nets that the sum of parts is scaled by (default 10)"
@@ -83,15 +81,18 @@ def space_flags(args, net: Supernet) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value not in (None, {})} | {"divisor": net.outline.divisor}
 
 
-def rows_beside(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a run that did not end has left; its last line may be torn. UserError if its settings were others."""
+def rows_beside(path: Path, header: dict[str, Any]) -> tuple[float, list[dict[str, Any]]]:
+    """Pace and rows that a run that did not end has left; its last line may be torn.
+
+    Raises UserError if its settings were others.
+    """
     if not path.exists():
-        return []
+        return 0.0, []
     lines = path.read_text().splitlines(keepends=True)
-    first, *rows = [json.loads(line) for line in lines if line.endswith("\n")] or [None]
+    first, *more = [json.loads(line) for line in lines if line.endswith("\n")] or [None]
     if first != header:
         raise UserError(f"{path} is of another device or other settings: remove it, or choose another --out")
-    return rows
+    return (more[0], more[1:]) if more else (0.0, [])
 
 
 def new_table(args, target: Target) -> None:
@@ -108,11 +109,11 @@ def new_table(args, target: Target) -> None:
     console.print(f"{net.name}: {units} units of {len(parts)} parts, on {header['device']}, {target.runtime}")
 
     beside = out.with_name(f"{out.name}.part.jsonl")
-    known = rows_beside(beside, header)
+    usual_us, known = rows_beside(beside, header)
     measured = {point_of(row): row for row in known}
-    started, pace = time.perf_counter(), Pace(target, args.patience)
+    started, pace = time.perf_counter(), Pace(target, usual_us)
     with open(beside, "w") as file, progress_bar("measuring", 0) as advance:
-        file.writelines(json.dumps(line) + "\n" for line in (header, *known))
+        file.writelines(json.dumps(line) + "\n" for line in (header, pace.usual_us, *known))
 
         def on_rows(rows: list[dict], left: int) -> None:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -125,14 +126,15 @@ def new_table(args, target: Target) -> None:
         except KeyboardInterrupt:
             console.print(f"{len(measured)} measurements are kept in {beside}: the same command will go on with them")
             raise
-    header |= {"date": date.today().isoformat(), "check": {}, "scale": 1.0}
+    header |= {"date": date.today().isoformat(), "check": {}, "pace_us": pace.usual_us, "scale": 1.0}
     sites = [part.site for part in parts]
     archs = spread_archs(net.space, args.scale_nets, seed=1)
     if archs:
         raw = CostTable.measured(net.space, sites, table_of(header, rows))
-        header["scale"] = round(scale_of(raw, archs, time_archs(args, net, archs, target, pace)), 4)
-    header["protocol"] = protocol | {"pace_us": round(1e6 * pace.best, 1) if pace.best < math.inf else 0.0}
-    header["protocol"]["waited_s"] = round(args.patience - pace.left, 1)
+        header["scale"] = scale_of(raw, archs, time_archs(args, net, archs, target, pace))
+    if pace.asked:  # from the pace of the beginning to what was typical
+        header["scale"] *= pace.typical_us() / pace.usual_us
+    header |= {"pace_us": round(pace.typical_us(), 1), "scale": round(header["scale"], 4)}
     write_whole(out, table_text(header, rows).encode())
     beside.unlink()
     console.print(f"{out}: {len(rows)} rows of {len(measured)} measured in {time.perf_counter() - started:.0f} s")
@@ -153,7 +155,7 @@ def check_table(args) -> None:
     """Predict and measure whole random networks, and write the figures into the table."""
     path = Path(args.check)
     table = read_table(path)
-    space, known = table.header["space"], {"pace_us": 0.0} | vars(args) | table.header["protocol"]
+    space, known = table.header["space"], vars(args) | table.header["protocol"]
     for key in SPACE:
         setattr(args, key, space.get(key, {} if key == "model_kwargs" else None))
     for key in ("num_classes", "in_chans", "rounds", "block_ms"):
@@ -165,7 +167,7 @@ def check_table(args) -> None:
     net = supernet_of(args)
     costs = CostTable.measured(net.space, [part.site for part in parts_of(net)], table)
     archs = spread_archs(net.space, args.check_nets, seed=0)
-    ms = time_archs(args, net, archs, target, Pace(target, args.patience, known["pace_us"] / 1e6 or math.inf))
+    ms = time_archs(args, net, archs, target, Pace(target, table.header["pace_us"]))
     figures = {
         key: value if isinstance(value, int) else float(f"{value:.4g}")
         for key, value in check_figures(costs, archs, ms).items()
@@ -192,7 +194,6 @@ def main() -> None:
         ("tolerance", 0.001, 1),
         ("scale_nets", 0, 10_000),
         ("check_nets", 3, 10_000),
-        ("patience", 0, 86_400),
     ):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not between {low} and {high}")

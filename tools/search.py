@@ -312,7 +312,7 @@ def main() -> None:
         if latency and latency_device:
             both, shape = (model, uniform_model), (data.in_chans, data.img_size, data.img_size)
             target = target_of(latency.header, latency_device)
-            ms = time_nets(both, shape, target, Pace(target, 60), 15, 20.0)
+            ms = time_nets(both, shape, target, Pace(target, latency.header["pace_us"]), 25, 20.0)
             for row, value in zip((found_row, uniform_row), np.median(ms, 1), strict=True):
                 row["measured_ms"] = float(value)
         metrics = {
