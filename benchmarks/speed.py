@@ -1,18 +1,29 @@
 #!/usr/bin/env python3
-"""What gates cost: a training step of a gated network of timm's over one of the plain network, measured in turn.
+"""What searching costs, in steps and memory of plain training: every ratio from times taken in turn, in one run.
 
-python benchmarks/speed.py --threads 1 --json speed.json
+python benchmarks/speed.py --threads 2 --json speed.json        # --quick: within ten minutes on two cores
+python benchmarks/speed.py --only gates --threads 1 --repeats 31
+
+search: a search from end to end; after each of its steps comes a step of plain training of the widest network. Also
+    what the expected cost and the shrinking take.
+memory: the peak of a short search and of a plain training, each in a process of its own.
+scale: a weight step and a gate step, and the peak memory, with 2 to 64 widths to choose from, and 2 to 8 blocks.
+gates: forwards and backwards through a network of timm's with gates, and without.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
+import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,66 +33,299 @@ import torch  # noqa: E402
 from timm.utils import random_seed  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from dnas.runs import provenance, write_json  # noqa: E402
+from dnas import macro as macro_of  # noqa: E402
+from dnas.cost import CostTable  # noqa: E402
+from dnas.data import Data, load_data  # noqa: E402
+from dnas.export import build_net  # noqa: E402
+from dnas.macro import Candidate, Macro, MacroSupernet, Stage, width_grid  # noqa: E402
+from dnas.runs import peak_memory_mb, provenance, write_json  # noqa: E402
+from dnas.search import SearchConfig, live_tables, search  # noqa: E402
+from dnas.supernet import Supernet  # noqa: E402
 from dnas.timm_net import TimmBase, TimmSupernet  # noqa: E402
+from dnas.train import Recipe, autocast, cycle, make_optimizer  # noqa: E402
+from dnas.units import Budget  # noqa: E402
+from supernets import SUPERNETS  # noqa: E402
 
-MODELS = ("resnet18", "mobilenetv2_100", "densenet121", "convnext_atto")
+NETS = ("prunet", "mobilenet_v2", "resnet18", "mobilenetv2_100")
+GATED = ("resnet18", "mobilenetv2_100", "densenet121", "convnext_atto")
+WIDTHS, BLOCKS = (2, 4, 8, 16, 32, 64), (2, 4, 6, 8)
+KINDS = tuple(Candidate("ir", k, expand=6, base=4, se=se) for se in (0, 0.25) for k in (3, 5, 7, 9))
+SECTIONS = ("search", "memory", "scale", "gates")
 
 
-def seconds(step: Callable[[], Tensor], device: torch.device) -> float:
-    """Wall-clock seconds of one forward and backward pass."""
+def supernet_of(name: str, img_size: int) -> Supernet:
+    """One of the house's, at half of its width, or a network of timm's; ten classes."""
+    if name in SUPERNETS:
+        return MacroSupernet(SUPERNETS[name](num_classes=10, img_size=img_size, width_mult=0.5))
+    return TimmSupernet(TimmBase(name, 10, 3, img_size))
+
+
+def spread(values: Sequence[float]) -> list[float]:
+    """[median, least, most]."""
+    return [round(v, 4) for v in (median(values), min(values), max(values))]
+
+
+def milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call, with everything that it started on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
-    step().backward()
+    call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return 1e3 * (time.perf_counter() - started)
 
 
-def gates_cost(name: str, batch_size: int, img_size: int, repeats: int, device: torch.device) -> dict[str, Any]:
+def plain_step(net: Supernet, tables: Mapping[str, CostTable], data: Data, recipe: Recipe) -> Callable[[], None]:
+    """A step of plain training of the widest network, its batch included."""
+    device = next(net.parameters()).device
+    model = build_net(net.net_of(tables["macs"].extremes()[1]), num_classes=10, in_chans=3).to(device).train()
+    model = model.to(memory_format=torch.channels_last)
+    optimizer, batches = (
+        make_optimizer(model.parameters(), recipe),
+        cycle(data.train_batches(recipe.batch_size, seed=0)),
+    )
+
+    def step() -> None:
+        x, y = next(batches)
+        x = x.to(memory_format=torch.channels_last)
+        with autocast(device, recipe):
+            loss = nn.functional.cross_entropy(model(x).float(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def searched(name: str, args: argparse.Namespace, pair: bool) -> tuple[list[dict], list[float], list[float]]:
+    """A search to 30 % of the MACs: its rows; of plain steps between them, and of expected costs, the milliseconds."""
+    random_seed(0)
+    device = torch.device(args.device)
+    net, data = supernet_of(name, args.img_size), load_data("digits", img_size=args.img_size, device=device)
+    net.to(device, memory_format=torch.channels_last)
+    tables = {"macs": CostTable.build(net.space, "macs")}
+    limit = 0.3 * tables["macs"].of(tables["macs"].extremes()[1])
+    per_epoch = len(data.train_batches(args.batch_size, seed=0, indices=data.split(SearchConfig.gate_fraction, 0)[0]))
+    epochs = max(1, round((args.steps if pair else 20) / per_epoch))
+    recipe = Recipe(batch_size=args.batch_size, epochs=epochs, amp=args.amp)
+    step = plain_step(net, tables, data, recipe) if pair else None
+    if step:
+        step()
+    rows: list[dict] = []
+    plain: list[float] = []
+    expected: list[float] = []
+
+    def evaluate() -> None:
+        live_tables_now["macs"].expected(net.probabilities()).backward()
+
+    def on_row(row: dict) -> None:
+        nonlocal live_tables_now
+        rows.append(row)
+        if not step:
+            return
+        plain.append(milliseconds(step, device))
+        if "gate_ms" in row:
+            live_tables_now = live_tables(net, tables)
+            expected.append(milliseconds(evaluate, device))
+
+    live_tables_now = live_tables(net, tables)
+    search(net, tables, [Budget("macs", limit)], data, recipe, SearchConfig(), seed=0, on_row=on_row)
+    return rows, plain, expected
+
+
+def search_cost(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Time of a search per image over that of plain training; shares of the expected cost; shrinking, in steps."""
+    rows, plain, expected = searched(name, args, pair=True)
+    taken = [row["weight_ms"] + row.get("gate_ms", 0.0) for row in rows]
+    images = [args.batch_size + row.get("images", 0) for row in rows]
+
+    def relative(a: int, b: int) -> float:
+        return sum(taken[a:b]) / sum(images[a:b]) / (fmean(plain[a:b]) / args.batch_size)
+
+    first = next(k for k, row in enumerate(rows) if "gate_ms" in row) + 2  # the very first gate step mixes all blocks
+    windows = [relative(k, k + 10) for k in range(0, len(rows) - 9, 10)]
+    gate_rows = [row for row in rows if "gate_ms" in row]
+    alone = [row["weight_ms"] + row["gate_ms"] - row.get("shrink_ms", 0.0) for row in gate_rows]
+    shrinks = [row["shrink_ms"] / step for row, step in zip(gate_rows, alone, strict=True) if "shrink_ms" in row]
+    return {
+        "net": name,
+        "steps": len(rows),
+        "plain_ms": spread(plain),
+        "relative_cost_mean": round(relative(0, len(rows)), 4),
+        "relative_cost_of_10_steps": spread(windows),
+        "relative_cost_first": round(relative(first, first + 10), 4),
+        "relative_cost_last": round(relative(len(rows) - 10, len(rows)), 4),
+        "expected_cost_share": spread([e / step for e, step in zip(expected, alone, strict=True)]),
+        "shrink_in_steps": spread(shrinks) if shrinks else None,
+        "shrinks": len(shrinks),
+        "macs_left": round(rows[-1]["live_macs"] / rows[0]["live_macs"], 4),
+        "raw": {"search_ms": [round(t, 2) for t in taken], "plain_ms": [round(t, 2) for t in plain]},
+    }
+
+
+def resident_mb() -> float:
+    """Memory of this process now; where Linux does not tell, the most that it had."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_memory_mb(torch.device("cpu"))
+    return pages * resource.getpagesize() / 2**20
+
+
+def peak_of(what: str, name: str, count: int, args: argparse.Namespace) -> float:
+    """MiB that a training, a search or a pair of steps takes above what the process had; for a process of its own."""
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    before = 0.0 if device.type == "cuda" else resident_mb()
+    if what == "search":
+        searched(name, args, pair=False)
+    elif what == "plain":
+        net, data = supernet_of(name, args.img_size), load_data("digits", img_size=args.img_size, device=device)
+        tables, recipe = {"macs": CostTable.build(net.space, "macs")}, Recipe(batch_size=args.batch_size, amp=args.amp)
+        step = plain_step(net.to(device), tables, data, recipe)
+        del net
+        for _ in range(5):
+            step()
+    else:
+        step = both_steps(scaled(what, count), args)
+        for _ in range(5):
+            step()
+    return peak_memory_mb(device) - before
+
+
+def scaled(what: str, count: int) -> MacroSupernet:
+    """Three layers with ``count`` blocks to choose from, or widths: of bi-path blocks ("pairs") or Markov gates."""
+    kinds = KINDS[:count] if what == "blocks" else KINDS[:1]
+    before = macro_of.width_grid
+    macro_of.width_grid = partial(width_grid, most=32 if what == "blocks" else count)
+    try:
+        stage = Stage(64, 3, 1, kinds, droppable=True)
+        return MacroSupernet(Macro("scaled", 64, 1, (stage,), 128, "relu", what != "chains", 10, 3, 16, divisor=1))
+    finally:
+        macro_of.width_grid = before
+
+
+def both_steps(net: MacroSupernet, args: argparse.Namespace) -> Callable[[], None]:
+    """A weight step on a drawn net and a gate step on the soft one, with the expected cost in its loss."""
+    device = torch.device(args.device)
+    net.to(device).train()
+    table, draws = CostTable.build(net.space, "macs"), torch.Generator().manual_seed(0)
+    most = table.of(table.extremes()[1])
+    weights, gates = (torch.optim.Adam(p, 1e-3) for p in (net.weight_parameters(), net.gate_parameters()))
+    x = torch.randn(args.batch_size, 3, 16, 16, device=device)
+    y = torch.randint(10, (args.batch_size,), device=device)
+
+    def step() -> None:
+        weights.zero_grad()
+        nn.functional.cross_entropy(net(x, net.widest(draws)), y).backward()
+        weights.step()
+        gates.zero_grad()
+        loss = nn.functional.cross_entropy(net(x, net.soft(draws, 2)), y)
+        (loss + table.expected(net.probabilities()) / most).backward()
+        gates.step()
+
+    return step
+
+
+def scale_cost(what: str, counts: Sequence[int], args: argparse.Namespace, pool: ProcessPoolExecutor) -> dict[str, Any]:
+    """Steps and peak memory over those of the fewest widths or blocks."""
+    random_seed(0)
+    device, steps = torch.device(args.device), {n: both_steps(scaled(what, n), args) for n in counts}
+    taken: dict[int, list[float]] = {n: [] for n in counts}
+    for _ in range(args.repeats + 1):
+        for n, step in steps.items():
+            taken[n].append(milliseconds(step, device))
+    ratios = {n: [a / b for a, b in zip(taken[n][1:], taken[counts[0]][1:], strict=True)] for n in counts}
+    peaks = {n: pool.submit(peak_of, what, "", n, args).result() for n in counts}
+    return {
+        "what": what,
+        "counts": [len(scaled(what, n).space.decisions[-1].options) if what != "blocks" else n for n in counts],
+        "step_ratio": [spread(ratios[n]) for n in counts],
+        "memory_ratio": [round(peaks[n] / peaks[counts[0]], 4) for n in counts],
+        "raw": {"ms": {n: [round(t, 2) for t in taken[n]] for n in counts}, "peak_mb": peaks},
+    }
+
+
+def gates_cost(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Ratios [median, least, most] over pairs of steps: gates ``open`` (every channel), ``drawn`` evenly, ``soft``."""
     random_seed(0)
-    net = TimmSupernet(TimmBase(name, 10, 3, img_size)).to(device, memory_format=torch.channels_last)
-    x = torch.randn(batch_size, 3, img_size, img_size, device=device).contiguous(memory_format=torch.channels_last)
-    y = torch.randint(10, (batch_size,), device=device)
+    device, size = torch.device(args.device), 2 * args.img_size
+    net = TimmSupernet(TimmBase(name, 10, 3, size)).to(device, memory_format=torch.channels_last)
+    x = torch.randn(args.batch_size, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    y = torch.randint(10, (args.batch_size,), device=device)
     answers = {"open": net.widest, "drawn": lambda: net.draw(uniform=True), "soft": net.soft}
 
     def gated(kind: str) -> Tensor:
-        return nn.functional.cross_entropy(net(x, answers[kind]()), y)
+        return nn.functional.cross_entropy(net(x, answers[kind]()), y).backward()
 
-    steps: dict[str, Callable[[], Tensor]] = {"plain": lambda: nn.functional.cross_entropy(net.model(x), y)}
-    steps |= {kind: (lambda kind=kind: gated(kind)) for kind in answers}
+    steps: dict[str, Callable] = {"plain": lambda: nn.functional.cross_entropy(net.model(x), y).backward()}
+    steps |= {kind: partial(gated, kind) for kind in answers}
     taken: dict[str, list[float]] = {kind: [] for kind in steps}
-    for _ in range(repeats + 1):
+    for _ in range(args.repeats + 1):
         for kind, step in steps.items():
-            taken[kind].append(seconds(step, device))
-    row: dict[str, Any] = {"model": name, "plain_ms": round(1e3 * median(taken["plain"][1:]), 1)}
+            taken[kind].append(milliseconds(step, device))
+    row: dict[str, Any] = {"model": name, "plain_ms": round(median(taken["plain"][1:]), 1)}
     for kind in answers:
-        ratios = [a / b for a, b in zip(taken[kind][1:], taken["plain"][1:], strict=True)]
-        row[kind] = [round(r, 3) for r in (median(ratios), min(ratios), max(ratios))]
+        row[kind] = spread([a / b for a, b in zip(taken[kind][1:], taken["plain"][1:], strict=True)])
     return row
 
 
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All sections that were asked for, and over all networks the worst of the figures that have a limit."""
+    found: dict[str, Any] = {}
+    spawn = multiprocessing.get_context("spawn")
+
+    def told(section: str, row: dict[str, Any]) -> None:
+        found.setdefault(section, []).append(row)
+        print(section, json.dumps({key: value for key, value in row.items() if key != "raw"}), flush=True)
+
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:  # a process has one peak
+        for name in args.nets if "search" in args.only else ():
+            told("search", search_cost(name, args))
+        for name in args.nets if "memory" in args.only else ():
+            plain, own = (pool.submit(peak_of, what, name, 0, args).result() for what in ("plain", "search"))
+            row = {"net": name, "plain_mb": round(plain, 1), "search_mb": round(own, 1)}
+            told("memory", row | {"peak_memory_ratio": round(own / plain, 4)})
+        for what, counts in (("pairs", WIDTHS), ("chains", WIDTHS), ("blocks", BLOCKS)) if "scale" in args.only else ():
+            told("scale", scale_cost(what, counts, args, pool))
+    for name in GATED if "gates" in args.only else ():
+        told("gates", gates_cost(name, args))
+    worst: dict[str, float] = {}
+    for key in ("relative_cost_mean", "relative_cost_last", "expected_cost_share", "peak_memory_ratio"):
+        values = [row[key] for section in ("search", "memory") for row in found.get(section, ()) if key in row]
+        if values:
+            worst[key] = max(v[0] if isinstance(v, list) else v for v in values)
+    widths = [row for row in found.get("scale", ()) if row["what"] != "blocks"]
+    if widths:
+        worst["step_ratio_64_vs_2_widths"] = max(row["step_ratio"][-1][0] for row in widths)
+        worst["memory_ratio_64_vs_2_widths"] = max(row["memory_ratio"][-1] for row in widths)
+    return worst | found
+
+
 def main() -> None:
-    """Print a line a network; write all of it as JSON if asked for."""
+    """Print a line a measurement; write all of it as JSON if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=MODELS, help="of timm's")
-    parser.add_argument("-b", "--batch-size", type=int, default=32)
-    parser.add_argument("--img-size", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("nets", nargs="*", default=NETS, help="for search and memory: of the house's or of timm's")
+    parser.add_argument("--only", nargs="*", choices=SECTIONS, default=SECTIONS, help="these sections")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller steps")
+    parser.add_argument("-b", "--batch-size", type=int, help="default 64; 32 if quick")
+    parser.add_argument("--img-size", type=int, default=32, help="in pixels; twice that for gates")
+    parser.add_argument("--steps", type=int, help="of a search; default 300; 60 if quick")
+    parser.add_argument("--repeats", type=int, help="of steps that are compared alone; default 31; 9 if quick")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch on the CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--amp", action="store_true")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
+    args.batch_size = args.batch_size or (32 if args.quick else 64)
+    args.steps, args.repeats = args.steps or (60 if args.quick else 300), args.repeats or (9 if args.quick else 31)
     torch.set_num_threads(args.threads)
-    device, rows = torch.device(args.device), []
-    for name in args.models:
-        rows.append(gates_cost(name, args.batch_size, args.img_size, args.repeats, device))
-        print(json.dumps(rows[-1]), flush=True)
+    found = measure(args)
+    print(json.dumps({key: value for key, value in found.items() if isinstance(value, float)}))
     if args.json:
         given = {"command": " ".join(["benchmarks/speed.py", *sys.argv[1:]]), "date": date.today().isoformat()}
-        write_json(Path(args.json), given | provenance(device) | {"gates": rows})
+        write_json(Path(args.json), given | provenance(torch.device(args.device)) | found)
 
 
 if __name__ == "__main__":

@@ -219,6 +219,7 @@ def search(
         row["weight_ms"] = 1e3 * (weights_done - clock)
         if t >= config.warmup and update % config.gate_every == 0:
             row |= teach_gates(t)
+            taught = time.perf_counter()
             row["events"] = shrink(
                 net, (optimizer, gate_optimizer), may_end_with,
                 move_above=0.9 - 0.2 * t, block_below=0.5 * ramp(t, config.block_from, config.block_by),
@@ -229,6 +230,7 @@ def search(
             if row["events"]:
                 current = live_tables(net, tables)
                 live = live_cost(net, tables["macs"])
+                row["shrink_ms"] = 1e3 * (time.perf_counter() - taught)
             row["gate_ms"] = 1e3 * (time.perf_counter() - weights_done)
         row["live_macs"] = live
         updates = update + 1

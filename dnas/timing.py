@@ -180,14 +180,15 @@ def time_calls(
     """Milliseconds of a run at the usual pace, [len(calls), rounds]: the mean over a block of about ``block_ms``.
 
     A round takes a block of every call, in an order of its own: what else the machine does, and what it does with its
-    clock, spreads over all of them. A block begins with a run that does not count (caches, other threads asleep), and
-    is divided by the mean of the `Pace.slowness` before and after it.
+    clock, spreads over all of them. A block of several runs begins with one that does not count (caches, other threads
+    asleep). It is divided by the mean of the `Pace.slowness` before and after it.
     """
     sync = torch.cuda.synchronize if target.device.type == "cuda" else (lambda: None)
 
     def block(call: Callable[[], object], runs: int) -> float:
-        call()
-        sync()
+        if runs > 1:
+            call()
+            sync()
         start = time.perf_counter()
         for _ in range(runs):
             call()
