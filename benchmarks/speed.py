@@ -164,20 +164,20 @@ def search_cost(name: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def resident_mb() -> float:
-    """Memory of this process now; where Linux does not tell, the most that it had."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
+def forget_peak() -> float:
+    """MiB that this process has now. On Linux its peak is that from here on; elsewhere it stays what it was."""
+    clear, sizes = Path("/proc/self/clear_refs"), Path("/proc/self/statm")
+    if not clear.exists():
         return peak_memory_mb(torch.device("cpu"))
-    return pages * resource.getpagesize() / 2**20
+    clear.write_text("5")
+    return int(sizes.read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def peak_of(what: str, name: str, count: int, args: argparse.Namespace) -> float:
     """MiB that a training, a search or a pair of steps takes above what the process had; for a process of its own."""
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    before = 0.0 if device.type == "cuda" else resident_mb()
+    before = 0.0 if device.type == "cuda" else forget_peak()
     if what == "search":
         searched(name, args, pair=False)
     elif what == "plain":
@@ -256,15 +256,17 @@ def gates_cost(name: str, args: argparse.Namespace) -> dict[str, Any]:
     y = torch.randint(10, (args.batch_size,), device=device)
     answers = {"open": net.widest, "drawn": lambda: net.draw(uniform=True), "soft": net.soft}
 
-    def gated(kind: str) -> Tensor:
-        return nn.functional.cross_entropy(net(x, answers[kind]()), y).backward()
+    def step(logits_of: Callable[[], Tensor]) -> float:
+        loss = nn.functional.cross_entropy(logits_of(), y)
+        loss.backward()
+        return float(loss.detach())
 
-    steps: dict[str, Callable] = {"plain": lambda: nn.functional.cross_entropy(net.model(x), y).backward()}
-    steps |= {kind: partial(gated, kind) for kind in answers}
+    steps = {"plain": partial(step, lambda: net.model(x))}
+    steps |= {kind: partial(step, lambda of=of: net(x, of())) for kind, of in answers.items()}
     taken: dict[str, list[float]] = {kind: [] for kind in steps}
     for _ in range(args.repeats + 1):
-        for kind, step in steps.items():
-            taken[kind].append(milliseconds(step, device))
+        for kind, call in steps.items():
+            taken[kind].append(milliseconds(call, device))
     row: dict[str, Any] = {"model": name, "plain_ms": round(median(taken["plain"][1:]), 1)}
     for kind in answers:
         row[kind] = spread([a / b for a, b in zip(taken[kind][1:], taken["plain"][1:], strict=True)])
