@@ -41,6 +41,10 @@ HEADER: dict[str, Any] = {
     "scale": float,  # of all milliseconds below: whole networks over the sum of their parts
     "check": dict,  # whole nets, predicted and measured; empty until --check has been run
 }
+CHECK = {  # see `dnas.profile.check_figures`
+    **{"nets": COUNT, "fastest_ms": float, "slowest_ms": float, "median_error": float, "p90_error": float},
+    **{"bias": float, "kendall_tau": float, "noise_median_error": float, "noise_kendall_tau": float, "date": str},
+}
 USES = ("device", "runtime", "dtype", "batch", "threads", "channels_last")
 SPACE = {"supernet": str, "model": str, "model_kwargs": dict, "width_mult": float, "divisor": COUNT, "img_size": COUNT}
 ROW = {"unit": str, "widths": dict, "ms": float, "p10": float, "p90": float}
@@ -152,6 +156,8 @@ def read_table(path: str | Path) -> LatencyTable:
         check("the table", content, TABLE)
         space = content["space"]
         check("space", space, {key: SPACE.get(key, type(None)) for key in space})
+        if content["check"]:
+            check("check", content["check"], CHECK)
         check_rows(content["rows"])
         for key, low, high in (("scale", 0.1, 10), ("pace_us", 0, 1_000_000)):
             if not low <= content[key] <= high:

@@ -78,6 +78,22 @@ def test_a_check_writes_its_figures_into_the_table(table, tmp_path, monkeypatch,
     assert all((after.units[name].ms == unit.ms).all() for name, unit in before.units.items())
 
 
+def test_tables_are_listed_with_their_checks(planned, tmp_path, monkeypatch, capsys):
+    checked = tmp_path / "checked.json"
+    figures = {"nets": 50, "fastest_ms": 1.0, "slowest_ms": 2.5, "median_error": 0.0161, "p90_error": 0.044}
+    figures |= {"bias": -0.001, "kendall_tau": 0.9412, "noise_median_error": 0.015, "noise_kendall_tau": 0.95}
+    content = json.loads(planned.read_text())
+    checked.write_text(json.dumps(content | {"check": figures | {"date": "2026-01-01"}}))
+    assert call(profile_tool, monkeypatch, "--list", planned, checked) == 0
+    head, line, *tables = [text.strip("|").split(" | ") for text in capsys.readouterr().out.splitlines()]
+    assert len({len(head), len(line), *map(len, tables)}) == 1 and len(tables) == 2
+    assert [cell.strip() for cell in tables[0][-7:]] == ["-"] * 7
+    found = ["50 of 1 to 2.5", "1.6 %", "4.4 %", "-0.1 %", "0.941", "1.5 %", "0.950"]
+    assert [cell.strip() for cell in tables[1][-7:]] == found
+    checked.write_text(json.dumps(content | {"check": {"nets": 50}}))
+    check_refused(call(profile_tool, monkeypatch, "--list", checked), capsys, "check has missing or unknown keys")
+
+
 def test_an_interrupted_profile_goes_on(tmp_path, monkeypatch, capsys):
     out, beside = tmp_path / "t.json", tmp_path / "t.json.part.jsonl"
     real, done = profile_tool.profile, []

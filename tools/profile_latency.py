@@ -3,6 +3,7 @@
 
 python tools/profile_latency.py --supernet prunet --img-size 224 --out latency_tables/mine.json
 python tools/profile_latency.py --check latency_tables/mine.json
+python tools/profile_latency.py --list latency_tables/*.json
 """
 
 import json
@@ -35,6 +36,7 @@ def parser() -> OneLineParser:
     p = OneLineParser(description=__doc__)
     p.add_argument("--out", help="the table; what was measured is kept beside it until it is whole, and not done again")
     p.add_argument("--check", metavar="TABLE", help="instead: predict and measure random nets, and note it in TABLE")
+    p.add_argument("--list", nargs="+", metavar="TABLE", help="instead: what tables are of, and what their checks said")
     add_space_flags(p)
     p.add_argument("--img-size", type=int, default=224, help="image side in pixels (default 224)")
     p.add_argument("--in-chans", type=int, default=3, help="image channels (default 3)")
@@ -183,11 +185,34 @@ def check_table(args) -> None:
     console.print(f"bias {100 * figures['bias']:+.1f} %")
 
 
+def list_tables(paths: Sequence[str]) -> None:
+    """A line of Markdown for each table."""
+    told = ("table", "space", "device", "runs", "rows", "nets, ms")
+    told += ("median error", "90th percentile", "bias", "tau", "noise", "tau of noise")
+    print(f"| {' | '.join(told)} |\n{'| --- ' * len(told)}|")
+    for path in paths:
+        table = read_table(path)
+        header, found = table.header, table.header["check"]
+        space = dict(header["space"])
+        name = space.pop("model", None) or space.pop("supernet", "")
+        name = " ".join([name, f"{space.pop('img_size', 0)} px", *(f"{key} {v}" for key, v in space.items())])
+        runs = f"{header['runtime']}, {header['dtype']}, batch {header['batch']}, {header['threads']} threads"
+        cells = [Path(path).name, name, header["device"], runs, str(sum(unit.ms.size for unit in table.units.values()))]
+        if found:
+            cells.append(f"{found['nets']} of {found['fastest_ms']:.3g} to {found['slowest_ms']:.3g}")
+            errors = [f"{100 * found[key]:.1f} %" for key in ("median_error", "p90_error", "noise_median_error")]
+            taus = [f"{found[key]:.3f}" for key in ("kendall_tau", "noise_kendall_tau")]
+            cells += [errors[0], errors[1], f"{100 * found['bias']:+.1f} %", taus[0], errors[2], taus[1]]
+        print(f"| {' | '.join(cells + ['-'] * (len(told) - len(cells)))} |")
+
+
 def main() -> None:
-    """A new table, or the check of one."""
+    """A new table, the check of one, or what there is."""
     args = parser().parse_args()
-    if bool(args.out) == bool(args.check):
-        raise UserError("either --out FILE (a new table) or --check TABLE must be given")
+    if sum(map(bool, (args.out, args.check, args.list))) != 1:
+        raise UserError("one of --out FILE (a new table), --check TABLE and --list TABLE ... must be given")
+    if args.list:
+        return list_tables(args.list)
     for name, low, high in (
         ("rounds", 3, 1000),
         ("block_ms", 0.01, 1e4),
