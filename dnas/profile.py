@@ -203,14 +203,15 @@ def kendall_tau(a: np.ndarray, b: np.ndarray) -> float:
     return float(signs.mean())
 
 
-def check_figures(table: CostTable, archs: Sequence[Arch], ms: np.ndarray) -> dict[str, Any]:
-    """Prediction against measurement, [len(archs), rounds], of whole networks; and half of the rounds against the rest.
+def check_figures(table: CostTable, archs: Sequence[Arch], ms: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Prediction against measurement of whole networks; and measurement against measurement.
 
-    Errors are relative to the measured latency. The halves say what no table can be better than on this machine.
+    ``ms`` holds [len(archs), rounds] twice: the same networks, built and measured once more. Errors are relative to the
+    measured latency. The two say what no table can be better than on this machine.
     """
-    halves = np.median(ms[:, 0::2], 1), np.median(ms[:, 1::2], 1)
-    found, predicted = np.median(ms, 1), np.array([table.of(arch) for arch in archs])
-    errors, noise = predicted / found - 1, halves[0] / halves[1] - 1
+    found, predicted = np.median(np.hstack(ms), 1), np.array([table.of(arch) for arch in archs])
+    once, again = (np.median(part, 1) for part in ms)
+    errors, noise = predicted / found - 1, once / again - 1
     return {
         "nets": len(archs),
         "fastest_ms": float(found.min()),
@@ -220,5 +221,5 @@ def check_figures(table: CostTable, archs: Sequence[Arch], ms: np.ndarray) -> di
         "bias": float(np.median(errors)),
         "kendall_tau": kendall_tau(predicted, found),
         "noise_median_error": float(np.median(np.abs(noise))),
-        "noise_kendall_tau": kendall_tau(*halves),
+        "noise_kendall_tau": kendall_tau(once, again),
     }

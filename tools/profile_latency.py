@@ -114,6 +114,8 @@ def new_table(args, target: Target) -> None:
     usual_us, known = rows_beside(beside, header)
     measured = {point_of(row): row for row in known}
     started, pace = time.perf_counter(), Pace(target, usual_us)
+    sites, archs = [part.site for part in parts], spread_archs(net.space, args.scale_nets, seed=1)
+    whole = time_archs(args, net, archs, target, pace)  # before the parts, and once more after them
     with open(beside, "w") as file, progress_bar("measuring", 0) as advance:
         file.writelines(json.dumps(line) + "\n" for line in (header, pace.usual_us, *known))
 
@@ -129,11 +131,10 @@ def new_table(args, target: Target) -> None:
             console.print(f"{len(measured)} measurements are kept in {beside}: the same command will go on with them")
             raise
     header |= {"date": date.today().isoformat(), "check": {}, "pace_us": pace.usual_us, "scale": 1.0}
-    sites = [part.site for part in parts]
-    archs = spread_archs(net.space, args.scale_nets, seed=1)
     if archs:
         raw = CostTable.measured(net.space, sites, table_of(header, rows))
-        header["scale"] = scale_of(raw, archs, time_archs(args, net, archs, target, pace))
+        whole = np.hstack([whole, time_archs(args, net, archs, target, pace)])
+        header["scale"] = scale_of(raw, archs, whole)
     if pace.asked:  # from the pace of the beginning to what was typical
         header["scale"] *= pace.typical_us() / pace.usual_us
     header |= {"pace_us": round(pace.typical_us(), 1), "scale": round(header["scale"], 4)}
@@ -150,7 +151,7 @@ def time_archs(args, net: Supernet, archs: Sequence[Arch], target: Target, pace:
     sizes = {"num_classes": args.num_classes, "in_chans": args.in_chans}
     nets = [build_net(net.net_of(arch), **sizes) for arch in archs]
     shape = (args.in_chans, args.img_size, args.img_size)
-    return time_nets(nets, shape, target, pace, 2 * args.rounds, 2 * args.block_ms)
+    return time_nets(nets, shape, target, pace, args.rounds, 2 * args.block_ms)
 
 
 def check_table(args) -> None:
@@ -169,7 +170,8 @@ def check_table(args) -> None:
     net = supernet_of(args)
     costs = CostTable.measured(net.space, [part.site for part in parts_of(net)], table)
     archs = spread_archs(net.space, args.check_nets, seed=0)
-    ms = time_archs(args, net, archs, target, Pace(target, table.header["pace_us"]))
+    pace = Pace(target, table.header["pace_us"])
+    ms = [time_archs(args, net, archs, target, pace) for _ in range(2)]
     figures = {
         key: value if isinstance(value, int) else float(f"{value:.4g}")
         for key, value in check_figures(costs, archs, ms).items()
