@@ -1,13 +1,17 @@
 """From a device to a network of so many milliseconds: profile, check, search, and what is refused on the way."""
 
 import json
+from pathlib import Path
 
 import pytest
 from commands import call, check_refused, profile_tool, search_tool
 from tables import costs_of, row, rows_of
 
+from dnas.deployed import parts_of
 from dnas.latency import read_table, table_text
 from dnas.macro import MacroSupernet
+from dnas.timm_net import TimmBase, TimmSupernet
+from supernets import SUPERNETS
 from supernets.toy import toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -76,6 +80,26 @@ def test_a_check_writes_its_figures_into_the_table(table, tmp_path, monkeypatch,
     assert after.header["check"]["nets"] == 5 and -1 <= after.header["check"]["kendall_tau"] <= 1
     assert {**after.header, "check": {}} == before.header
     assert all((after.units[name].ms == unit.ms).all() for name, unit in before.units.items())
+
+
+SHIPPED = sorted((Path(__file__).parent.parent / "latency_tables").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_shipped_tables_are_whole_and_checked(path):
+    table = read_table(path)
+    assert table.header["check"]["nets"] >= 50
+    space = dict(table.header["space"])
+    name = space.pop("model", None) or space.pop("supernet")
+    sizes = {key: table.header["protocol"][key] for key in ("num_classes", "in_chans")}
+    runs = [f"b{table.header['batch']}", "fp32", table.header["runtime"]]
+    device = table.header["device"].lower().replace(" ", "-")
+    assert path.stem.split("_") == [device, *name.split("_"), f"{space['img_size']}px", *runs]
+    if name in SUPERNETS:
+        net = MacroSupernet(SUPERNETS[name](**space, **sizes))
+    else:
+        net = TimmSupernet(TimmBase(name, sizes["num_classes"], sizes["in_chans"], space["img_size"]))
+    assert not table.missing(net.space, [part.site for part in parts_of(net)])
 
 
 def test_tables_are_listed_with_their_checks(planned, tmp_path, monkeypatch, capsys):

@@ -198,7 +198,7 @@ def list_tables(paths: Sequence[str]) -> None:
         space = dict(header["space"])
         name = space.pop("model", None) or space.pop("supernet", "")
         name = " ".join([name, f"{space.pop('img_size', 0)} px", *(f"{key} {v}" for key, v in space.items())])
-        runs = f"{header['runtime']}, {header['dtype']}, batch {header['batch']}, {header['threads']} threads"
+        runs = f"{header['runtime']}, {header['dtype']}, batch {header['batch']}, threads {header['threads']}"
         cells = [Path(path).name, name, header["device"], runs, str(sum(unit.ms.size for unit in table.units.values()))]
         if found:
             cells.append(f"{found['nets']} of {found['fastest_ms']:.3g} to {found['slowest_ms']:.3g}")
