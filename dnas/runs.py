@@ -124,5 +124,8 @@ def peak_memory_mb(device: torch.device) -> float:
     """Peak memory so far: of the GPU's allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's ru_maxrss starts at the peak of the process that started this one
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
