@@ -7,7 +7,8 @@ python benchmarks/iso_latency.py digits --latency-table digits.json --search 5
 python benchmarks/iso_latency.py digits --report
 
 For each seed: a search for the set-up's FLOPs; its net is measured; a search for that many milliseconds, and the
-uniform net of as many. All three are measured side by side, with nothing else running, and trained with three seeds.
+uniform net of as many, both by what networks measure (`dnas.profile.calibrated`). All three are measured once more,
+side by side, with nothing else running, and trained with three seeds.
 What ends is a row in results/latency_<setup>.jsonl, and is not done again.
 """
 
@@ -29,14 +30,16 @@ import iso_flops as lab_of  # noqa: E402
 import iso_stats as stats  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from iso_flops import SETUPS, Lab, Table, net_row, own_seeds, run_search, train_all, work  # noqa: E402
+from iso_flops import SETUPS, Lab, Table, net_row, own_seeds, run_search, searched, train_all, work  # noqa: E402
+from variants import VARIANTS  # noqa: E402
 
+from dnas.arch import Arch  # noqa: E402
 from dnas.cost import CostTable  # noqa: E402
 from dnas.deployed import parts_of  # noqa: E402
-from dnas.derive import uniform_arch  # noqa: E402
+from dnas.derive import Likelihood, derive, gate_likelihood, uniform_arch  # noqa: E402
 from dnas.export import build_net  # noqa: E402
 from dnas.latency import LatencyTable, check_use, read_table  # noqa: E402
-from dnas.profile import time_nets  # noqa: E402
+from dnas.profile import calibrated, time_nets  # noqa: E402
 from dnas.runs import provenance  # noqa: E402
 from dnas.timing import Pace, check_target, target_of  # noqa: E402
 from dnas.units import Budget, UserError  # noqa: E402
@@ -51,18 +54,38 @@ def with_ms(lab: Lab, path: str, ms: float | None = None) -> Lab:
     return replace(lab, tables=tables, budgets=(Budget("ms", ms),) if ms else lab.budgets)
 
 
-def find(lab: Lab, method: str, path: str, ms: float | None, seed: int) -> dict:
-    """A net within the budget: searched, or the uniform one."""
-    lab, name = with_ms(lab, path, ms), f"{method}/{seed}"
-    if method == "uniform":
-        return net_row(lab, name, uniform_arch(lab.net.space, lab.tables, lab.budgets)) | {"asked_ms": ms}
-    return run_search(lab, "default", seed) | {"net": name, "asked_ms": ms}
+def search_macs(lab: Lab, path: str, seed: int) -> dict:
+    """The net of a search for the set-up's own budget."""
+    return run_search(with_ms(lab, path), "default", seed) | {"net": f"macs/{seed}", "asked_ms": None}
 
 
-def measure(lab: Lab, table: LatencyTable, nets: Sequence[Mapping]) -> list[float]:
-    """Milliseconds of found nets, taken in turn, at the table's pace: the median of 50 blocks of 20 ms."""
+def search_ms(lab: Lab, path: str, ms: float, seed: int) -> tuple[Likelihood, dict]:
+    """What the gates of a search for milliseconds say, and what it took."""
+    net, found = searched(with_ms(lab, path, ms), VARIANTS["default"], seed)
+    return gate_likelihood(net), found
+
+
+def settle(lab: Lab, path: str, name: str, ms: float, like: Likelihood | None) -> dict:
+    """The net that a search is for, or the uniform one, such that it measures what was asked for."""
+    lab, table = with_ms(lab, path, ms), read_table(path)
+    space, seen = lab.net.space, []
+
+    def find(costs: CostTable) -> Arch:
+        tables = lab.tables | {"ms": costs}
+        return derive(space, tables, lab.budgets, like) if like else uniform_arch(space, tables, lab.budgets)
+
+    def measured(arch: Arch) -> float:
+        seen.append(measure(lab, table, [arch])[0])
+        return seen[-1]
+
+    arch, _ = calibrated(lab.tables["ms"], ms, find, measured)
+    return net_row(lab, name, arch) | {"asked_ms": ms, "tried_ms": seen}
+
+
+def measure(lab: Lab, table: LatencyTable, archs: Sequence[Mapping]) -> list[float]:
+    """Milliseconds of nets, taken in turn, at the table's pace: the median of 50 blocks of 20 ms."""
     sizes = {"num_classes": lab.data.num_classes, "in_chans": lab.data.in_chans}
-    models = [build_net(lab.net.net_of(net["arch"]), **sizes) for net in nets]
+    models = [build_net(lab.net.net_of(arch), **sizes) for arch in archs]
     target = check_target(target_of(table.header, torch.device(lab.device)))
     torch.set_num_threads(target.threads)
     shape = (lab.data.in_chans, lab.setup.img_size, lab.setup.img_size)
@@ -83,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
 
     def measure_all(names: Sequence[str]) -> None:
         nets = rows.nets()
-        for name, ms in zip(names, measure(lab, table, [nets[name] for name in names]), strict=True):
+        for name, ms in zip(names, measure(lab, table, [nets[name]["arch"] for name in names]), strict=True):
             rows.append({"kind": "measured", "net": name, "ms": ms} | info)
             measured[name] = ms
 
@@ -92,13 +115,20 @@ def run(args: argparse.Namespace) -> None:
     with ProcessPoolExecutor(args.jobs, spawn, initializer=lab_of._enter, initargs=entered) as pool:
         do, seeds = partial(work, pool=pool, info=info, table=rows), range(args.search)
         missing = [k for k in seeds if f"macs/{k}" not in rows.nets()]
-        for _ in do([(find, "macs", args.latency_table, None, k) for k in missing]):
+        for _ in do([(search_macs, args.latency_table, k) for k in missing]):
             pass
         if todo := [f"macs/{k}" for k in seeds if f"macs/{k}" not in measured]:
             measure_all(todo)
-        wanted = [(m, k) for k in seeds for m in METHODS[1:] if f"{m}/{k}" not in rows.nets()]
-        for _ in do([(find, m, args.latency_table, measured[f"macs/{k}"], k) for m, k in wanted]):
-            pass
+        known = rows.nets()
+        asked = {k: known[f"ms/{k}"]["asked_ms"] if f"ms/{k}" in known else measured[f"macs/{k}"] for k in seeds}
+        wanted = [k for k in seeds if f"ms/{k}" not in rows.nets()]
+        jobs = [pool.submit(lab_of._call, search_ms, (args.latency_table, asked[k], k)) for k in wanted]
+        ended = [job.result() for job in jobs]  # nothing else runs while nets are measured
+        for k, (like, found) in zip(wanted, ended, strict=True):
+            rows.append(settle(lab, args.latency_table, f"ms/{k}", asked[k], like) | found | info)
+        for k in seeds:
+            if f"uniform/{k}" not in rows.nets():
+                rows.append(settle(lab, args.latency_table, f"uniform/{k}", asked[k], None) | info)
         for k in seeds:
             if f"ms/{k}" not in measured:  # the first net once more, beside the others: its last row counts
                 measure_all([f"{m}/{k}" for m in METHODS])

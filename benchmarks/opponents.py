@@ -18,7 +18,7 @@ from dnas.derive import derive, random_arch
 from dnas.search import SearchConfig
 from dnas.supernet import Supernet
 from dnas.surgery import extract
-from dnas.train import cycle, make_optimizer, train
+from dnas.train import cycle, make_learner, train
 
 if TYPE_CHECKING:
     from iso_flops import Lab
@@ -33,7 +33,8 @@ def train_shared(lab: "Lab", net: Supernet, forward: Callable[[Tensor], Tensor],
         net.to(memory_format=torch.channels_last)
     batches = lab.data.train_batches(recipe.batch_size, seed=seed, indices=images)
     net.train()
-    train(forward, make_optimizer(net.weight_parameters(), recipe), batches, recipe)
+    for _ in train(forward, make_learner(net.weight_parameters(), recipe, len(batches)), batches, recipe):
+        pass
     return recipe.epochs * len(batches) * recipe.batch_size
 
 

@@ -30,6 +30,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from dnas.archive import MODES, decode, members
+from dnas.distributed import rank, share_of, world_size
 from dnas.units import UserError
 
 Pair = tuple[Tensor, Tensor]  # images and labels
@@ -49,7 +50,8 @@ class Batches:
 
     With a seed: shuffled, augmented, full batches only (one smaller batch if there are fewer images than that).
     Without: as stored, each image once. Order and augmentation depend on (seed, epoch) only; the global random state
-    is neither read nor changed, whatever the source and the number of workers.
+    is neither read nor changed, whatever the source and the number of workers. Of several processes, each gets its
+    part of every batch of ``batch_size``.
 
     One limit: timm replaces a file that stops being readable during the run by the next one, with a warning.
     """
@@ -69,14 +71,19 @@ class Batches:
         return -(-images // size) if self._seed is None else max(1, images // size)
 
     def __iter__(self) -> Iterator[Pair]:
+        return self.starting_at(0)
+
+    def starting_at(self, batch: int) -> Iterator[Pair]:
+        """What is left of an epoch when so many of its batches have been taken."""
         if self._seed is None:
-            return self._fetch(self._indices, None, self._batch_size)
+            return self._fetch(self._indices[batch * self._batch_size :], None, self._batch_size)
         generator = _generator("epoch", int(self._seed), self._epoch)
         order = self._indices[torch.randperm(len(self._indices), generator=generator)]
         # One number per image decides all that happens to it, in whichever process that is.
         dice = torch.randint(2**62, (len(order),), generator=generator)
-        kept = len(self) * self._batch_size
-        return self._fetch(order[:kept], dice[:kept], self._batch_size)
+        size, own = share_of(min(len(order), len(self) * self._batch_size), self._batch_size)
+        own = own[batch * size :]
+        return self._fetch(order[own], dice[own], size)
 
 
 @dataclass(frozen=True)
@@ -129,8 +136,8 @@ class Data:
         return Batches(self._train, indices, batch_size, seed)
 
     def val_batches(self, batch_size: int) -> Batches:
-        """All validation images once, in their fixed order, without augmentation."""
-        return Batches(self._val, torch.arange(self.num_val), batch_size)
+        """All validation images once, in their fixed order, without augmentation; of several processes, each a part."""
+        return Batches(self._val, torch.arange(rank(), self.num_val, world_size()), batch_size)
 
 
 def load_data(
@@ -318,15 +325,9 @@ def _open_named(dataset: str, data_dir: str) -> tuple[Any, Any, tuple[str, ...]]
 
 
 def _from_files(
-    name: str,
-    train: Any,
-    val: Any,
-    names: tuple[str, ...],
-    img_size: int,
-    in_chans: int,
-    device: torch.device,
-    workers: int,
-) -> Data:
+    name: str, train: Any, val: Any, names: tuple[str, ...], img_size: int, in_chans: int, device: torch.device,
+    workers: int
+) -> Data:  # fmt: skip
     """`Data` of two datasets of (PIL image, label) that list their (file, label) pairs as ``samples``."""
     samples, val_samples = (getattr(dataset, "reader", dataset).samples for dataset in (train, val))
     paths = [path for path, _ in (*samples, *val_samples)]

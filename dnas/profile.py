@@ -19,8 +19,10 @@ from torch import nn
 from dnas.arch import Arch, Space
 from dnas.cost import CostTable
 from dnas.deployed import RUN, Build, Part
+from dnas.distributed import gathered, rank, world_size
 from dnas.latency import SLOTS, Unit, units_of
 from dnas.timing import Pace, Target, ready, time_calls
+from dnas.units import UserError
 
 TOGETHER = 200, 2**31  # calls that are kept ready side by side, and measured in turn; bytes that they read
 MOST_WIDTHS = {0: 1, 1: 33, 2: 9, 3: 5}  # of an axis: from there on it is not refined; by the number of axes
@@ -123,6 +125,7 @@ def profile(
     """All rows of a table of ``parts``. ``measured`` holds those that are known already, and gets the others.
 
     ``on_rows`` gets the rows of every batch of calls that has been measured, and how many are still to come at least.
+    Of several processes, each on a device of its own, each measures its part, and all get all rows.
     """
     grids, rng = first_grids(parts, space), random.Random(0)
     while True:
@@ -130,19 +133,21 @@ def profile(
         wanted |= {point for unit, grid in grids.items() for *_, point in grid.probes(unit)}
         todo = sorted(wanted - measured.keys())
         rng.shuffle(todo)  # neighbours on a grid are measured at different times
-        while todo:
+        mine, left = todo[rank() :: world_size()], len(todo)
+        while left:
             some: list[Point] = []
             calls, read = [], 0
-            while todo and len(some) < TOGETHER[0] and read < TOGETHER[1]:
-                unit, at = todo.pop()
+            while mine and len(some) < TOGETHER[0] and read < TOGETHER[1]:
+                unit, at = mine.pop()
                 module, inputs = grids[unit].build(dict(at), target.batch)
                 some.append((unit, at))
                 calls.append(ready(module, inputs, target))
                 read += sum(t.nbytes for t in inputs)
             times = time_calls(calls, target, pace, rounds, block_ms, seed=len(measured))
-            rows = [row_of(point, ms) for point, ms in zip(some, times, strict=True)]
-            measured |= zip(some, rows, strict=True)
-            on_rows(rows, len(todo))
+            found = gathered(([row_of(point, ms) for point, ms in zip(some, times, strict=True)], len(mine)))
+            rows, left = [row for own, _ in found for row in own], sum(more for _, more in found)
+            measured |= {point_of(row): row for row in rows}
+            on_rows(rows, left)
         if not refine(grids, measured, tolerance, rounds):
             return without_run([measured[point] for unit, grid in grids.items() for point in grid.points(unit)])
 
@@ -194,6 +199,36 @@ def time_nets(
     """Milliseconds of whole networks on images of (channels, height, width), [len(nets), rounds]."""
     calls = [ready(net, [torch.rand(target.batch, *shape)], target) for net in nets]
     return time_calls(calls, target, pace, rounds, block_ms)
+
+
+def calibrated(
+    table: CostTable, limit: float, find: Callable[[CostTable], Arch], measure: Callable[[Arch], float], tries: int = 5
+) -> tuple[Arch, CostTable]:
+    """A network that measures what the budget says, and ``table`` scaled so that it tells just that of it.
+
+    A table has an error for networks of one kind, such as narrow ones, and a search looks for those that it takes for
+    fast. So the network is measured, the table is scaled by that, and ``find(table)`` is asked again, until what it
+    finds measures from 96 to 100 % of ``limit`` ms, or was found before, or there is none. Of all that were tried the
+    slowest within the budget is returned; if there is none, the fastest.
+    """
+    tried: dict[Arch, tuple[float, CostTable]] = {}
+    while len(tried) < tries:
+        try:
+            arch = find(table)
+        except UserError:  # none is left in the band: one of those that were is it
+            if not tried:
+                raise
+            break
+        if arch in tried:
+            break
+        ms = measure(arch)
+        table = table.scaled(ms / table.of(arch))
+        tried[arch] = ms, table
+        if 0.96 * limit <= ms <= limit:
+            break
+    within = [arch for arch in tried if tried[arch][0] <= limit]
+    best = max(within, key=lambda arch: tried[arch][0]) if within else min(tried, key=lambda arch: tried[arch][0])
+    return best, tried[best][1]
 
 
 def kendall_tau(a: np.ndarray, b: np.ndarray) -> float:

@@ -9,15 +9,17 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from dnas.cost import CostTable
-from dnas.data import Data
+from dnas.data import Batches, Data
+from dnas.distributed import average_gradients, from_first, mean, shared_statistics, world_size
 from dnas.objective import budget_penalty, ramp, target
 from dnas.prunode import PairGate
 from dnas.stochastic import ChoiceGate, SkipGate
 from dnas.supernet import Supernet
 from dnas.surgery import shrink
-from dnas.train import Recipe, autocast, cycle, make_optimizer, train
+from dnas.train import Learner, Recipe, autocast, cycle, make_learner, train
 from dnas.units import Budget, UserError
 
 
@@ -121,6 +123,46 @@ def check_gradients(net: Supernet, step: int) -> None:
                 )
 
 
+@dataclass
+class SearchState:
+    """All that changes while a search goes on. A copy of it (``copy.deepcopy``) can go on to another budget."""
+
+    net: Supernet
+    learner: Learner  # of the weights
+    gate_optimizer: Optimizer
+    draws: torch.Generator
+    first: dict[str, float]  # metric -> expected cost at the start
+    gates_taught: int = 0
+
+
+def batches_of(data: Data, recipe: Recipe, config: SearchConfig, seed: int) -> tuple[Batches, Batches]:
+    """The images of the weights, and those that are held out for the gates."""
+    rest, held_out = data.split(config.gate_fraction, seed) if config.gate_fraction else (None, None)
+    batches = data.train_batches(recipe.batch_size, seed=seed, indices=rest)
+    return batches, data.train_batches(recipe.batch_size, seed=seed + 1, indices=held_out)
+
+
+def begin(
+    net: Supernet, tables: Mapping[str, CostTable], data: Data, recipe: Recipe, config: SearchConfig, seed: int
+) -> SearchState:
+    """A search before its first step. Raises UserError if there is nothing to search, or no time for it."""
+    if net.space.num_archs() < 2:
+        raise UserError(f"nothing can be searched: every decision of the space {net.name} has one option only")
+    per_epoch = len(batches_of(data, recipe, config, seed)[0])
+    total = recipe.epochs * per_epoch
+    check_length(total, config)
+    gate_steps = max(1.0, total * (1 - config.warmup) / config.gate_every)
+    gate_lr = config.gate_lr or min(0.3, max(0.01, 20 / gate_steps))
+    from_first(net.state_dict().values())
+    return SearchState(
+        net,
+        make_learner(net.weight_parameters(), recipe, per_epoch),
+        torch.optim.Adam(net.gate_parameters(), lr=gate_lr, betas=(0.5, 0.99)),
+        torch.Generator().manual_seed(seed),
+        {m: float(table.expected(net.probabilities()).detach()) for m, table in tables.items()},
+    )
+
+
 def search(
     net: Supernet,
     tables: Mapping[str, CostTable],
@@ -132,63 +174,69 @@ def search(
     seed: int,
     on_row: Callable[[dict], None],
 ) -> None:
-    """Train ``net``'s weights and gates in place until the gates agree with the budgets; ``on_row`` gets every step.
+    """Train ``net``'s weights and gates in place until the gates agree with the budgets; ``on_row`` gets every step."""
+    state = begin(net, tables, data, recipe, config, seed)
+    go_on(state, tables, budgets, data, recipe, config, seed=seed, on_row=on_row)
+
+
+def go_on(
+    state: SearchState,
+    tables: Mapping[str, CostTable],
+    budgets: Sequence[Budget],
+    data: Data,
+    recipe: Recipe,
+    config: SearchConfig,
+    *,
+    seed: int,
+    on_row: Callable[[dict], None],
+    until: float = 1.0,
+) -> None:
+    """A search from where it is to ``until``, a share of the whole. Up to ``config.warmup`` no budget plays a part.
 
     Validation images are not touched. A step is a weight step and, after the warm-up, every ``gate_every`` times a gate
     step (soft gates, held-out images, cross entropy plus budget penalty) followed by shrinking. By ``weights_on``,
     weights learn on hard nets, in turn the widest and one drawn; on the soft net that the gates see; or on the widest,
     the narrowest and a drawn one together, the others taught by the widest (the sandwich rule, arXiv 1903.05134).
+    Several processes (`dnas.distributed`) search together; all need the same arguments, and get the same gates.
     """
-    if net.space.num_archs() < 2:
-        raise UserError(f"nothing can be searched: every decision of the space {net.name} has one option only")
+    net, learner, draws = state.net, state.learner, state.draws
     device = next(net.parameters()).device
-    rest, held_out = data.split(config.gate_fraction, seed) if config.gate_fraction else (None, None)
-    batches = data.train_batches(recipe.batch_size, seed=seed, indices=rest)
-    gate_batches = cycle(data.train_batches(recipe.batch_size, seed=seed + 1, indices=held_out))
-    total = recipe.epochs * len(batches)
-    check_length(total, config)
-    gate_steps = max(1.0, total * (1 - config.warmup) / config.gate_every)
-    optimizer = make_optimizer(net.weight_parameters(), recipe)
-    gate_lr = config.gate_lr or min(0.3, max(0.01, 20 / gate_steps))
-    gate_optimizer = torch.optim.Adam(net.gate_parameters(), lr=gate_lr, betas=(0.5, 0.99))
-    draws = torch.Generator().manual_seed(seed)
+    batches, held_out = batches_of(data, recipe, config, seed)
+    gate_batches, total = cycle(held_out, state.gates_taught), recipe.epochs * len(batches)
     limits = {b.metric: b.limit for b in budgets}
-    current = live_tables(net, tables)
-    first = {m: float(current[m].expected(net.probabilities()).detach()) for m in limits}
-    live = live_cost(net, tables["macs"])
-    updates, gates_taught, clock = 0, 0, time.perf_counter()
+    current, live = live_tables(net, tables), live_cost(net, tables["macs"])
 
     def may_end_with(options: Mapping[str, Sequence[int]]) -> bool:
         ends = {m: [tables[m].of(a) for a in tables[m].extremes(options)] for m in limits}
         return all(ends[m][0] <= limits[m] for m in limits) and any(ends[m][1] >= limits[m] for m in limits)
 
     def forward(x: Tensor) -> Tensor:
-        even = updates / total < config.warmup
+        even = learner.update / total < config.warmup
         if config.weights_on == "soft":
             return net(x, net.soft(draws, config.paths))
         if config.weights_on == "sandwich":
             return torch.cat([net(x, a) for a in (net.widest(draws), net.narrowest(draws), net.draw(draws, even))])
-        return net(x, net.widest(draws) if updates % 2 == 0 else net.draw(draws, even))
+        return net(x, net.widest(draws) if learner.update % 2 == 0 else net.draw(draws, even))
 
     def teach_gates(t: float) -> dict:
         """One step of the gates on held-out images. Returns its row; its graph is gone when shrinking starts."""
         sharpness = ramp(t, (config.budget_from + config.budget_by) / 2, 1.0)
         cooled = config.temperature**sharpness
-        checking = gates_taught == 0
+        checking = state.gates_taught == 0
         for gate in net.gates().values():
             gate.temperature = cooled
             if isinstance(gate, SkipGate) and not gate.is_open and t >= config.skip_at:
                 gate.open(config.skip_from)
                 checking = True
         progress = ramp(t, config.budget_from, config.budget_by)
-        targets = {m: target(first[m], limits[m], progress) for m in limits}
+        targets = {m: target(state.first[m], limits[m], progress) for m in limits}
         x, y = next(gate_batches)
         if recipe.channels_last:
             x = x.to(memory_format=torch.channels_last)
         weights = net.weight_parameters()
         for p in weights:
             p.requires_grad_(False)
-        with autocast(device, recipe):
+        with autocast(device, recipe), shared_statistics():
             logits = net(x, net.soft(draws, 0 if checking else config.paths)).float()
         loss = F.cross_entropy(logits, y)
         probabilities = net.probabilities()
@@ -196,22 +244,27 @@ def search(
         total_loss = loss + config.budget_weight * budget_penalty(expected, targets)
         if config.entropy:
             total_loss = total_loss + config.entropy * sharpness * mean_entropy(probabilities.values())
-        gate_optimizer.zero_grad()
+        state.gate_optimizer.zero_grad()
         total_loss.backward()
         for p in weights:
             p.requires_grad_(True)
+        average_gradients(net.gate_parameters())
         if checking:  # all live blocks were mixed, so that every gate can show a gradient
-            check_gradients(net, updates)
-        gate_optimizer.step()
+            check_gradients(net, learner.update - 1)
+        state.gate_optimizer.step()
+        from_first(net.gate_parameters())  # what is cut off hangs on them
+        state.gates_taught += 1
         return {
-            "images": len(x),
-            "gate_loss": float(loss.detach()),
+            "images": len(x) * world_size(),
+            "gate_loss": float(mean(loss.detach())),
             "expected": {m: float(e.detach()) for m, e in expected.items()},
             "target": targets,
         }
 
-    def after_step(update: int, loss: Tensor) -> None:
-        nonlocal updates, gates_taught, clock, live, current
+    net.train()
+    clock, criterion = time.perf_counter(), partial(distilled_loss, smoothing=recipe.smoothing)
+    for loss in train(forward, learner, batches, recipe, criterion=criterion):
+        update = learner.update - 1
         row: dict = {"step": update, "loss": float(loss)}
         if not math.isfinite(row["loss"]):
             raise UserError(f"the loss is {row['loss']} at step {update}: a lower --lr than {recipe.lr} is needed")
@@ -221,22 +274,17 @@ def search(
             row |= teach_gates(t)
             taught = time.perf_counter()
             row["events"] = shrink(
-                net, (optimizer, gate_optimizer), may_end_with,
+                net, (learner.optimizer, state.gate_optimizer), may_end_with,
                 move_above=0.9 - 0.2 * t, block_below=0.5 * ramp(t, config.block_from, config.block_by),
                 layer_below=0.5 * ramp(t, config.skip_at, 1.0), width_below=config.width_below,
                 patience=config.patience,
             )  # fmt: skip
-            gates_taught += 1
             if row["events"]:
-                current = live_tables(net, tables)
-                live = live_cost(net, tables["macs"])
+                current, live = live_tables(net, tables), live_cost(net, tables["macs"])
                 row["shrink_ms"] = 1e3 * (time.perf_counter() - taught)
             row["gate_ms"] = 1e3 * (time.perf_counter() - weights_done)
         row["live_macs"] = live
-        updates = update + 1
         on_row(row)
+        if learner.update / total >= until:
+            return
         clock = time.perf_counter()
-
-    net.train()
-    criterion = partial(distilled_loss, smoothing=recipe.smoothing)
-    train(forward, optimizer, batches, recipe, criterion=criterion, after_step=after_step)

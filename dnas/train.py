@@ -1,6 +1,7 @@
 """One ``train`` and one ``evaluate``, for searching and for training from scratch alike, made of timm's parts."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -10,11 +11,12 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dnas.data import Batches, Data
+from dnas.distributed import average_gradients, from_first, mean, rank, shared_statistics
 from dnas.units import UserError
 
 
@@ -104,69 +106,83 @@ def autocast(device: torch.device, recipe: Recipe) -> torch.autocast:
     return torch.autocast(device.type, AMP_DTYPES[recipe.amp_dtype], enabled=recipe.amp)
 
 
+@dataclass
+class Learner:
+    """What a training carries from one step to the next, besides the network: ``update`` steps are done."""
+
+    optimizer: Optimizer
+    scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    update: int = 0
+
+
+def make_learner(parameters: Iterable[nn.Parameter], recipe: Recipe, updates_per_epoch: int) -> Learner:
+    """Of a training that is about to begin. Raises UserError for names that timm lacks."""
+    optimizer = make_optimizer(parameters, recipe)
+    scales = recipe.amp and recipe.amp_dtype == "float16"
+    scaler = torch.amp.GradScaler(optimizer.param_groups[0]["params"][0].device.type, enabled=scales)
+    return Learner(optimizer, make_scheduler(optimizer, recipe, updates_per_epoch), scaler)
+
+
 def train(
     forward: Callable[[Tensor], Tensor],
-    optimizer: Optimizer,
+    learner: Learner,
     batches: Batches,
     recipe: Recipe,
     *,
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     mixup: Mixup | None = None,
-    after_step: Callable[[int, Tensor], None] | None = None,
-) -> float:
-    """All epochs of weight steps; the last one's mean loss. Raises UserError if training diverged.
+) -> Iterator[Tensor]:
+    """Weight steps from ``learner.update`` to the end of the last epoch; each yields its loss, a scalar.
 
-    ``criterion(forward(images), labels)`` is the loss, by default the recipe's cross entropy.
-    ``after_step(update, loss)`` comes after each step: the search's gates, the EMA, the progress bar.
+    What is to come between two steps is the caller's: the search's gates, the EMA, the progress bar.
+    ``criterion(forward(images), labels)`` is the loss, by default the recipe's cross entropy. Raises UserError if an
+    epoch ends with a loss that is not finite.
     """
-    scheduler = make_scheduler(optimizer, recipe, len(batches))
+    optimizer, scaler = learner.optimizer, learner.scaler
     criterion = criterion or nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
-    scales = recipe.amp and recipe.amp_dtype == "float16"
-    scaler = torch.amp.GradScaler(optimizer.param_groups[0]["params"][0].device.type, enabled=scales)
-    losses: list[Tensor] = []
-    for epoch in range(recipe.epochs):
+    while learner.update < recipe.epochs * len(batches):
+        epoch, taken = divmod(learner.update, len(batches))
         batches.set_epoch(epoch)
-        losses.clear()
-        for k, (x, y) in enumerate(batches):
-            update = epoch * len(batches) + k
+        for x, y in batches.starting_at(taken):
             if mixup is not None:
                 even = len(x) // 2 * 2  # timm mixes images in pairs
                 x, y = mixup(x[:even], y[:even])
             if recipe.channels_last:
                 x = x.to(memory_format=torch.channels_last)
-            with autocast(x.device, recipe):
+            with autocast(x.device, recipe), shared_statistics():
                 loss = criterion(forward(x).float(), y)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
+            average_gradients(p for group in optimizer.param_groups for p in group["params"])
             if recipe.clip_grad:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip_grad)
             scaler.step(optimizer)
             scaler.update()
-            scheduler.step_update(update + 1)
-            loss = loss.detach()  # frees the graph: what follows may change the shape of parameters
-            losses.append(loss)
-            if after_step:
-                after_step(update, loss)
-        if not losses[-1].isfinite():
-            given = f"the loss is {float(losses[-1])} after epoch {epoch}"
+            learner.update += 1
+            learner.scheduler.step_update(learner.update)
+            loss = mean(loss.detach())  # frees the graph: what follows may change the shape of parameters
+            yield loss
+        if not loss.isfinite():
+            given = f"the loss is {float(loss)} after epoch {epoch}"
             raise UserError(f"{given}: a lower --lr than {recipe.lr} is needed")
-    return float(torch.stack(losses).mean())
 
 
-def cycle(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches for ever, a new epoch number each time round."""
-    epoch = 0
+def cycle(batches: Batches, taken: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches for ever, a new epoch number each time round; ``taken`` of them have been seen already."""
     while True:
+        epoch, done = divmod(taken, len(batches))
         batches.set_epoch(epoch)
-        yield from batches
-        epoch += 1
+        for pair in batches.starting_at(done):
+            taken += 1
+            yield pair
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe: Recipe) -> dict[str, float]:
     """``{"top1": percent, "loss": mean cross entropy}`` in eval mode; the training mode is restored."""
-    was_training, right, loss, count = model.training, 0.0, 0.0, 0
+    was_training, sums = model.training, torch.zeros(3, dtype=torch.float64)  # right ones, loss, images
     model.eval()
     try:
         for x, y in batches:
@@ -174,21 +190,24 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe:
                 x = x.to(memory_format=torch.channels_last)
             with autocast(x.device, recipe):
                 logits = model(x).float()
-            right += float((logits.argmax(1) == y).sum())
-            loss += float(nn.functional.cross_entropy(logits, y, reduction="sum"))
-            count += len(y)
+            loss = nn.functional.cross_entropy(logits, y, reduction="sum")
+            sums += torch.stack([(logits.argmax(1) == y).sum(), loss, loss.new_tensor(len(y))]).double().cpu()
     finally:
         model.train(was_training)
-    return {"top1": 100 * right / count, "loss": loss / count}
+    right, total, count = mean(sums).tolist()
+    return {"top1": 100 * right / count, "loss": total / count}
 
 
 def train_from_scratch(
-    model: nn.Module, data: Data, recipe: Recipe, *, seed: int, on_step: Callable[[int, Tensor], None] | None = None
+    model: nn.Module, data: Data, recipe: Recipe, *, seed: int, on_step: Callable[[], None] | None = None
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train a plain timm model by the recipe. Returns (the trained model, or its EMA; what it reached).
 
     The figure is the last epoch's: picking the best epoch would select on the data that is reported.
     """
+    from_first(model.state_dict().values())
+    if rank():  # what dropout drops here is not what it drops in the first process
+        random_seed(seed, rank())
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
     ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=True) if recipe.model_ema_decay else None
@@ -198,20 +217,22 @@ def train_from_scratch(
         mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=data.num_classes)
         criterion = SoftTargetCrossEntropy()
 
-    def after_step(update: int, loss: Tensor) -> None:
-        if ema is not None:
-            ema.update(model, step=update)
-        if on_step:
-            on_step(update, loss)
-
     started = time.perf_counter()
     model.train()
-    batches, optimizer = data.train_batches(recipe.batch_size, seed=seed), make_optimizer(model.parameters(), recipe)
-    loss = train(model, optimizer, batches, recipe, criterion=criterion, mixup=mixup, after_step=after_step)
+    batches = data.train_batches(recipe.batch_size, seed=seed)
+    learner = make_learner(model.parameters(), recipe, len(batches))
+    losses: deque[Tensor] = deque(maxlen=len(batches))
+    for loss in train(model, learner, batches, recipe, criterion=criterion, mixup=mixup):
+        losses.append(loss)
+        if ema is not None:
+            ema.update(model, step=learner.update - 1)
+        if on_step:
+            on_step()
     final = model if ema is None else ema.module
     scores = evaluate(final, data.val_batches(max(recipe.batch_size, 256)), recipe)
     seconds = time.perf_counter() - started
-    return final, {**scores, "train_loss": loss, "epochs": recipe.epochs, "seconds": round(seconds, 2), "seed": seed}
+    scores["train_loss"] = float(torch.stack([*losses]).mean())
+    return final, {**scores, "epochs": recipe.epochs, "seconds": round(seconds, 2), "seed": seed}
 
 
 def time_step(model: nn.Module, data: Data, recipe: Recipe, repeats: int = 3) -> float:

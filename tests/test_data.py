@@ -128,6 +128,18 @@ def test_an_epoch_depends_on_seed_and_epoch_only():
         assert not torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
 
 
+@pytest.mark.parametrize("batch", [0, 1, 5, 14])
+def test_an_epoch_can_be_taken_up_in_its_middle(batch):
+    data = load_data(img_size=8)
+    for batches in (data.train_batches(100, seed=3), data.val_batches(30)):
+        batches.set_epoch(4)
+        whole = list(batches)[batch:]
+        rest = list(batches.starting_at(batch))
+        assert len(rest) == len(whole)
+        for (x, y), (other_x, other_y) in zip(rest, whole, strict=True):
+            assert torch.equal(x, other_x) and torch.equal(y, other_y)
+
+
 def test_batches_are_full_in_training_and_complete_in_validation():
     data = load_data(img_size=8)
     batches = data.train_batches(100, seed=0)

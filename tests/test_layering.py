@@ -26,6 +26,7 @@ ORDER = [
     "timm_net",
     "surgery",
     "archive",
+    "distributed",
     "data",
     "native",
     "train",

@@ -13,11 +13,12 @@ from dnas import profile as profiling
 from dnas import timing
 from dnas.cost import CostTable
 from dnas.deployed import parts_of
+from dnas.derive import uniform_arch
 from dnas.latency import table_of
 from dnas.macro import MacroSupernet
-from dnas.profile import check_figures, kendall_tau, row_of, scale_of, spread_archs
+from dnas.profile import calibrated, check_figures, kendall_tau, row_of, scale_of, spread_archs
 from dnas.timing import Pace, Target, check_target, ready, time_calls
-from dnas.units import UserError
+from dnas.units import Budget, UserError
 from supernets import SUPERNETS
 
 CPU = Target(torch.device("cpu"))
@@ -151,6 +152,38 @@ def test_check_figures():
     for figure in (found["median_error"], -found["bias"], found["p90_error"]):
         assert figure == pytest.approx(1 - 1 / (1.1 * 1.05))
     assert found["fastest_ms"] == pytest.approx(1.1 * 1.05 * exact.min())
+
+
+@pytest.mark.parametrize("wrong", [0.7, 0.95, 1.0, 1.3])
+def test_a_network_is_found_by_what_it_takes(wrong):
+    """Narrow networks take ``wrong`` times what the table says, the widest what it says."""
+    table, low, high = costs_of(NET, smooth), *(costs_of(NET, smooth).of(a) for a in costs_of(NET, smooth).extremes())
+    limit, asked = low + 0.3 * (high - low), []
+
+    def truth(arch):
+        asked.append(arch)
+        return table.of(arch) * (wrong + (1 - wrong) * table.of(arch) / high)
+
+    def find(costs):
+        return uniform_arch(NET.space, {"ms": costs}, [Budget("ms", limit)])
+
+    arch, told = calibrated(table, limit, find, truth)
+    assert 0.96 * limit <= truth(arch) <= limit and told.of(arch) == pytest.approx(truth(arch))
+    assert len({*asked}) <= 4 and (len({*asked}) == 1 or wrong != 1)
+
+
+def test_a_device_on_which_no_network_is_fast_enough():
+    """All take twice what the table says. The search cannot ask for less than the fastest: that one it is."""
+    table = costs_of(NET, smooth)
+    limit = 1.2 * table.of(table.extremes()[0])
+
+    def find(costs):
+        return uniform_arch(NET.space, {"ms": costs}, [Budget("ms", limit)])
+
+    arch, told = calibrated(table, limit, find, lambda arch: 2 * table.of(arch))
+    assert told.of(arch) == 2 * table.of(arch) > limit
+    with pytest.raises(UserError):
+        calibrated(table.scaled(2), limit, find, lambda arch: 2 * table.of(arch))
 
 
 def test_nets_of_a_check_reach_from_narrow_to_wide():

@@ -1,5 +1,6 @@
 """The search as a whole: planted answers, shrinking, gradients, determinism, and what it must not touch."""
 
+import copy
 import gc
 import weakref
 from dataclasses import replace
@@ -16,9 +17,11 @@ from dnas.gates import MarkovGate
 from dnas.macro import Candidate, MacroSupernet
 from dnas.search import (
     SearchConfig,
+    begin,
     check_config,
     check_gradients,
     distilled_loss,
+    go_on,
     live_cost,
     mean_entropy,
     search,
@@ -96,6 +99,25 @@ def small_search():
     return net, tables, budgets, rows
 
 
+@pytest.mark.parametrize("until", [0.2, 0.37, 0.61])
+def test_a_copy_of_a_search_goes_on_as_the_search_itself(until, small_search):
+    """Stopped in the warm-up, in the middle of an epoch, after parts were cut off: bit for bit as without a stop."""
+    done, tables, budgets, rows = small_search
+    torch.manual_seed(0)
+    given = (load_data(img_size=8), Recipe(epochs=8, batch_size=32, smoothing=0.0), SearchConfig())
+    net, seen = MacroSupernet(done.outline), []
+    state = begin(net, tables, *given, seed=0)
+    go_on(state, tables, () if until == 0.2 else budgets, *given, seed=0, on_row=seen.append, until=until)
+    other = copy.deepcopy(state)
+    for p in net.parameters():
+        p.data.fill_(torch.nan)  # what the copy does must not hang on the original
+    go_on(other, tables, budgets, *given, seed=0, on_row=seen.append)
+    timeless = [[{k: v for k, v in row.items() if not k.endswith("_ms")} for row in some] for some in (seen, rows)]
+    assert timeless[0] == timeless[1]
+    wanted = done.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in other.net.state_dict().items())
+
+
 def test_history_has_every_step_once_and_shows_the_shrinking(small_search):
     net, tables, _, rows = small_search
     assert [row["step"] for row in rows] == list(range(len(rows)))
@@ -166,7 +188,8 @@ def test_weights_and_gates_learn_from_different_images(monkeypatch):
     net = plant(MacroSupernet(toy()))
     recipe = replace(FROZEN, epochs=2)
     search(net, tables_of(net), parse_budget("0.3M"), data, recipe, FROM_THE_START, seed=0, on_row=lambda row: None)
-    weights, gates = asked
+    weights, gates, *again = asked
+    assert again == [weights, gates]  # once to plan, once to train
     assert not weights & gates and weights | gates == set(range(256))
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from dnas.cost import CostTable
 from dnas.export import read_arch, verify_export, write_export
 from dnas.macro import space_of
+from dnas.report import no_better_than_a_guess
 from supernets import SUPERNETS
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -191,7 +192,7 @@ def test_a_search_that_learned_nothing_says_so(tmp_path, monkeypatch, capsys):
     history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     losses = [row["gate_loss"] for row in history if "gate_loss" in row]
     assert figures["gate_loss"] == pytest.approx(losses[-1], abs=1e-4) and len(losses) < 20
-    assert search_tool.no_better_than_a_guess(2.2, 10) == ""
+    assert no_better_than_a_guess(2.2, 10) == ""
 
 
 def test_a_run_loads_without_dnas(finished_run):

@@ -1,13 +1,17 @@
 """What the tools share: flags, progress, and how a user's mistake is told."""
 
 import argparse
+import atexit
 import ctypes
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -15,7 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from timm.utils import ParseKwargs
 
 from dnas.data import Data, load_data
+from dnas.distributed import processes, rank
+from dnas.latency import LatencyTable, check_use, read_table
 from dnas.macro import Macro
+from dnas.runs import check_new_folder, provenance
 from dnas.timm_net import TimmBase
 from dnas.train import AMP_DTYPES, Recipe, check_recipe
 from dnas.units import UserError
@@ -135,6 +142,36 @@ def data_of(args: argparse.Namespace, device: torch.device) -> Data:
     return data
 
 
+def open_table(args, budgets) -> tuple[LatencyTable | None, torch.device | None]:
+    """The latency table in the flags, if there is one, and the device of this machine that it is for, if it is here.
+
+    Without a space in the flags, the table's becomes theirs. Raises UserError for a table of something else than asked.
+    """
+    if not args.latency_table:
+        for given, is_given in (
+            (f"budget {args.budget!r}", any(b.metric == "ms" for b in budgets)),
+            ("--latency-for", args.latency_for),
+            ("--latency-anyway", args.latency_anyway),
+        ):
+            if is_given:
+                raise UserError(f"{given} needs --latency-table, a file that tools/profile_latency.py writes")
+        return None, None
+    table, device = read_table(args.latency_table), device_of(args)
+    here = {provenance(d)["device"]: d for d in (device, torch.device("cpu"))}
+    name, space = table.header["device"], table.header["space"]
+    elsewhere = {} if name in here else {"device": next(iter(here))}
+    check_use(table, elsewhere | args.latency_for, args.latency_anyway)
+    if not (args.supernet or args.model):
+        if space.get("supernet", "prunet") not in SUPERNETS:
+            raise UserError(
+                f"the latency table is of supernet {space['supernet']!r}, not one of {', '.join(SUPERNETS)}"
+            )
+        for key, value in space.items():
+            if getattr(args, key) in (None, {}):
+                setattr(args, key, value)
+    return table, here.get(name)
+
+
 @contextmanager
 def progress_bar(text: str, total: int) -> Iterator[Callable[..., None]]:
     """A bar with the time that remains, silent where the output is no terminal: ``advance(note, steps, total)``."""
@@ -144,6 +181,15 @@ def progress_bar(text: str, total: int) -> Iterator[Callable[..., None]]:
         yield lambda note="", steps=1, total=None: bar.update(
             task, advance=steps, total=total, description=f"{text} {note}".rstrip()
         )
+
+
+def new_folder(path: str) -> Path:
+    """The run folder, not there yet. Of several processes the others write, too, but where nobody looks."""
+    if rank() == 0:
+        return check_new_folder(path)
+    aside = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, aside, ignore_errors=True)
+    return Path(aside)
 
 
 def keep_freed_memory(most: int = 2**30) -> None:
@@ -161,7 +207,9 @@ def run(main: Callable[[], None]) -> None:
     """Call ``main``: a user's mistake is one line on stderr and exit code 2, Ctrl-C exit code 130."""
     keep_freed_memory()
     try:
-        main()
+        with processes():
+            console.quiet = rank() > 0
+            main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,6 +7,7 @@ python tools/profile_latency.py --list latency_tables/*.json
 """
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from datetime import date
@@ -15,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from cli import OneLineParser, add_space_flags, console, device_of, outline_of, progress_bar, run
+from cli import OneLineParser, add_space_flags, console, device_of, new_folder, outline_of, progress_bar, run
 
 from dnas.arch import Arch
 from dnas.cost import CostTable
 from dnas.deployed import parts_of
+from dnas.distributed import gathered, rank, world_size
 from dnas.export import build_net
 from dnas.latency import DTYPES, RUNTIMES, SPACE, check_use, read_table, table_of, table_text
 from dnas.macro import MacroSupernet
@@ -100,7 +102,7 @@ def rows_beside(path: Path, header: dict[str, Any]) -> tuple[float, list[dict[st
 def new_table(args, target: Target) -> None:
     """Measure and write a table; what an interrupted run of the same settings has measured is taken over."""
     out = Path(args.out)
-    if out.exists() or not out.absolute().parent.is_dir():
+    if rank() == 0 and (out.exists() or not out.absolute().parent.is_dir()):
         raise UserError(f"--out {args.out!r}: a file that does not exist yet, in a folder that does, is allowed")
     net = supernet_of(args)
     parts = parts_of(net)
@@ -110,10 +112,13 @@ def new_table(args, target: Target) -> None:
     units = len({part.site.op for part in parts})
     console.print(f"{net.name}: {units} units of {len(parts)} parts, on {header['device']}, {target.runtime}")
 
+    if rank():
+        out = new_folder(args.out) / out.name
     beside = out.with_name(f"{out.name}.part.jsonl")
-    usual_us, known = rows_beside(beside, header)
+    usual_us, known = gathered(rows_beside(beside, header))[0]
     measured = {point_of(row): row for row in known}
     started, pace = time.perf_counter(), Pace(target, usual_us)
+    pace.usual_us = gathered(pace.usual_us)[0]
     sites, archs = [part.site for part in parts], spread_archs(net.space, args.scale_nets, seed=1)
     whole = time_archs(args, net, archs, target, pace)  # before the parts, and once more after them
     with open(beside, "w") as file, progress_bar("measuring", 0) as advance:
@@ -213,6 +218,8 @@ def main() -> None:
     args = parser().parse_args()
     if sum(map(bool, (args.out, args.check, args.list))) != 1:
         raise UserError("one of --out FILE (a new table), --check TABLE and --list TABLE ... must be given")
+    if rank() and not args.out:
+        return None  # one process is enough
     if args.list:
         return list_tables(args.list)
     for name, low, high in (
@@ -227,6 +234,8 @@ def main() -> None:
     if args.check:
         return check_table(args)
     device = device_of(args)
+    if world_size() > 1 and device.type == "cpu" and os.environ.get("LOCAL_WORLD_SIZE") != "1":
+        raise UserError(f"--device cpu with {world_size()} processes: one on each machine is allowed, no neighbours")
     runtime = args.runtime or ("cudagraph" if device.type == "cuda" else "eager")
     dtype = args.amp_dtype if args.amp else "float32"
     target = check_target(Target(device, runtime, dtype, args.batch_size, args.threads, args.channels_last))

@@ -16,6 +16,7 @@ from cli import (
     console,
     data_of,
     device_of,
+    new_folder,
     progress_bar,
     recipe_of,
     run,
@@ -23,7 +24,7 @@ from cli import (
 from timm.utils import random_seed
 
 from dnas.export import build_net, read_arch, save_weights, verify_export, write_export
-from dnas.runs import check_new_folder, provenance, whole_folder, write_json
+from dnas.runs import provenance, whole_folder, write_json
 from dnas.train import train_from_scratch
 from dnas.units import UserError, show
 
@@ -52,7 +53,7 @@ def main() -> None:
     add_recipe_flags(parser)
     args = parser.parse_args()
     recipe, device = recipe_of(args), device_of(args)
-    folder = check_new_folder(args.output)
+    folder = new_folder(args.output)
     source = Path(args.run)
     document = read_arch(source / "arch.json" if source.is_dir() else source)
     inherit_data(args, source)
@@ -67,7 +68,7 @@ def main() -> None:
     model = build_net(document["net"], num_classes=data.num_classes, in_chans=data.in_chans, **rates).to(device)
     steps = recipe.epochs * len(data.train_batches(recipe.batch_size, seed=args.seed))
     with progress_bar(f"training {document['name']}", steps) as advance:
-        model, row = train_from_scratch(model, data, recipe, seed=args.seed, on_step=lambda update, loss: advance())
+        model, row = train_from_scratch(model, data, recipe, seed=args.seed, on_step=advance)
     with whole_folder(folder):
         write_export(folder, document)
         save_weights(model, folder)

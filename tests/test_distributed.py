@@ -1,0 +1,165 @@
+"""Two processes against one with the whole batch: statistics, gradients, a whole search; torchrun on the tools."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from timm.utils import random_seed
+from torch import nn
+
+from dnas.cost import CostTable
+from dnas.data import load_data
+from dnas.derive import derive, gate_likelihood
+from dnas.distributed import average_gradients, from_first, mean, rank, share_of, shared_statistics, world_size
+from dnas.macro import MacroSupernet
+from dnas.search import SearchConfig, search
+from dnas.train import Recipe, evaluate, train_from_scratch
+from dnas.units import Budget, UserError
+from supernets import SUPERNETS
+
+ROOT = Path(__file__).parents[1]
+
+
+def _joined(number, work, folder, count):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=count)
+    torch.save(work(), f"{folder}/{number}.pt")
+    dist.destroy_process_group()
+
+
+def by(count, work, folder):
+    """What ``work()`` returns in each of ``count`` processes that train together."""
+    mp.spawn(_joined, (work, folder, count), nprocs=count)
+    return [torch.load(f"{folder}/{k}.pt", weights_only=False) for k in range(count)]
+
+
+def batch_norms():
+    """Statistics, outputs and gradients of batch norms of maps and of vectors, on this process's half of 8 images."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(180)).double()
+    net = net.append(nn.Linear(180, 4, dtype=torch.float64))
+    x, y = torch.randn(8, 3, 8, 8, dtype=torch.float64), torch.randint(4, (8,))
+    _, own = share_of(8, 8)
+    x = x[own].requires_grad_()
+    with shared_statistics():
+        out = net(x)
+    loss = nn.functional.cross_entropy(out, y[own])
+    loss.backward()
+    average_gradients(net.parameters())
+    grads = {name: p.grad for name, p in net.named_parameters()} | {"x": x.grad / world_size()}
+    return {"out": out.detach(), "loss": mean(loss.detach()), "grads": grads, "state": net.state_dict()}
+
+
+def test_two_halves_of_a_batch_are_the_batch(tmp_path):
+    one, halves = batch_norms(), by(2, batch_norms, tmp_path)
+    torch.testing.assert_close(torch.cat([half["out"] for half in halves]), one["out"])
+    torch.testing.assert_close(torch.cat([half["grads"].pop("x") for half in halves]), one["grads"].pop("x"))
+    for half in halves:
+        for key in ("loss", "grads", "state"):
+            torch.testing.assert_close(half[key], one[key])
+    assert all(torch.equal(a, b) for a, b in zip(*(half["grads"].values() for half in halves), strict=True))
+
+
+def parts_of_the_data():
+    """Rank's images of two epochs and its part of the validation, by their sums; what the first one says."""
+    data, seen = load_data("digits", img_size=8), []
+    batches = data.train_batches(100, seed=3)
+    for epoch in range(2):
+        batches.set_epoch(epoch)
+        seen += [x.sum((1, 2, 3)) for x, _ in batches]
+    told = torch.tensor([float(rank())])
+    from_first([told])
+    return {"train": torch.stack(seen), "val": [x.sum((1, 2, 3)) for x, _ in data.val_batches(50)], "told": told}
+
+
+def test_every_image_is_in_one_process(tmp_path):
+    one, parts = parts_of_the_data(), by(2, parts_of_the_data, tmp_path)
+    assert torch.equal(torch.cat([part["train"] for part in parts], 1), one["train"])
+    seen = torch.cat([x for part in parts for x in part["val"]])
+    assert torch.equal(seen.sort().values, torch.cat(one["val"]).sort().values)
+    assert [float(part["told"]) for part in parts] == [0, 0]
+
+
+def searched():
+    """A short search of the toy, its net trained: the arch, gates, rows without times, and scores."""
+    random_seed(0)
+    data = load_data("digits", img_size=8).take(400)
+    net = MacroSupernet(SUPERNETS["toy"](num_classes=10, img_size=8))
+    tables = {"macs": CostTable.build(net.space, "macs")}
+    budgets, rows = [Budget("macs", 0.4 * tables["macs"].of(tables["macs"].extremes()[1]))], []
+    recipe = Recipe(epochs=4, batch_size=20, lr=1e-3)
+    search(net, tables, budgets, data, recipe, SearchConfig(), seed=0, on_row=rows.append)
+    arch = derive(net.space, tables, budgets, gate_likelihood(net))
+    random_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+    model, scores = train_from_scratch(model, data, replace(recipe, model_ema_decay=0.9), seed=0)
+    scores |= {"again": evaluate(model, data.val_batches(64), recipe)}
+    rows = [{key: value for key, value in row.items() if not key.endswith("_ms")} for row in rows]
+    gates = [p.detach() for p in net.gate_parameters()]
+    return {"arch": dict(arch), "gates": gates, "rows": rows, "scores": {**scores, "seconds": 0.0}}
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    one, both = searched(), by(2, searched, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(both[0]["gates"], both[1]["gates"], strict=True))
+    assert both[0]["rows"] == both[1]["rows"] and both[0]["scores"] == both[1]["scores"]
+    found = both[0]
+    assert found["arch"] == both[1]["arch"] == one["arch"]
+    assert [row["live_macs"] for row in found["rows"]] == [row["live_macs"] for row in one["rows"]]
+    assert found["rows"][-1]["live_macs"] < found["rows"][0]["live_macs"]
+    for a, b in zip(found["rows"], one["rows"], strict=True):
+        assert a.get("images") == b.get("images") and a["loss"] == pytest.approx(b["loss"], abs=0.02)
+    assert found["rows"][0]["loss"] == pytest.approx(one["rows"][0]["loss"], rel=1e-5)
+    torch.testing.assert_close(found["gates"], one["gates"], atol=0.05, rtol=0)
+    assert found["scores"]["loss"] == pytest.approx(one["scores"]["loss"], rel=0.02)
+    assert found["scores"]["again"]["loss"] == pytest.approx(found["scores"]["loss"], rel=1e-5)
+
+
+def test_shares_of_a_batch(monkeypatch):
+    for ranks, count, batch, sizes in ((1, 12, 4, [4]), (2, 12, 4, [2, 2]), (3, 7, 9, [2, 2, 2]), (4, 8, 4, [1] * 4)):
+        seen = []
+        monkeypatch.setattr("dnas.distributed.world_size", lambda n=ranks: n)
+        for k in range(ranks):
+            monkeypatch.setattr("dnas.distributed.rank", lambda k=k: k)
+            own, places = share_of(count, batch)
+            seen.append(places)
+            assert own == sizes[k] and all(places[i] // min(batch, count) == i // own for i in range(len(places)))
+        everything = torch.cat(seen).tolist()
+        assert len(set(everything)) == len(everything) == sum(sizes) * max(1, count // batch)
+    with pytest.raises(UserError, match="--batch-size 6 does not divide among 4"):
+        share_of(12, 6)
+    with pytest.raises(UserError, match="2 images are too few for 4"):
+        share_of(2, 8)
+
+
+def torchrun(*command):
+    flags = ("--standalone", "--nproc-per-node", "2")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *flags, *map(str, command)],
+        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=500,
+    )  # fmt: skip
+
+
+def test_torchrun_writes_one_run_folder(tmp_path):
+    short = ("--epochs", 1, "--img-size", 8, "-b", 128)
+    flags = ("--supernet", "toy", "--budget", "50%", "--search-epochs", 2, *short)
+    done = torchrun("tools/search.py", *flags, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("files:") == 1  # the other process is silent
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    history = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
+    assert metrics["search"]["steps"] == len(history) and [row["step"] for row in history] == [*range(len(history))]
+    done = torchrun("tools/retrain.py", tmp_path / "run", "--output", tmp_path / "again", *short)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "run"]
+    refused = torchrun("tools/search.py", *flags, "-b", 127, "--output", tmp_path / "odd")
+    assert refused.returncode != 0 and "error: --batch-size 127 does not divide among 2 processes" in refused.stderr
+    assert not (tmp_path / "odd").exists()
