@@ -7,7 +7,7 @@ never between units, and never beyond the widths that were measured.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dnas.arch import Site, Space
 from dnas.plain import check, fail, read_json
 from dnas.units import UserError
 
-SCHEMA = 1
+SCHEMA = 2
 MAX_BYTES = 64_000_000
 SLOTS = ("in", "mid", "out")
 RUNTIMES = ("eager", "compile", "cudagraph", "onnxruntime")
@@ -38,7 +38,8 @@ HEADER: dict[str, Any] = {
     "space": dict,  # the flags that make what was profiled, of `SPACE`
     "protocol": dict,  # how it was measured
     "pace_us": float,  # what the small network of `dnas.timing.Pace` takes at the pace of these milliseconds; 0: a GPU
-    "scale": float,  # of all milliseconds below: whole networks over the sum of their parts
+    "scale": float,  # a network takes this times the sum of its units' milliseconds ...
+    "ms_per_mparam": float,  # ... and this for every million of numbers that they hold (`dnas.profile.fit_scale`)
     "check": dict,  # whole nets, predicted and measured; empty until --check has been run
 }
 CHECK = {  # see `dnas.profile.check_figures`
@@ -47,7 +48,8 @@ CHECK = {  # see `dnas.profile.check_figures`
 }
 USES = ("device", "runtime", "dtype", "batch", "threads", "channels_last")
 SPACE = {"supernet": str, "model": str, "model_kwargs": dict, "width_mult": float, "divisor": COUNT, "img_size": COUNT}
-ROW = {"unit": str, "widths": dict, "ms": float, "p10": float, "p90": float}
+# ``params``: parameters and buffers of the unit.
+ROW = {"unit": str, "widths": dict, "params": range(2**40), "ms": float, "p10": float, "p90": float}
 TABLE = {**HEADER, "rows": [ROW, range(1, 10**6)]}
 
 
@@ -103,12 +105,11 @@ class LatencyTable:
 
 
 def table_of(header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> LatencyTable:
-    """The table of these rows, times its scale. Raises UserError as `units_of` does."""
-    units = units_of(rows)
-    return LatencyTable(header, {name: replace(unit, ms=header["scale"] * unit.ms) for name, unit in units.items()})
+    """The table of these rows in a whole network, as its header scales them. Raises UserError as `units_of` does."""
+    return LatencyTable(header, units_of(rows, header["scale"], header["ms_per_mparam"]))
 
 
-def units_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Unit]:
+def units_of(rows: Sequence[Mapping[str, Any]], scale: float = 1.0, ms_per_mparam: float = 0.0) -> dict[str, Unit]:
     """Rows by unit, as full grids. UserError for a row that is there twice, or that a grid lacks."""
     found: dict[str, dict[tuple[int, ...], float]] = {}
     slots: dict[str, tuple[str, ...]] = {}
@@ -119,7 +120,7 @@ def units_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Unit]:
         points, at = found.setdefault(row["unit"], {}), tuple(row["widths"][slot] for slot in own)
         if at in points:
             raise UserError(f"there are two rows of {_place(row['unit'], own, at)}: one is allowed")
-        points[at] = row["ms"]
+        points[at] = scale * row["ms"] + ms_per_mparam * row["params"] / 1e6
     units = {}
     for name, points in found.items():
         axes = [sorted({at[k] for at in points}) for k in range(len(slots[name]))]
@@ -159,9 +160,9 @@ def read_table(path: str | Path) -> LatencyTable:
         if content["check"]:
             check("check", content["check"], CHECK)
         check_rows(content["rows"])
-        for key, low, high in (("scale", 0.1, 10), ("pace_us", 0, 1_000_000)):
+        for key, low, high in (("scale", 0.1, 10), ("ms_per_mparam", 0, 1e6), ("pace_us", 0, 1e6)):
             if not low <= content[key] <= high:
-                fail(key, content[key], f"from {low} to {high}")
+                fail(key, content[key], f"from {low} to {high:g}")
         return table_of({key: content[key] for key in HEADER}, content["rows"])
     except UserError as error:
         raise UserError(f"latency table {path}: {error}") from None

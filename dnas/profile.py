@@ -7,9 +7,9 @@ few rows, one with a staircase with many.
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from dnas.timing import Pace, Target, ready, time_calls
 from dnas.units import UserError
 
 TOGETHER = 200, 2**31  # calls that are kept ready side by side, and measured in turn; bytes that they read
+SIDE_BY_SIDE = 4  # whole networks that are measured in turn
 MOST_WIDTHS = {0: 1, 1: 33, 2: 9, 3: 5}  # of an axis: from there on it is not refined; by the number of axes
 
 
@@ -34,10 +35,10 @@ Point = tuple[str, tuple[tuple[str, int], ...]]  # a unit, and its width in each
 Measured = dict[Point, dict[str, Any]]
 
 
-def row_of(point: Point, ms: np.ndarray) -> dict[str, Any]:
+def row_of(point: Point, params: int, ms: np.ndarray) -> dict[str, Any]:
     """The row of a table for one unit at one choice of widths, from [rounds] milliseconds."""
     low, middle, high = (float(f"{q:.5g}") for q in np.quantile(ms, (0.1, 0.5, 0.9)))
-    return {"unit": point[0], "widths": dict(point[1]), "ms": middle, "p10": low, "p90": high}
+    return {"unit": point[0], "widths": dict(point[1]), "params": params, "ms": middle, "p10": low, "p90": high}
 
 
 def point_of(row: Mapping[str, Any]) -> Point:
@@ -135,21 +136,26 @@ def profile(
         rng.shuffle(todo)  # neighbours on a grid are measured at different times
         mine, left = todo[rank() :: world_size()], len(todo)
         while left:
-            some: list[Point] = []
+            some: list[tuple[Point, int]] = []
             calls, read = [], 0
             while mine and len(some) < TOGETHER[0] and read < TOGETHER[1]:
                 unit, at = mine.pop()
                 module, inputs = grids[unit].build(dict(at), target.batch)
-                some.append((unit, at))
+                some.append(((unit, at), held_by(module)))
                 calls.append(ready(module, inputs, target))
                 read += sum(t.nbytes for t in inputs)
             times = time_calls(calls, target, pace, rounds, block_ms, seed=len(measured))
-            found = gathered(([row_of(point, ms) for point, ms in zip(some, times, strict=True)], len(mine)))
+            found = gathered(([row_of(*one, ms) for one, ms in zip(some, times, strict=True)], len(mine)))
             rows, left = [row for own, _ in found for row in own], sum(more for _, more in found)
             measured |= {point_of(row): row for row in rows}
             on_rows(rows, left)
         if not refine(grids, measured, tolerance, rounds):
             return without_run([measured[point] for unit, grid in grids.items() for point in grid.points(unit)])
+
+
+def held_by(module: nn.Module) -> int:
+    """How many parameters and buffers, number by number."""
+    return sum(t.numel() for t in module.state_dict().values())
 
 
 def without_run(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -166,13 +172,18 @@ def without_run(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row if row["unit"] == RUN else row | {key: rest(row[key]) for key in ("ms", "p10", "p90")} for row in rows]
 
 
-def scale_of(table: CostTable, archs: Sequence[Arch], ms: np.ndarray) -> float:
-    """What whole networks take, [len(archs), rounds], over what their parts take: the median over the networks.
+def fit_scale(ms: np.ndarray, mparams: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
+    """(scale, ms_per_mparam), from what whole networks take and what the sums over their parts are, [networks] each.
 
-    A part that runs again and again finds its weights and maps in the caches, and a network does not, quite; and what
-    parts have between them takes time, too.
+    A part that runs again and again finds its weights in the caches, and a network, which has more of them, does not,
+    quite: hence the second number. Least squares of relative errors; where one of the two would be negative, or there
+    are fewer than three networks, the second is 0 and the first the median of ``measured / ms``.
     """
-    return float(np.median(np.median(ms, 1) / [table.of(arch) for arch in archs]))
+    columns = np.stack([ms, mparams], 1) / measured[:, None]
+    scale, per_mparam = np.linalg.lstsq(columns, np.ones(len(measured)), rcond=None)[0]
+    if len(measured) < 3 or scale <= 0 or per_mparam <= 0:
+        return float(np.median(measured / ms)), 0.0
+    return float(scale), float(per_mparam)
 
 
 # Whole networks.
@@ -194,11 +205,18 @@ def spread_archs(space: Space, count: int, seed: int) -> list[Arch]:
 
 
 def time_nets(
-    nets: Sequence[nn.Module], shape: Sequence[int], target: Target, pace: Pace, rounds: int, block_ms: float
+    nets: Iterable[nn.Module], shape: Sequence[int], target: Target, pace: Pace, rounds: int, block_ms: float
 ) -> np.ndarray:
-    """Milliseconds of whole networks on images of (channels, height, width), [len(nets), rounds]."""
-    calls = [ready(net, [torch.rand(target.batch, *shape)], target) for net in nets]
-    return time_calls(calls, target, pace, rounds, block_ms)
+    """Milliseconds of whole networks on images of (channels, height, width), [len(nets), rounds].
+
+    `SIDE_BY_SIDE` at a time: among many others that take turns with it, a network finds less of itself in the caches,
+    and its memory in more pieces, than where it is deployed.
+    """
+    nets, found = iter(nets), []
+    while calls := [ready(net, [torch.rand(target.batch, *shape)], target) for net in islice(nets, SIDE_BY_SIDE)]:
+        found.append(time_calls(calls, target, pace, rounds, block_ms))
+        del calls
+    return np.vstack(found)
 
 
 def calibrated(

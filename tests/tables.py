@@ -8,14 +8,14 @@ from dnas.deployed import parts_of
 from dnas.latency import table_of
 
 HEADER = {
-    **{"schema": 1, "device": "a device", "driver": "none", "runtime": "eager", "dtype": "float32", "batch": 1},
+    **{"schema": 2, "device": "a device", "driver": "none", "runtime": "eager", "dtype": "float32", "batch": 1},
     **{"threads": 1, "channels_last": False, "torch": "2.6", "date": "2026-01-01", "space": {}, "protocol": {}},
-    **{"pace_us": 0.0, "scale": 1.0, "check": {}},
+    **{"pace_us": 0.0, "scale": 1.0, "ms_per_mparam": 0.0, "check": {}},
 }
 
 
 def row(unit, ms, **widths):
-    return {"unit": unit, "widths": widths, "ms": ms, "p10": ms, "p90": ms}
+    return {"unit": unit, "widths": widths, "params": 1000, "ms": ms, "p10": ms, "p90": ms}
 
 
 def rows_of(net, ms):

@@ -53,9 +53,10 @@ def test_a_unit_without_widths_and_one_with_a_single_width():
 
 
 def test_the_scale_is_that_of_every_unit():
-    table = table_of({"scale": 1.5}, [row("run", 0.25), row("u", 2.0, out=8)])
+    rows = [row("run", 0.25) | {"params": 0}, row("u", 2.0, out=8) | {"params": 500_000}]
+    table = table_of({"scale": 1.5, "ms_per_mparam": 0.4}, rows)
     assert table.units["run"].at() == 0.375
-    assert table.units["u"].at(out=np.array(8)) == 3.0
+    assert table.units["u"].at(out=np.array(8)) == 3.0 + 0.5 * 0.4
 
 
 def random_ms(unit, widths):
@@ -115,7 +116,7 @@ def changed(path, value):
 
 
 WRONG = [
-    (changed(["schema"], 2), "schema is 2: it must be one of 1"),
+    (changed(["schema"], 1), "schema is 1: it must be one of 2"),
     (changed(["schema"], None), "'schema'"),
     (changed(["extra"], 1), "'extra'"),
     (changed(["device"], 7), "device is 7"),
@@ -124,6 +125,8 @@ WRONG = [
     (changed(["batch"], 0), "batch is 0"),
     (changed(["scale"], 0), "scale is 0"),
     (changed(["scale"], True), "scale is True"),
+    (changed(["ms_per_mparam"], -0.5), "ms_per_mparam is -0.5"),
+    (changed(["rows", 1, "params"], -1), "rows[1].params is -1"),
     (changed(["space"], {"supernet": 3}), "space.supernet is 3"),
     (changed(["space"], {"os": "rm"}), "space.os"),
     (changed(["rows"], []), "rows is []"),

@@ -54,7 +54,9 @@ def planned_ms(unit, widths):
 def planned(table, tmp_path_factory):
     """A table of this device with `planned_ms` in its rows."""
     out = tmp_path_factory.mktemp("tables") / "planned.json"
-    out.write_text(table_text(read_table(table).header | {"scale": 1.0}, rows_of(toy_net(), planned_ms)))
+    out.write_text(
+        table_text(read_table(table).header | {"scale": 1.0, "ms_per_mparam": 0.0}, rows_of(toy_net(), planned_ms))
+    )
     return out
 
 

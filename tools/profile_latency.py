@@ -23,9 +23,9 @@ from dnas.cost import CostTable
 from dnas.deployed import parts_of
 from dnas.distributed import gathered, rank, world_size
 from dnas.export import build_net
-from dnas.latency import DTYPES, RUNTIMES, SPACE, check_use, read_table, table_of, table_text
+from dnas.latency import DTYPES, RUNTIMES, SCHEMA, SPACE, check_use, read_table, table_of, table_text
 from dnas.macro import MacroSupernet
-from dnas.profile import check_figures, point_of, profile, scale_of, spread_archs, time_nets
+from dnas.profile import check_figures, fit_scale, point_of, profile, spread_archs, time_nets
 from dnas.runs import provenance, write_whole
 from dnas.supernet import Supernet
 from dnas.timing import Pace, Target, check_target, target_of
@@ -58,7 +58,7 @@ def parser() -> OneLineParser:
     group.add_argument("--block-ms", type=float, default=10.0, help="length of a block (default 10)")
     group.add_argument("--tolerance", type=float, default=0.05, help="of interpolation between widths (default 0.05)")
     group.add_argument(
-        "--scale-nets", type=int, default=10, help="whole nets that the sum of parts is scaled by (default 10)"
+        "--scale-nets", type=int, default=20, help="whole nets that the sum of parts is scaled by (default 20)"
     )
     group.add_argument("--check-nets", type=int, default=50, help="random nets of a check (default 50)")
     return p
@@ -108,7 +108,7 @@ def new_table(args, target: Target) -> None:
     parts = parts_of(net)
     keys = ("rounds", "block_ms", "tolerance", "scale_nets", "num_classes", "in_chans")
     protocol = {key: getattr(args, key) for key in keys}
-    header = {"schema": 1, **target.header(), "space": space_flags(args, net), "protocol": protocol}
+    header = {"schema": SCHEMA, **target.header(), "space": space_flags(args, net), "protocol": protocol}
     units = len({part.site.op for part in parts})
     console.print(f"{net.name}: {units} units of {len(parts)} parts, on {header['device']}, {target.runtime}")
 
@@ -135,14 +135,13 @@ def new_table(args, target: Target) -> None:
         except KeyboardInterrupt:
             console.print(f"{len(measured)} measurements are kept in {beside}: the same command will go on with them")
             raise
-    header |= {"date": date.today().isoformat(), "check": {}, "pace_us": pace.usual_us, "scale": 1.0}
+    scale, per_mparam = 1.0, 0.0
     if archs:
-        raw = CostTable.measured(net.space, sites, table_of(header, rows))
         whole = np.hstack([whole, time_archs(args, net, archs, target, pace)])
-        header["scale"] = scale_of(raw, archs, whole)
-    if pace.asked:  # from the pace of the beginning to what was typical
-        header["scale"] *= pace.typical_us() / pace.usual_us
-    header |= {"pace_us": round(pace.typical_us(), 1), "scale": round(header["scale"], 4)}
+        scale, per_mparam = scale_of(net, sites, rows, archs, np.median(whole, 1))
+    drift = pace.typical_us() / pace.usual_us if pace.asked else 1.0  # from the pace of the beginning to the typical
+    header |= {"date": date.today().isoformat(), "pace_us": round(pace.typical_us(), 1)}
+    header |= {"scale": round(drift * scale, 4), "ms_per_mparam": round(drift * per_mparam, 4), "check": {}}
     write_whole(out, table_text(header, rows).encode())
     beside.unlink()
     console.print(f"{out}: {len(rows)} rows of {len(measured)} measured in {time.perf_counter() - started:.0f} s")
@@ -151,10 +150,18 @@ def new_table(args, target: Target) -> None:
     console.print(f"networks take {low:.4g} to {high:.4g} ms by it; next: --check {out}")
 
 
+def scale_of(net: Supernet, sites, rows, archs: Sequence[Arch], measured: np.ndarray) -> tuple[float, float]:
+    """What `fit_scale` says of these networks."""
+    told = [{"scale": 1.0, "ms_per_mparam": 0.0}, {"scale": 0.0, "ms_per_mparam": 1.0}]
+    costs = [CostTable.measured(net.space, sites, table_of(header, rows)) for header in told]
+    ms, mparams = (np.array([table.of(arch) for arch in archs]) for table in costs)
+    return fit_scale(ms, mparams, measured)
+
+
 def time_archs(args, net: Supernet, archs: Sequence[Arch], target: Target, pace: Pace) -> np.ndarray:
     """Milliseconds of whole networks, [len(archs), rounds]."""
     sizes = {"num_classes": args.num_classes, "in_chans": args.in_chans}
-    nets = [build_net(net.net_of(arch), **sizes) for arch in archs]
+    nets = (build_net(net.net_of(arch), **sizes) for arch in archs)
     shape = (args.in_chans, args.img_size, args.img_size)
     return time_nets(nets, shape, target, pace, args.rounds, 2 * args.block_ms)
 
