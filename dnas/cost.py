@@ -9,6 +9,7 @@ staircase in width, and the staircase has to be in the expectation.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,12 +133,74 @@ def _entry(site: Site, space: Space, form: Form) -> _Entry:
     return _Entry(table.astype(np.float64), axes, when)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Entries of one shape, to be summed at once: ``tables`` is [n, *shape].
+
+    ``axes`` holds for each axis, and ``when`` for all conditions, the places of their probabilities in one flat vector:
+    [n, length of the axis] each, and [n, conditions].
+    """
+
+    tables: np.ndarray
+    axes: tuple[np.ndarray, ...]
+    when: np.ndarray
+
+
+def _batches(entries: Iterable[_Entry], starts: Mapping[str, int]) -> list[_Batch]:
+    alike: dict[tuple, list[_Entry]] = {}
+    for entry in entries:
+        alike.setdefault((entry.table.shape, len(entry.when)), []).append(entry)
+    batches = []
+    for (shape, conditions), some in alike.items():
+        firsts = np.array([[starts[name] for name in e.axes] for e in some], dtype=np.int64).reshape(len(some), -1)
+        axes = tuple(firsts[:, k, None] + np.arange(size) for k, size in enumerate(shape))
+        when = np.array([[starts[name] + index for name, index in e.when] for e in some], dtype=np.int64)
+        batches.append(_Batch(np.stack([e.table for e in some]), axes, when.reshape(len(some), conditions)))
+    return batches
+
+
+class _Expected(torch.autograd.Function):
+    """The formula and its gradient, for probabilities in one flat vector on the CPU.
+
+    By hand and in numpy: of so many small products, autograd took 9 times as long for `prunet` (7 ms), and 30 times for
+    densenet121 (25 ms).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, batches: Sequence[_Batch]) -> Tensor:
+        p, total = flat.detach().numpy(), 0.0
+        slope = np.zeros_like(p)
+        for batch in batches:
+            n, weights, given = len(batch.tables), [p[axis] for axis in batch.axes], p[batch.when]
+            share = given.prod(1)
+            left, value = batch.tables, batch.tables  # left: summed over all axes before this one
+            for k, axis in enumerate(batch.axes):
+                rest = left
+                for own in reversed(weights[k + 1 :]):
+                    rest = (rest @ own.reshape(n, *[1] * (rest.ndim - 3), -1, 1))[..., 0]
+                np.add.at(slope, axis, rest * share[:, None])
+                left = (weights[k][:, None] @ left.reshape(n, weights[k].shape[1], -1)).reshape(n, *left.shape[2:])
+                value = left
+            for j in range(given.shape[1]):
+                np.add.at(slope, batch.when[:, j], value * np.delete(given, j, 1).prod(1))
+            total += float(value @ share)
+        ctx.slope = torch.from_numpy(slope)
+        return torch.tensor(total, dtype=torch.float64)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.slope, None
+
+
 class CostTable:
     """What every site costs under every answer, for one metric. Build it with `CostTable.build`."""
 
     def __init__(self, space: Space, metric: str, entries: tuple[_Entry, ...]) -> None:
         self.space, self.metric, self._entries = space, metric, entries
-        self._tensors: dict[torch.device, list[Tensor]] = {}
+        used = {name for e in entries for name in (*e.axes, *(name for name, _ in e.when))}
+        self._names = [d.name for d in space.decisions if d.name in used]
+        starts = np.cumsum([0, *(len(space.by_name[name].options) for name in self._names)])
+        self._batches = _batches(entries, dict(zip(self._names, starts.tolist(), strict=False)))
         self._touching: dict[str, list[_Entry]] = {d.name: [] for d in space.decisions}
         for entry in entries:
             for name in {*entry.axes, *(name for name, _ in entry.when)}:
@@ -173,18 +236,9 @@ class CostTable:
 
     def expected(self, probabilities: Mapping[str, Tensor]) -> Tensor:
         """The formula above: a float64 scalar, differentiable in ``probabilities`` ([number of options] each)."""
-        device = next(iter(probabilities.values())).device
-        if device not in self._tensors:
-            self._tensors[device] = [torch.from_numpy(e.table).to(device) for e in self._entries]
-        p = {name: value.double() for name, value in probabilities.items()}
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for entry, table in zip(self._entries, self._tensors[device], strict=True):
-            for axis in reversed(entry.axes):
-                table = table @ p[axis]
-            for name, index in entry.when:
-                table = table * p[name][index]
-            total = total + table
-        return total
+        flat = torch.cat([probabilities[name] for name in self._names]).double()
+        total: Tensor = _Expected.apply(flat.cpu(), self._batches)
+        return total.to(flat.device)
 
     def of(self, arch: Mapping[str, Option]) -> int | float:
         """The exact cost of one architecture: the same sum, at one-hot probabilities."""

@@ -6,7 +6,9 @@ multiplies by while the gates learn; and ``draw(...)``, one hard answer while th
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +46,35 @@ def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generato
 def draw_index(probabilities: Tensor, generator: torch.Generator | None = None) -> int:
     """One index drawn from [N] probabilities (on the CPU, where the generator lives)."""
     return int(torch.multinomial(probabilities.detach().double().cpu(), 1, generator=generator))
+
+
+@lru_cache(maxsize=128)
+def _places(sizes: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
+    """Where the links of chains of (links, options) are, one chain after the other.
+
+    Per link: where its chain begins among all links, and its place among the slots, of which a chain has one for each
+    option and one more. Per chain: its first slot. Per option: its slot.
+    """
+    begins, links, firsts, options, link, slot = [], [], [], [], 0, 0
+    for count, of_all in sizes:
+        begins += [link] * count
+        links += range(slot + 1, slot + 1 + count)
+        firsts.append(slot)
+        options += range(slot, slot + of_all)
+        link, slot = link + count, slot + of_all + 1
+    return tuple(torch.tensor(places, dtype=torch.long) for places in (begins, links, firsts, options))
+
+
+def chain_distributions(gates: Sequence["MarkovGate"]) -> list[Tensor]:
+    """`MarkovGate.probabilities` of all these gates: a few operations on all of them instead of a few on each."""
+    device, sizes = gates[0].alpha.device, tuple((len(g.alpha), g.num_options) for g in gates)
+    begins, links, firsts, options = (places.to(device) for places in _places(sizes))
+    cooling = np.repeat([1 / g.temperature for g in gates], [links for links, _ in sizes])
+    cooled = torch.cat([g.alpha for g in gates]) * torch.from_numpy(cooling).to(device)
+    logs = nn.functional.pad(nn.functional.logsigmoid(cooled).cumsum(0), (1, 0))
+    keep = (logs[1:] - logs[begins]).exp()
+    slots = keep.new_zeros(sum(n + 1 for _, n in sizes)).index_fill(0, firsts, 1.0).index_copy(0, links, keep)
+    return list((slots[options] - slots[options + 1]).split([n for _, n in sizes]))
 
 
 class MarkovGate(nn.Module):

@@ -197,6 +197,18 @@ class PairGate(nn.Module):
         self.p_large.fill_(0.5)
 
 
+def pair_distributions(gates: Sequence[PairGate]) -> list[Tensor]:
+    """`PairGate.probabilities` of all these gates, none of which is down to one width, in a few operations on all."""
+    sizes, places, start = [len(g.widths) for g in gates], [], 0
+    for g, size in zip(gates, sizes, strict=True):
+        places += [start + g.low, start + g.high]
+        start += size
+    logits = torch.stack([g.logits for g in gates])
+    pairs = torch.softmax(logits / logits.new_tensor([g.temperature for g in gates])[:, None], 1)
+    index = torch.tensor(places, device=pairs.device)
+    return list(pairs.new_zeros(start).index_copy(0, index, pairs.flatten()).split(sizes))
+
+
 class Prunode(nn.Module):
     """A timm block with a pair of inner widths. ``forward`` gives the residual branch, without the shortcut.
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dnas.arch import DROP, KEEP, Arch, Option, Space
-from dnas.gates import MarkovGate
-from dnas.prunode import PairGate
+from dnas.gates import MarkovGate, chain_distributions
+from dnas.prunode import PairGate, pair_distributions
 from dnas.stochastic import Answer, Answers, ChoiceGate, SkipGate
 
 Gate = MarkovGate | PairGate | ChoiceGate | SkipGate
@@ -60,8 +60,16 @@ class Supernet(nn.Module):
         return [p for p in self.parameters() if id(p) not in of_gates]
 
     def probabilities(self) -> dict[str, Tensor]:
-        """Decision -> distribution over its original options, for every live decision."""
-        return {name: gate.probabilities() for name, gate in self.gates().items()}
+        """Decision -> distribution over its original options, for every live decision.
+
+        All chains at once, and all pairs: one by one they would be thousands of small operations.
+        """
+        gates = self.gates()
+        chains = {name: gate for name, gate in gates.items() if isinstance(gate, MarkovGate)}
+        pairs = {name: gate for name, gate in gates.items() if isinstance(gate, PairGate) and len(gate.logits)}
+        found = dict(zip(chains, chain_distributions([*chains.values()]), strict=True)) if chains else {}
+        found |= dict(zip(pairs, pair_distributions([*pairs.values()]), strict=True)) if pairs else {}
+        return {name: found[name] if name in found else gate.probabilities() for name, gate in gates.items()}
 
     def soft(self, generator: torch.Generator | None = None, paths: int = 0) -> dict[str, Answer]:
         """What the net is multiplied by while the gates learn; ``paths`` blocks a layer (0: all live ones)."""

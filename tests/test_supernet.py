@@ -25,10 +25,12 @@ from torch.nn import functional as F
 from dnas.arch import DROP, KEEP
 from dnas.cost import CostTable
 from dnas.export import build_net, count_macs, count_macs_torch, count_params
+from dnas.gates import MarkovGate
 from dnas.macro import MacroSupernet, net_of, space_of
 from dnas.prunode import PairGate, Prunode
 from dnas.stochastic import ChoiceGate, SkipGate
-from dnas.surgery import plain_state
+from dnas.surgery import cut_width, plain_state
+from dnas.timm_net import TimmBase, TimmSupernet
 from supernets import SUPERNETS
 
 
@@ -250,3 +252,33 @@ def test_slices_name_every_side_of_every_module_but_the_fixed_ones():
             for dim in (0,) if one_sided else (0, 1):
                 assert ((module, dim) in cut) != ((module, dim) in fixed), module
                 assert (module, dim) in fixed or cut[module, dim] == module.weight.shape[dim]
+
+
+@pytest.mark.parametrize("name", ["prunet", "mobilenet_v2", "test_resnet"])
+def test_all_probabilities_at_once_are_those_of_each_gate(name):
+    """Values and gradients, after cuts and moves, at temperatures of their own."""
+    if name in SUPERNETS:
+        net = MacroSupernet(SUPERNETS[name](num_classes=10, img_size=16, width_mult=0.35))
+    else:
+        net = TimmSupernet(TimmBase(name, 10, 3, 32))
+    rng = torch.Generator().manual_seed(0)
+    for k, (decision, gate) in enumerate(net.gates().items()):
+        gate.temperature = (1.0, 0.5, 0.3)[k % 3]
+        if isinstance(gate, MarkovGate) and k % 2:
+            cut_width(net, decision, gate.widths[len(gate.widths) // 2 * (k % 4 == 1)])
+        elif isinstance(gate, PairGate) and k % 3 == 1 and len(gate.widths) > 2:
+            gate.move(low=1, high=2)
+        for p in gate.parameters():
+            p.data = 3 * torch.randn(p.shape, generator=rng)
+    together, alone = net.probabilities(), {name: gate.probabilities() for name, gate in net.gates().items()}
+    assert list(together) == list(alone)
+    weights = {name: torch.randn(p.shape, generator=rng, dtype=torch.double) for name, p in alone.items()}
+    grads = []
+    for found in (together, alone):
+        for decision, p in found.items():
+            assert torch.allclose(p.double(), alone[decision].double(), atol=1e-6)
+        net.zero_grad()
+        sum((p * weights[decision]).sum() for decision, p in found.items()).backward()
+        grads.append([p.grad for p in net.gate_parameters() if p.grad is not None and p.numel()])
+    assert len(grads[0]) == len(grads[1]) > 5
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
