@@ -24,12 +24,13 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "tools")]
 
 import iso_flops as lab_of  # noqa: E402
 import iso_stats as stats  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from cli import keep_freed_memory  # noqa: E402
 from iso_flops import SETUPS, Lab, Table, net_row, own_seeds, run_search, searched, train_all, work  # noqa: E402
 from variants import VARIANTS  # noqa: E402
 
@@ -175,6 +176,7 @@ def main() -> None:
     if not args.report:
         if not args.latency_table:
             raise UserError("--latency-table is needed: see tools/profile_latency.py")
+        keep_freed_memory()  # as the tools do: a network may take half as long again without
         run(args)
     report(Table(f"latency_{args.setup}"))
 
