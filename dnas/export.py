@@ -23,6 +23,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from timm.models import clean_state_dict, get_pretrained_cfg
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnas import narrowed, native
@@ -111,7 +112,9 @@ def count_macs_torch(model: nn.Module, in_chans: int, img_size: int) -> int:
 
 def _by_torch(model: nn.Module, in_chans: int, img_size: int) -> tuple[int, int]:
     """Multiply-accumulates (layers, products); torch counts 2 for each."""
-    with _one_image(model, in_chans, img_size) as x, FlopCounterMode(display=False) as counter:
+    # Not every torch counts every fused attention (2.14 leaves out the CPU's): unfused ones are plain products.
+    unfused = sdpa_kernel(SDPBackend.MATH)
+    with _one_image(model, in_chans, img_size) as x, unfused, FlopCounterMode(display=False) as counter:
         model(x)
     counts = {op.__name__: flops // 2 for op, flops in counter.get_flop_counts().get("Global", {}).items()}
     layers = sum(counts.pop(op, 0) for op in ("convolution", "addmm", "mm"))
@@ -293,13 +296,14 @@ import json, os, sys
 sys.modules.update(dnas=None, supernets=None)  # to import them is now an error, wherever they are installed
 sys.path.insert(0, os.getcwd())
 import model, timm, torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 torch.set_num_threads(1)
 weights, img_size = os.path.isfile("model.safetensors"), int(sys.argv[3])
 net = timm.create_model(sys.argv[1], pretrained=weights).eval()
 x = torch.zeros(1, int(sys.argv[2]), img_size, img_size)
-with torch.no_grad(), FlopCounterMode(display=False) as counter:
+with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
     found = {"outputs": list(net(x).shape), "params": sum(p.numel() for p in net.parameters())}
 found.update(macs=counter.get_total_flops() // 2, counted_by="torch")
 counts = {op.__name__: flops // 2 for op, flops in counter.get_flop_counts().get("Global", {}).items()}

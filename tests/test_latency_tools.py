@@ -240,7 +240,7 @@ def test_tables_that_do_not_fit(planned, tmp_path, monkeypatch, capsys):
         "other": other,
         "few": few,
         "cut": text[:-200],
-        "schema": text.replace('"schema": 1', '"schema": 9'),
+        "schema": text.replace('"schema": 2', '"schema": 9'),
     }
     for name, given in wrong.items():
         (tmp_path / f"{name}.json").write_text(given)
