@@ -55,14 +55,16 @@ def _places(sizes: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
     Per link: where its chain begins among all links, and its place among the slots, of which a chain has one for each
     option and one more. Per chain: its first slot. Per option: its slot.
     """
-    begins, links, firsts, options, link, slot = [], [], [], [], 0, 0
+    places: tuple[list[int], ...] = ([], [], [], [])
+    begins, links, firsts, options = places
+    link, slot = 0, 0
     for count, of_all in sizes:
         begins += [link] * count
         links += range(slot + 1, slot + 1 + count)
         firsts.append(slot)
         options += range(slot, slot + of_all)
         link, slot = link + count, slot + of_all + 1
-    return tuple(torch.tensor(places, dtype=torch.long) for places in (begins, links, firsts, options))
+    return tuple(torch.tensor(own, dtype=torch.long) for own in places)
 
 
 def chain_distributions(gates: Sequence["MarkovGate"]) -> list[Tensor]:
