@@ -75,7 +75,9 @@ def test_a_peer_keeps_the_budget_or_says_why_it_does_not_run(lab, method):
     pytest.importorskip(peers.PEERS[method][0].split(".")[0])
     row = peers.searched(lab, method, 0)
     if row["kind"] == "net":
-        assert 0.5 * lab.budgets[0].limit < row["macs"] <= lab.budgets[0].limit and row["search_images"] > 200
+        low = lab.tables["macs"].of(lab.tables["macs"].extremes()[0])  # FastNAS promises an upper limit only
+        assert low <= row["macs"] <= lab.budgets[0].limit
+        assert row["search_images"] >= 192  # three batches of 64 of the 210 images that are not held out
         assert lab.net.space.check(row["arch"])
     else:
         assert ": " in row["error"]
