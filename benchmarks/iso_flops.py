@@ -366,6 +366,21 @@ def _rounded(value: Any) -> Any:
     return [_rounded(v) for v in value] if isinstance(value, tuple) else value
 
 
+def add_work_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags on the data and on what works on it."""
+    told = "CIFAR-10 (default: DNAS_CIFAR10)"
+    parser.add_argument("--data-dir", default=os.environ.get("DNAS_CIFAR10", ""), help=told)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings side by side, one thread each")
+
+
+def add_search_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the benchmarks that have a report of their own."""
+    parser.add_argument("--search", type=int, default=5, help="with so many seeds (default 5)")
+    parser.add_argument("--report", action="store_true", help="only print what the rows say")
+    add_work_flags(parser)
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -374,9 +389,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--search", type=int, default=0, help="search with this many seeds, train each net with three")
     p.add_argument("--judge", type=int, default=0, help="let this many supernets judge the first random nets")
     p.add_argument("--variant", nargs="+", default=["default"], choices=[*VARIANTS, *opponents.OPPONENTS], help="how")
-    p.add_argument("--data-dir", default=os.environ.get("DNAS_CIFAR10", ""), help="CIFAR-10 (default: DNAS_CIFAR10)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings side by side, one thread each")
+    add_work_flags(p)
     p.add_argument("--summary", action="store_true", help="print what the tables say")
     p.add_argument("--json", help="write the summary to this file as well")
     return p.parse_args()

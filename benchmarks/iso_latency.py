@@ -14,7 +14,6 @@ What ends is a row in results/latency_<setup>.jsonl, and is not done again.
 
 import argparse
 import multiprocessing
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -140,21 +139,24 @@ def report(rows: Table) -> None:
     """What it came to, as a table in Markdown."""
     scores, nets = stats.scores_of(rows.rows), rows.nets()
     measured = {row["net"]: row["ms"] for row in rows.rows if row["kind"] == "measured"}
-    print("| net | seeds | top-1 | minus searched for ms | MACs | measured / asked | measured / searched for FLOPs |")
-    print("| --- " * 7 + "|")
+    heads = ("net", "seeds", "top-1", "minus searched for ms", "MACs", "settled / asked", "measured / asked")
+    print(f"| {' | '.join((*heads, 'measured / searched for FLOPs'))} |\n{'| --- ' * (len(heads) + 1)}|")
     for method in METHODS:
         own = stats.of_method(scores, method)
         difference = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*stats.minus_method(own, stats.of_method(scores, "ms")))
         top1, macs = fmean(fmean(s.values()) for s in own.values()), round(median(nets[name]["macs"] for name in own))
-        asked = [measured[name] / nets[name]["asked_ms"] for name in own if nets[name]["asked_ms"]]
+        to_budget = [nets[name] for name in own if nets[name]["asked_ms"]]
+        settled = [_settled(row["tried_ms"], row["asked_ms"]) / row["asked_ms"] for row in to_budget]
+        asked = [measured[row["net"]] / row["asked_ms"] for row in to_budget]
         beside = [measured[name] / measured[f"macs/{name.split('/')[1]}"] for name in own]
         compared = "-" if method == "ms" else difference
-        row = (method, len(own), f"{top1:.2f}", compared, macs, _range(asked), _range(beside))
+        row = (method, len(own), f"{top1:.2f}", compared, macs, *map(stats.ranged, (settled, asked, beside)))
         print(f"| {' | '.join(map(str, row))} |")
 
 
-def _range(ratios: Sequence[float]) -> str:
-    return f"{median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]" if ratios else "-"
+def _settled(tried: Sequence[float], limit: float) -> float:
+    """What the net that `calibrated` chose measured then."""
+    return max((ms for ms in tried if ms <= limit), default=min(tried))
 
 
 def parse() -> argparse.Namespace:
@@ -162,11 +164,7 @@ def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("setup", choices=list(SETUPS))
     p.add_argument("--latency-table", help="of the set-up's space, on this device")
-    p.add_argument("--search", type=int, default=5, help="with so many seeds (default 5)")
-    p.add_argument("--report", action="store_true", help="only print what the rows say")
-    p.add_argument("--data-dir", default=os.environ.get("DNAS_CIFAR10", ""), help="CIFAR-10 (default: DNAS_CIFAR10)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings side by side, one thread each")
+    lab_of.add_search_flags(p)
     return p.parse_args()
 
 
@@ -176,7 +174,7 @@ def main() -> None:
     if not args.report:
         if not args.latency_table:
             raise UserError("--latency-table is needed: see tools/profile_latency.py")
-        keep_freed_memory()  # as the tools do: a network may take half as long again without
+        keep_freed_memory()  # as the tools do: else what a network takes hangs on what glibc has given back
         run(args)
     report(Table(f"latency_{args.setup}"))
 

@@ -6,7 +6,7 @@ A table is a list of rows as `iso_flops.py` writes them. ``Scores`` maps a net's
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, variance
+from statistics import fmean, median, variance
 
 import scipy.stats
 
@@ -111,3 +111,8 @@ def rank_correlation(judged: Mapping[str, float], scores: Scores) -> float:
         return math.nan
     truth = [fmean(scores[name].values()) for name in names]
     return float(scipy.stats.spearmanr([judged[name] for name in names], truth).statistic)
+
+
+def ranged(values: Sequence[float]) -> str:
+    """Median [least, most]; a dash if there is none."""
+    return f"{median(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "-"

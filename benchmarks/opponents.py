@@ -5,7 +5,7 @@ as a search counts them; an image that is only looked at forwards counts a third
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,14 +26,28 @@ if TYPE_CHECKING:
 POPULATION, GENERATIONS = 40, 10
 
 
-def train_shared(lab: "Lab", net: Supernet, forward: Callable[[Tensor], Tensor], images: Tensor, seed: int) -> int:
-    """Train the weights of ``net`` for as long as a search of this set-up. Returns the images seen."""
+def train_shared(
+    lab: "Lab",
+    net: nn.Module,
+    weights: Sequence[nn.Parameter],
+    forward: Callable[[Tensor], Tensor],
+    images: Tensor,
+    seed: int,
+    between: Callable[[], None] | None = None,
+) -> int:
+    """Train ``weights`` of ``net`` for as long as a search of this set-up. Returns the images seen.
+
+    ``between`` is called between the gradients and the step.
+    """
     recipe = lab.setup.search
     if recipe.channels_last:
         net.to(memory_format=torch.channels_last)
     batches = lab.data.train_batches(recipe.batch_size, seed=seed, indices=images)
     net.train()
-    for _ in train(forward, make_learner(net.weight_parameters(), recipe, len(batches)), batches, recipe):
+    learner = make_learner(weights, recipe, len(batches))
+    if between:
+        learner.optimizer.register_step_pre_hook(lambda *_: between())
+    for _ in train(forward, learner, batches, recipe):
         pass
     return recipe.epochs * len(batches) * recipe.batch_size
 
@@ -51,7 +65,7 @@ def shared_weights(lab: "Lab", seed: int) -> tuple[Supernet, Tensor, Tensor, int
         return net(x, {d.name: d.options[rng.integers(len(d.options))] for d in net.space.decisions})
 
     rest, held_out = lab.data.split(SearchConfig.gate_fraction, seed)
-    seen = train_shared(lab, net, forward, rest, seed)
+    seen = train_shared(lab, net, net.weight_parameters(), forward, rest, seed)
     count = min(len(held_out), 500)
     x, y = next(cycle(lab.data.train_batches(count, seed=seed, indices=held_out)))
     return net, x, y, seen
@@ -114,7 +128,7 @@ def _ranked(lab: "Lab", seed: int, by: str) -> tuple[Arch, int]:
     widest = net.space.complete(base)
     net = extract(net, widest).to(lab.device)
     rest, held_out = lab.data.split(SearchConfig.gate_fraction, seed)
-    seen = train_shared(lab, net, lambda x: net(x, widest), rest, seed)
+    seen = train_shared(lab, net, net.weight_parameters(), lambda x: net(x, widest), rest, seed)
     batches = cycle(lab.data.train_batches(lab.setup.search.batch_size, seed=seed, indices=held_out))
     squares: dict[nn.Module, Tensor] = {}
     for _ in range(10 if by == "taylor" else 0):

@@ -20,7 +20,6 @@ fastnas: NVIDIA's modelopt. The widest net is trained; which of its layers are s
 import argparse
 import importlib
 import multiprocessing
-import os
 import sys
 import time
 import warnings
@@ -35,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import iso_flops as lab_of  # noqa: E402
 import iso_stats as stats  # noqa: E402
+import opponents  # noqa: E402
 import torch  # noqa: E402
 from iso_flops import SETUPS, Lab, Table, net_row, own_seeds, run_search, train_all, work  # noqa: E402
 from speed import forget_peak  # noqa: E402
@@ -44,7 +44,7 @@ from torch import Tensor, nn  # noqa: E402
 from dnas.arch import Arch  # noqa: E402
 from dnas.runs import peak_memory_mb, provenance  # noqa: E402
 from dnas.search import SearchConfig  # noqa: E402
-from dnas.train import cycle, make_learner, train  # noqa: E402
+from dnas.train import cycle  # noqa: E402
 from dnas.units import UserError  # noqa: E402
 
 STEPS = 400  # of Torch-Pruning from the whole network to none
@@ -57,20 +57,12 @@ def trained(lab: Lab, seed: int, prepare: Callable[[nn.Module], Callable[[], Non
     ``prepare(model)`` returns what is to be called between the gradients and the step.
     """
     random_seed(seed)
-    recipe, model = lab.setup.search, lab.net.outline.create().to(lab.device)
-    if recipe.channels_last:
-        model.to(memory_format=torch.channels_last)
+    model = lab.net.outline.create().to(lab.device)
     rest, held_out = lab.data.split(SearchConfig.gate_fraction, seed)
-    batches = lab.data.train_batches(recipe.batch_size, seed=seed, indices=rest)
-    learner = make_learner(model.parameters(), recipe, len(batches))
-    if prepare:
-        between = prepare(model)
-        learner.optimizer.register_step_pre_hook(lambda *_: between())
-    model.train()
-    for _ in train(model, learner, batches, recipe):
-        pass
+    between = prepare(model) if prepare else None
+    seen = opponents.train_shared(lab, model, list(model.parameters()), model, rest, seed, between)
     x, y = next(cycle(lab.data.train_batches(min(len(held_out), 500), seed=seed, indices=held_out)))
-    return model, x, y, recipe.epochs * len(batches) * recipe.batch_size
+    return model, x, y, seen
 
 
 def arch_of(lab: Lab, model: nn.Module) -> Arch:
@@ -196,7 +188,8 @@ def searched(lab: Lab, method: str, seed: int) -> dict:
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         return {"kind": "failed", "net": f"{method}/{seed}", "error": said}
     seconds, peak = time.perf_counter() - started, peak_memory_mb(lab.device) - before
-    return row | {"search_seconds": round(seconds, 1), "search_mb": round(peak, 1)}
+    row |= {"search_seconds": round(seconds, 1), "search_mb": round(peak, 1)}
+    return row | {"limit": lab.budgets[0].limit}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -219,7 +212,7 @@ def run(args: argparse.Namespace) -> None:
         train_all(names, own_seeds, table, partial(work, pool=pool, info=info))
 
 
-def report(table: Table, limit: float) -> None:
+def report(table: Table) -> None:
     """What it came to, as a table in Markdown. Ratios are paired by the search's seed: median [least, most]."""
     scores, nets = stats.scores_of(table.rows), table.nets()
     heads = ("method", "searches", "top-1", "minus default", "MACs / budget", "seconds", "/ default's")
@@ -234,27 +227,22 @@ def report(table: Table, limit: float) -> None:
             continue
         difference = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*stats.minus_method(own, stats.of_method(scores, "default")))
         cells = [method, str(len(own)), f"{fmean(fmean(s.values()) for s in own.values()):.2f}"]
-        cells += ["-" if method == "default" else difference, _range([nets[n]["macs"] / limit for n in own])]
+        cells += [
+            "-" if method == "default" else difference,
+            stats.ranged([nets[n]["macs"] / nets[n]["limit"] for n in own]),
+        ]
         for key in ("search_seconds", "search_mb"):
             ratios = [nets[n][key] / nets[f"default/{n.split('/')[1]}"][key] for n in own]
-            cells += [f"{median(nets[n][key] for n in own):.0f}", "-" if method == "default" else _range(ratios)]
+            cells += [f"{median(nets[n][key] for n in own):.0f}", "-" if method == "default" else stats.ranged(ratios)]
         print(f"| {' | '.join(cells)} |")
-
-
-def _range(values: list[float]) -> str:
-    return f"{median(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("setup", choices=[name for name, setup in SETUPS.items() if name.startswith("timm")])
-    p.add_argument("--search", type=int, default=5, help="with so many seeds (default 5)")
     p.add_argument("--method", nargs="+", choices=METHODS, default=METHODS)
-    p.add_argument("--report", action="store_true", help="only print what the rows say")
-    p.add_argument("--data-dir", default=os.environ.get("DNAS_CIFAR10", ""), help="CIFAR-10 (default: DNAS_CIFAR10)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings side by side, one thread each")
+    lab_of.add_search_flags(p)
     return p.parse_args()
 
 
@@ -263,9 +251,7 @@ def main() -> None:
     args = parse()
     if not args.report:
         run(args)
-    setup = SETUPS[args.setup]
-    lab = lab_of.open_lab(setup, args.data_dir, "cpu")
-    report(Table(f"peers_{args.setup}"), lab.budgets[0].limit)
+    report(Table(f"peers_{args.setup}"))
 
 
 if __name__ == "__main__":

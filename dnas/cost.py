@@ -9,6 +9,7 @@ staircase in width, and the staircase has to be in the expectation.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -162,8 +163,7 @@ def _batches(entries: Iterable[_Entry], starts: Mapping[str, int]) -> list[_Batc
 class _Expected(torch.autograd.Function):
     """The formula and its gradient, for probabilities in one flat vector on the CPU.
 
-    By hand and in numpy: of so many small products, autograd took 9 times as long for `prunet` (7 ms), and 30 times for
-    densenet121 (25 ms).
+    By hand and in numpy: autograd is slow over so many small products (`expected_cost_share` of benchmarks/speed.py).
     """
 
     @staticmethod
@@ -197,10 +197,6 @@ class CostTable:
 
     def __init__(self, space: Space, metric: str, entries: tuple[_Entry, ...]) -> None:
         self.space, self.metric, self._entries = space, metric, entries
-        used = {name for e in entries for name in (*e.axes, *(name for name, _ in e.when))}
-        self._names = [d.name for d in space.decisions if d.name in used]
-        starts = np.cumsum([0, *(len(space.by_name[name].options) for name in self._names)])
-        self._batches = _batches(entries, dict(zip(self._names, starts.tolist(), strict=False)))
         self._touching: dict[str, list[_Entry]] = {d.name: [] for d in space.decisions}
         for entry in entries:
             for name in {*entry.axes, *(name for name, _ in entry.when)}:
@@ -234,10 +230,18 @@ class CostTable:
             merged[key] = _Entry(table, *key)
         return cls(space, metric, tuple(merged.values()))
 
+    @cached_property
+    def _layout(self) -> tuple[list[str], list[_Batch]]:
+        """Decisions in the order of the flat vector, and the entries on it; many a table is never asked for it."""
+        names = [name for name, entries in self._touching.items() if entries]
+        starts = np.cumsum([0, *(len(self.space.by_name[name].options) for name in names)])
+        return names, _batches(self._entries, dict(zip(names, starts.tolist(), strict=False)))
+
     def expected(self, probabilities: Mapping[str, Tensor]) -> Tensor:
         """The formula above: a float64 scalar, differentiable in ``probabilities`` ([number of options] each)."""
-        flat = torch.cat([probabilities[name] for name in self._names]).double()
-        total: Tensor = _Expected.apply(flat.cpu(), self._batches)
+        names, batches = self._layout
+        flat = torch.cat([probabilities[name] for name in names]).double()
+        total: Tensor = _Expected.apply(flat.cpu(), batches)
         return total.to(flat.device)
 
     def of(self, arch: Mapping[str, Option]) -> int | float:

@@ -68,7 +68,7 @@ def _places(sizes: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
 
 
 def chain_distributions(gates: Sequence["MarkovGate"]) -> list[Tensor]:
-    """`MarkovGate.probabilities` of all these gates: a few operations on all of them instead of a few on each."""
+    """Distributions over the original options, [num_options] each: a few operations on all gates, not a few on each."""
     device, sizes = gates[0].alpha.device, tuple((len(g.alpha), g.num_options) for g in gates)
     begins, links, firsts, options = (places.to(device) for places in _places(sizes))
     cooling = np.repeat([1 / g.temperature for g in gates], [links for links, _ in sizes])
@@ -76,7 +76,8 @@ def chain_distributions(gates: Sequence["MarkovGate"]) -> list[Tensor]:
     logs = nn.functional.pad(nn.functional.logsigmoid(cooled).cumsum(0), (1, 0))
     keep = (logs[1:] - logs[begins]).exp()
     slots = keep.new_zeros(sum(n + 1 for _, n in sizes)).index_fill(0, firsts, 1.0).index_copy(0, links, keep)
-    return list((slots[options] - slots[options + 1]).split([n for _, n in sizes]))
+    stops = (slots[options] - slots[options + 1]).to(gates[0].alpha.dtype)
+    return list(stops.split([n for _, n in sizes]))
 
 
 class MarkovGate(nn.Module):
@@ -104,8 +105,7 @@ class MarkovGate(nn.Module):
 
     def probabilities(self) -> Tensor:
         """[number of options], zero for the widths that were cut off."""
-        live = chain_distribution(self.keep())
-        return nn.functional.pad(live, (0, self.num_options - len(self.widths)))
+        return chain_distributions([self])[0]
 
     def soft(self, generator: torch.Generator | None = None) -> Tensor:
         """The factor of every channel, [widest live width]: the marginal of its group.

@@ -148,9 +148,7 @@ class PairGate(nn.Module):
         """[number of options], zero but for the pair."""
         if not len(self.logits):
             return self.logits.new_ones(1)
-        pair = torch.softmax(self.logits / self.temperature, 0)
-        index = torch.tensor([self.low, self.high], device=pair.device)
-        return pair.new_zeros(len(self.widths)).index_put((index,), pair, accumulate=True)
+        return pair_distributions([self])[0]
 
     def soft(self, generator: torch.Generator | None = None) -> Tensor | int:
         """A relaxed sample (q_small, q_large); the width itself where there is only one."""
@@ -198,7 +196,7 @@ class PairGate(nn.Module):
 
 
 def pair_distributions(gates: Sequence[PairGate]) -> list[Tensor]:
-    """`PairGate.probabilities` of all these gates, none of which is down to one width, in a few operations on all."""
+    """Distributions over all options of gates none of which is down to one width: a few operations on all of them."""
     sizes, places, start = [len(g.widths) for g in gates], [], 0
     for g, size in zip(gates, sizes, strict=True):
         places += [start + g.low, start + g.high]
@@ -206,7 +204,7 @@ def pair_distributions(gates: Sequence[PairGate]) -> list[Tensor]:
     logits = torch.stack([g.logits for g in gates])
     pairs = torch.softmax(logits / logits.new_tensor([g.temperature for g in gates])[:, None], 1)
     index = torch.tensor(places, device=pairs.device)
-    return list(pairs.new_zeros(start).index_copy(0, index, pairs.flatten()).split(sizes))
+    return list(pairs.new_zeros(start).index_add(0, index, pairs.flatten()).split(sizes))
 
 
 class Prunode(nn.Module):

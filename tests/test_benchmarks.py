@@ -309,6 +309,7 @@ def test_nets_of_equal_latency_are_compared_by_search(tmp_path, monkeypatch, cap
         for method, top1, took in (("macs", 60, 1.0), ("ms", 60 + gain, over), ("uniform", 55, 1.0)):
             name = f"{method}/{k}"
             rows.append({"kind": "net", "net": name, "macs": 100, "asked_ms": None if method == "macs" else ms})
+            rows[-1]["tried_ms"] = [0.9 * ms, 0.97 * ms, 1.01 * ms] if method == "ms" else [1.2 * ms, 1.1 * ms]
             rows += [{"kind": "measured", "net": name, "ms": t} for t in (9.9, ms * took)]  # the last one counts
             rows += [
                 {"kind": "training", "net": name, "seed": s, "top1": top1 + s % 3} for s in iso_flops.own_seeds(name)
@@ -318,6 +319,8 @@ def test_nets_of_equal_latency_are_compared_by_search(tmp_path, monkeypatch, cap
     iso_latency.main()
     table = {line.split(" | ")[0]: line.strip(" |").split(" | ") for line in capsys.readouterr().out.splitlines()}
     # Two differences of -1.0 and -1.4: a standard error of 0.2 and Student's t of 12.71.
-    assert table["| macs"][1:] == ["2", "61.00", "-1.20 [-3.74, +1.34]", "100", "-", "1.000 [1.000, 1.000]"]
-    assert table["| ms"][1:] == ["2", "62.20", "-", "100", "1.005 [0.990, 1.020]", "1.005 [0.990, 1.020]"]
+    assert table["| macs"][1:] == ["2", "61.00", "-1.20 [-3.74, +1.34]", "100", "-", "-", "1.000 [1.000, 1.000]"]
+    ratios = ["0.970 [0.970, 0.970]", "1.005 [0.990, 1.020]", "1.005 [0.990, 1.020]"]
+    assert table["| ms"][1:] == ["2", "62.20", "-", "100", *ratios]
+    assert table["| uniform"][5] == "1.100 [1.100, 1.100]"  # none was within: the fastest
     assert table["| uniform"][2] == "56.00"

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import call, check_refused, profile_tool, search_tool
 from tables import costs_of, row, rows_of
@@ -10,7 +11,7 @@ from tables import costs_of, row, rows_of
 from dnas.deployed import parts_of
 from dnas.latency import read_table, table_text
 from dnas.macro import MacroSupernet
-from dnas.profile import calibrated
+from dnas.profile import calibrated, spread_archs
 from dnas.timm_net import TimmBase, TimmSupernet
 from supernets import SUPERNETS
 from supernets.toy import toy
@@ -103,6 +104,21 @@ def test_shipped_tables_are_whole_and_checked(path):
     else:
         net = TimmSupernet(TimmBase(name, sizes["num_classes"], sizes["in_chans"], space["img_size"]))
     assert not table.missing(net.space, [part.site for part in parts_of(net)])
+
+
+def test_the_two_numbers_of_a_scale_are_found_again(monkeypatch):
+    """Planted: a network takes 0.7 of its units' milliseconds, and 0.5 ms for every million of numbers in them."""
+    net, rng = toy_net(), np.random.default_rng(0)
+    rows = [r | {"params": int(rng.integers(1000, 10**6))} for r in rows_of(net, planned_ms)]
+    known = {(r["unit"], tuple(r["widths"].values())): 0.7 * r["ms"] + 0.5 * r["params"] / 1e6 for r in rows}
+    archs, parts = spread_archs(net.space, 20, seed=1), parts_of(net)
+
+    def takes(arch):
+        there = (part.site for part in parts if all(arch.get(name) == option for name, option in part.site.when))
+        return sum(known[site.op, tuple(arch.get(w, w) for w in site.widths.values())] for site in there)
+
+    found = profile_tool.scale_of(net, [part.site for part in parts], rows, archs, np.array([*map(takes, archs)]))
+    assert found == pytest.approx((0.7, 0.5), rel=1e-9)
 
 
 def test_tables_are_listed_with_their_checks(planned, tmp_path, monkeypatch, capsys):

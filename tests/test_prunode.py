@@ -83,3 +83,10 @@ def ending(target, seed, top=256, step=8, steps=800):
 @pytest.mark.parametrize("target", [8, 40, 100, 128, 200, 256])
 def test_a_pair_ends_within_two_steps_of_the_best_width(target):
     assert all(abs(ending(target, seed) - target) <= 2 * 8 for seed in range(4))
+
+
+def test_a_pair_of_one_width_is_certain_of_it():
+    """As `extract` leaves it: both probabilities fall on the same option."""
+    gate = PairGate([8, 16, 24])
+    gate.move(1, 1)
+    assert gate.probabilities().tolist() == [0, 1, 0]

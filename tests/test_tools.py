@@ -313,6 +313,7 @@ print(fresh, page_faults())
 """
 
 
+# Meant: other C libraries have no such setting, and `keep_freed_memory` does nothing there.
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_freed_memory_is_kept():
     folder = Path(cli.__file__).parent
