@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from dnas.arch import DROP, KEEP, Decision, Option, Site, Space
 from dnas.cost import CostTable
 from dnas.gates import MarkovGate
-from dnas.prunode import GatedBlock, PairGate, Prunode, TimmBlock, parts, share
+from dnas.prunode import GatedBlock, PairGate, Prunode, TimmBlock, channel_factors, parts, scaled_norm, share
 from dnas.resize import resize_module
-from dnas.stochastic import Answers, StochasticLayer, scale_channels
+from dnas.stochastic import Answers, StochasticLayer
 from dnas.supernet import Gate, Supernet
 from dnas.units import Budget
 
@@ -254,13 +254,18 @@ class MacroSupernet(Supernet):
 
     def forward(self, x: Tensor, answers: Answers) -> Tensor:
         """[B, in_chans, H, W] -> [B, num_classes]."""
-        x = self.bn1(self.conv_stem(x))
-        if not all(isinstance(b, GatedBlock) and b.mid == "stem" for b in self.layers[0].blocks.values()):
-            x = scale_channels(x, answers["stem"])  # a depthwise separable block applies it, after its own norm
+        stem, head, first = answers["stem"], answers["head"], self.layers[0].blocks.values()
+        x = self.conv_stem(x)
+        if all(isinstance(b, GatedBlock) and b.mid == "stem" for b in first):
+            x = self.bn1(x)  # a depthwise separable block applies the gate, after its own norm
+        elif isinstance(stem, Tensor):
+            x = self.bn1(x) * stem.to(x.dtype)[:, None, None]
+        else:
+            x = scaled_norm(self.bn1, x, stem)
         for layer in self.layers:
             x = layer(x, answers)
-        x = scale_channels(self.bn2(self.conv_head(x)), answers["head"])
-        return self.classifier(self.global_pool(x))
+        x = self.global_pool(self.bn2(self.conv_head(x)))
+        return self.classifier(x * channel_factors(head, x.shape[1], x).to(x.dtype))
 
     def gates(self) -> dict[str, Gate]:
         """Decision -> its gate, for every decision that is still part of the net."""

@@ -21,6 +21,7 @@ from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidua
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dnas.arch import Option
 from dnas.gates import MarkovGate, draw_index, gumbel_softmax
 
 TimmBlock = InvertedResidual | EdgeResidual | DepthwiseSeparableConv
@@ -48,13 +49,52 @@ def _conv(conv: nn.Conv2d, x: Tensor, width: int) -> Tensor:
 
 def _norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     width = x.shape[1]
-    if width == norm.num_features:
-        return norm(x)
+    return norm(x) if width == norm.num_features else _batch_norm(norm, x, norm.weight[:width], norm.bias[:width])
+
+
+def _batch_norm(norm: nn.BatchNorm2d, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if norm.training:
         norm.num_batches_tracked.add_(1)
-    mean, var = norm.running_mean[:width], norm.running_var[:width]  # views: the statistics are updated in place
-    x = F.batch_norm(x, mean, var, norm.weight[:width], norm.bias[:width], norm.training, norm.momentum, norm.eps)
-    return norm.act(x)
+    mean, var = norm.running_mean[: x.shape[1]], norm.running_var[: x.shape[1]]  # views: they are updated in place
+    return norm.act(F.batch_norm(x, mean, var, weight, bias, norm.training, norm.momentum, norm.eps))
+
+
+def channel_factors(by: Tensor | Option, length: int, like: Tensor) -> Tensor:
+    """A width gate's answer as a factor of each of ``length`` channels: it is one, or says how many channels stay."""
+    return by if isinstance(by, Tensor) else prefix_mask(length, int(by), like)
+
+
+def scaled_norm(norm: nn.BatchNorm2d, x: Tensor, by: Tensor | Option, times: Tensor | None = None) -> Tensor:
+    """A norm of timm's that a width gate (see `channel_factors`) acts on, and the number ``times``.
+
+    Both are parts of the norm's weight and bias, and cost no pass over the map. A norm with an activation (all of
+    timm's give 0 for 0) takes factors of 0 and 1 only. Widths are not sliced: an even draw has other shapes in every
+    step, each of which costs a CPU the making of new kernels and a GPU the choice of some; what stays too wide for long
+    is cut off for good.
+    """
+    if times is None and not isinstance(by, Tensor) and by == norm.num_features:
+        return norm(x)
+    factor = channel_factors(by, norm.num_features, norm.weight)
+    factor = factor if times is None else factor * times
+    return _batch_norm(norm, x, norm.weight * factor, norm.bias * factor)
+
+
+def _norms_of_both(y: Tensor, norms: Sequence[nn.BatchNorm2d], factors: Sequence[Tensor]) -> Tensor:
+    """The two copies' last norms, times a factor [out] each, and added: [B, 2 * out, H, W] -> [B, out, H, W].
+
+    One norm without weights, and a 1x1 convolution that holds the weights of both: a norm of half of a channels_last
+    map takes several times as long.
+    """
+    first = norms[0]
+    mean, var = (torch.cat([getattr(n, name) for n in norms]) for name in ("running_mean", "running_var"))
+    y = F.batch_norm(y, mean, var, None, None, first.training, first.momentum, first.eps)
+    if first.training:
+        for norm, own_mean, own_var in zip(norms, mean.chunk(2), var.chunk(2), strict=True):
+            norm.running_mean.copy_(own_mean)
+            norm.running_var.copy_(own_var)
+            norm.num_batches_tracked.add_(1)
+    scales = torch.cat([torch.diag(n.weight * f) for n, f in zip(norms, factors, strict=True)], 1)
+    return F.conv2d(y, scales[:, :, None, None], sum(n.bias * f for n, f in zip(norms, factors, strict=True)))
 
 
 def prefix_mask(length: int, width: int, like: Tensor) -> Tensor:
@@ -73,21 +113,33 @@ def _squeeze_excite(se: nn.Module, h: Tensor, width: int | None = None) -> Tenso
     return h * se.gate(s)
 
 
-def expand(block: TimmBlock, x: Tensor, width: int) -> Tensor:
-    """The hidden map before squeeze-excite, its first ``width`` channels: [B, in, H, W] -> [B, width, H', W']."""
+Made = dict[tuple[nn.Module, int], Tensor]  # (convolution, width) -> what it, its norm and activation gave
+
+
+def expand(block: TimmBlock, x: Tensor, width: int, made: Made | None = None) -> Tensor:
+    """The hidden map before squeeze-excite, its first ``width`` channels: [B, in, H, W] -> [B, width, H', W'].
+
+    ``made`` remembers what convolutions that candidates of a layer share have given for this ``x``.
+    """
+    made = {} if made is None else made
     for conv, norm in parts(block)[0]:
-        if conv.groups > 1:  # depthwise: its input channels are the hidden ones
-            x = x[:, :width]
-        x = _norm(norm, _conv(conv, x, width))
+        if (conv, width) not in made:
+            if conv.groups > 1:  # depthwise: its input channels are the hidden ones
+                x = x[:, :width]
+            made[conv, width] = _norm(norm, _conv(conv, x, width))
+        x = made[conv, width]
     return x
 
 
-def project(block: TimmBlock, h: Tensor, norm: nn.BatchNorm2d | None = None) -> Tensor:
-    """From a prefix of the hidden map to the residual branch: [B, width, H', W'] -> [B, out, H', W']."""
-    _, conv, last = parts(block)
+def project(block: TimmBlock, norm: nn.BatchNorm2d, h: Tensor, out: Tensor | Option, times: Tensor | None) -> Tensor:
+    """From a prefix of the hidden map to the residual branch: [B, width, H', W'] -> [B, out, H', W'].
+
+    ``norm``: the block's last one, or another in its place; it is a `scaled_norm` by ``out`` and ``times``.
+    """
+    conv = parts(block)[1]
     h = _squeeze_excite(block.se, h)
     h = conv(h) if h.shape[1] == conv.in_channels else F.conv2d(h, conv.weight[:, : h.shape[1]])
-    return (norm or getattr(block, last))(h)
+    return scaled_norm(norm, h, out, times)
 
 
 @torch.no_grad()
@@ -218,22 +270,31 @@ class Prunode(nn.Module):
         self.block, self.mid, self.gate = block, mid, gate
         self.norm_small = copy.deepcopy(getattr(block, parts(block)[2]))
 
-    def forward(self, x: Tensor, mid: Tensor | int) -> Tensor:
-        """[B, in, H, W] -> [B, out, H', W']; ``mid``: a width, or the weights (q_small, q_large) of the two copies."""
+    def forward(
+        self, x: Tensor, mid: Tensor | int, out: Tensor | Option, times: Tensor | None = None, made: Made | None = None
+    ) -> Tensor:
+        """[B, in, H, W] -> [B, out, H', W']; ``mid``: a width, or the weights (q_small, q_large) of the two copies.
+
+        ``out`` and the scalar ``times`` scale the result (see `scaled_norm`); ``made``: see `expand`.
+        """
         small, large = self.gate.small, self.gate.large
+        _, conv, last = parts(self.block)
+        norms = self.norm_small, getattr(self.block, last)
         if isinstance(mid, int):
-            return project(self.block, expand(self.block, x, mid), self.norm_small if mid == small < large else None)
-        h, (_, conv, last) = expand(self.block, x, large), parts(self.block)
+            own = norms[not mid == small < large]
+            return project(self.block, own, expand(self.block, x, mid, made), out, times)
+        h = expand(self.block, x, large, made)
+        factors = [q if times is None else q * times for q in mid]
         whole = conv.weight[:, :large]  # of a bank that another candidate of the layer may need wider
-        inside = whole * prefix_mask(large, small, whole)[:, None, None]
         # The hidden map is never sliced (a slice of a channels_last map is slow): its small copy is the large one seen
         # through weights that are zero beyond the prefix, so that both copies are one convolution.
+        inside = whole * prefix_mask(large, small, whole)[:, None, None]
         if isinstance(self.block.se, nn.Identity):
-            y_small, y_large = F.conv2d(h, torch.cat([inside, whole])).tensor_split(2, 1)
-        else:
-            y_small = F.conv2d(_squeeze_excite(self.block.se, h, small), inside)
-            y_large = F.conv2d(self.block.se(h), whole)
-        return mid[0].to(h) * self.norm_small(y_small) + mid[1].to(h) * getattr(self.block, last)(y_large)
+            channels = channel_factors(out, len(whole), whole)
+            return _norms_of_both(F.conv2d(h, torch.cat([inside, whole])), norms, [q * channels for q in factors])
+        y_small = F.conv2d(_squeeze_excite(self.block.se, h, small), inside)
+        y_large = F.conv2d(self.block.se(h), whole)
+        return scaled_norm(norms[0], y_small, out, factors[0]) + scaled_norm(norms[1], y_large, out, factors[1])
 
 
 class GatedBlock(nn.Module):
@@ -246,13 +307,15 @@ class GatedBlock(nn.Module):
         super().__init__()
         self.block, self.mid, self.gate = block, mid, gate
 
-    def forward(self, x: Tensor, mid: Tensor | int) -> Tensor:
+    def forward(
+        self, x: Tensor, mid: Tensor | int, out: Tensor | Option, times: Tensor | None = None, made: Made | None = None
+    ) -> Tensor:
         """[B, in, H, W] -> [B, out, H', W']; ``mid``: a width, or the factor of each hidden channel.
 
         The factor is applied once, after the depthwise convolution's norm and activation, where no norm can undo it
-        (the released DMCP code applies it twice and so squares it).
+        (the released DMCP code applies it twice and so squares it). ``out``, ``times`` and ``made`` as in `Prunode`.
         """
-        if isinstance(mid, int):
-            return project(self.block, expand(self.block, x, mid))
-        h = expand(self.block, x, len(mid))
-        return project(self.block, h * mid.to(h.dtype)[:, None, None])
+        h = expand(self.block, x, mid if isinstance(mid, int) else len(mid), made)
+        if isinstance(mid, Tensor):
+            h = h * mid.to(h.dtype)[:, None, None]
+        return project(self.block, getattr(self.block, parts(self.block)[2]), h, out, times)

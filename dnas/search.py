@@ -32,6 +32,7 @@ class SearchConfig:
 
     gate_fraction: float = 0.3  # of the training images, held out for the gates; 0: the gates see the weights' images
     gate_every: int = 2  # weight steps to a gate step
+    gate_batch: float = 0.5  # images of a gate step to those of a weight step: two blocks mixed take twice the memory
     gate_lr: float = 0.0
     paths: int = 2  # candidate blocks mixed in a gate step
     weights_on: str = "hard"  # nets that the weights learn on: "hard", "soft" or "sandwich"
@@ -56,8 +57,8 @@ def check_config(config: SearchConfig) -> SearchConfig:
     """``config`` itself if every number makes sense. Raises UserError naming the flag."""
     shares = ("warmup", "budget_from", "budget_by", "block_from", "block_by", "skip_at")
     for name, low, high in (
-        ("gate_fraction", 0, 0.9), ("gate_every", 1, 10_000), ("gate_lr", 0, 10), ("paths", 2, 64),
-        ("skip_from", 0.51, 0.9999),
+        ("gate_fraction", 0, 0.9), ("gate_every", 1, 10_000), ("gate_batch", 0.01, 1), ("gate_lr", 0, 10),
+        ("paths", 2, 64), ("skip_from", 0.51, 0.9999),
         ("patience", 1, 10**6), ("budget_weight", 0, 1e6), ("temperature", 0.01, 10), ("width_below", 0, 0.5),
         ("entropy", 0, 1e3),
         *((name, 0, 1) for name in shares),
@@ -139,7 +140,8 @@ def batches_of(data: Data, recipe: Recipe, config: SearchConfig, seed: int) -> t
     """The images of the weights, and those that are held out for the gates."""
     rest, held_out = data.split(config.gate_fraction, seed) if config.gate_fraction else (None, None)
     batches = data.train_batches(recipe.batch_size, seed=seed, indices=rest)
-    return batches, data.train_batches(recipe.batch_size, seed=seed + 1, indices=held_out)
+    of_gates = world_size() * max(2, round(recipe.batch_size * config.gate_batch / world_size()))
+    return batches, data.train_batches(of_gates, seed=seed + 1, indices=held_out)
 
 
 def begin(
@@ -231,6 +233,10 @@ def go_on(
         progress = ramp(t, config.budget_from, config.budget_by)
         targets = {m: target(state.first[m], limits[m], progress) for m in limits}
         x, y = next(gate_batches)
+        if checking:  # all live blocks are mixed, so that every gate can show a gradient, in the memory of a usual step
+            most = max((len(layer.blocks) for layer in net.layers), default=1)
+            thinned = max(1, min(len(x) // 2, math.ceil(most / config.paths)))
+            x, y = x[::thinned], y[::thinned]
         if recipe.channels_last:
             x = x.to(memory_format=torch.channels_last)
         weights = net.weight_parameters()
@@ -249,7 +255,7 @@ def go_on(
         for p in weights:
             p.requires_grad_(True)
         average_gradients(net.gate_parameters())
-        if checking:  # all live blocks were mixed, so that every gate can show a gradient
+        if checking:
             check_gradients(net, learner.update - 1)
         state.gate_optimizer.step()
         from_first(net.gate_parameters())  # what is cut off hangs on them

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dnas.arch import DROP, KEEP, Option
 from dnas.gates import draw_index, gumbel_softmax
-from dnas.prunode import GatedBlock, Prunode, prefix_mask
+from dnas.prunode import GatedBlock, Made, Prunode
 
 Answer = Option | Tensor | dict[str, Tensor]  # one option (hard), or the gate's weights (soft)
 Answers = Mapping[str, Answer]  # decision -> answer
@@ -109,15 +109,6 @@ class SkipGate(nn.Module):
         return DROP if self.is_removed or (self.is_open and float(self.kappa.detach()) < 0) else KEEP
 
 
-def scale_channels(x: Tensor, by: Tensor | Option) -> Tensor:
-    """Apply a width gate to [B, C, H, W]: ``by`` is the factor of each channel, or how many channels stay."""
-    if isinstance(by, Tensor):
-        return x * by.to(x.dtype)[:, None, None]
-    if by == x.shape[1]:
-        return x
-    return x * prefix_mask(x.shape[1], by, x)[:, None, None]
-
-
 class StochasticLayer(nn.Module):
     """Candidate blocks, one of which will stay, and for a residual layer the coefficient that may drop it.
 
@@ -145,17 +136,20 @@ class StochasticLayer(nn.Module):
         return name
 
     def forward(self, x: Tensor, answers: Answers) -> Tensor:
-        """[B, in, H, W] -> [B, out, H', W']."""
+        """[B, in, H, W] -> [B, out, H', W'].
+
+        Whatever an answer multiplies the branch by, its block's last norm does (see `dnas.prunode.scaled_norm`).
+        """
         keep = answers[f"{self.name}/keep"] if self.skip else KEEP
         if isinstance(keep, str) and keep == DROP:
             return x
-        pick = answers[f"{self.name}/block"] if self.choice else self.only
+        pick, out = answers[f"{self.name}/block"] if self.choice else self.only, answers[self.out]
+        times = None if isinstance(keep, str) else keep
         if isinstance(pick, str):
             block = self.blocks[pick]
-            y = block(x, answers[block.mid])
+            y = block(x, answers[block.mid], out, times)
         else:
-            y = sum(w.to(x.dtype) * self.blocks[b](x, answers[self.blocks[b].mid]) for b, w in pick.items())
-        y = scale_channels(y, answers[self.out])
-        if not self.residual:
-            return y
-        return x + y if isinstance(keep, str) else x + keep.to(x.dtype) * y
+            made: Made = {}
+            paths = [(self.blocks[name], w if times is None else w * times) for name, w in pick.items()]
+            y = sum(block(x, answers[block.mid], out, w, made) for block, w in paths)
+        return x + y if self.residual else y

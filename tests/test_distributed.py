@@ -88,10 +88,15 @@ def test_every_image_is_in_one_process(tmp_path):
 
 
 def searched():
-    """A short search of the toy, its net trained: the arch, gates, rows without times, and scores."""
+    """A short search of the toy, a net trained: the arch, gates, rows without times, and scores.
+
+    The search is in double precision: sums of halves round differently, and Adam makes whole steps of a bias before a
+    batch norm out of that.
+    """
     random_seed(0)
     data = load_data("digits", img_size=8).take(400)
-    net = MacroSupernet(SUPERNETS["toy"](num_classes=10, img_size=8))
+    net = MacroSupernet(SUPERNETS["toy"](num_classes=10, img_size=8)).double()
+    net.register_forward_pre_hook(lambda net, args: (args[0].double(), *args[1:]))
     tables = {"macs": CostTable.build(net.space, "macs")}
     budgets, rows = [Budget("macs", 0.4 * tables["macs"].of(tables["macs"].extremes()[1]))], []
     recipe = Recipe(epochs=4, batch_size=20, lr=1e-3)
@@ -115,9 +120,8 @@ def test_two_processes_find_what_one_finds(tmp_path):
     assert [row["live_macs"] for row in found["rows"]] == [row["live_macs"] for row in one["rows"]]
     assert found["rows"][-1]["live_macs"] < found["rows"][0]["live_macs"]
     for a, b in zip(found["rows"], one["rows"], strict=True):
-        assert a.get("images") == b.get("images") and a["loss"] == pytest.approx(b["loss"], abs=0.02)
-    assert found["rows"][0]["loss"] == pytest.approx(one["rows"][0]["loss"], rel=1e-5)
-    torch.testing.assert_close(found["gates"], one["gates"], atol=0.05, rtol=0)
+        assert a.get("images") == b.get("images") and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    torch.testing.assert_close(found["gates"], one["gates"], atol=1e-6, rtol=0)
     assert found["scores"]["loss"] == pytest.approx(one["scores"]["loss"], rel=0.02)
     assert found["scores"]["again"]["loss"] == pytest.approx(found["scores"]["loss"], rel=1e-5)
 

@@ -91,7 +91,7 @@ def test_widths_go_after_patience_steps_under_the_threshold(bipath):
     assert step() == [{"width": "head", "channels": options[0]}] and gate.widths == options[:1]
     assert net.soft()["head"] == options[0] == net.draw()["head"]  # nothing is left to decide
     assert [step() for _ in range(4)] == [[]] * 4
-    net(batch(0)[0], net.soft())
+    net(batch(net, 0)[0], net.soft())
 
 
 def unleash(net, seed, spread=4.0):
@@ -166,10 +166,11 @@ def test_under_the_real_guard_the_budget_stays_within_reach(bipath, share):
     # After all that, what is left is still the plain net that it says it is.
     best = net.best()
     assert low <= table.of(best) <= high
-    model = build_net(net_of(net.outline, best), num_classes=CLASSES)
+    model = build_net(net_of(net.outline, best), num_classes=CLASSES).double()
     model.load_state_dict(plain_state(net, best))
+    x = batch(net, 1)[0]
     with torch.no_grad():
-        torch.testing.assert_close(net.eval()(batch(1)[0], best), model.eval()(batch(1)[0]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(net.eval()(x, best), model.eval()(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_that_the_budget_needs_goes_on_learning():
@@ -238,7 +239,7 @@ def test_a_shrunken_net_is_cheaper_to_run():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            net(batch(0)[0], net.soft(torch.Generator().manual_seed(0)))
+            net(batch(net, 0)[0], net.soft(torch.Generator().manual_seed(0)))
         return sum(sizes)
 
     net, optimizers = trained(open_skips=True)

@@ -27,7 +27,7 @@ from dnas.arch import DROP, KEEP
 from dnas.gates import MarkovGate
 from dnas.macro import Candidate, Macro, MacroSupernet, Stage
 from dnas.prunode import GatedBlock, PairGate, Prunode
-from dnas.stochastic import ChoiceGate, scale_channels
+from dnas.stochastic import ChoiceGate
 from dnas.surgery import move_pair
 
 # The soft path of the bi-path block.
@@ -81,7 +81,7 @@ def test_a_bipath_block_is_the_weighted_sum_of_two_plain_blocks(kind, se, wider_
         start = copy.deepcopy(prunode.state_dict())
         for q in ((0.3, 0.7), (1.0, 0.0), (0.0, 1.0)):
             prunode.load_state_dict(start)
-            y = prunode.train(training)(x, torch.tensor(q))
+            y = prunode.train(training)(x, torch.tensor(q), 24)
             close(y, q[0] * y_small + q[1] * y_large)
             if training and q == (0.3, 0.7):  # and both copies' statistics went on as in the plain blocks
                 last = "bn3" if kind == "ir" else "bn2"
@@ -90,7 +90,7 @@ def test_a_bipath_block_is_the_weighted_sum_of_two_plain_blocks(kind, se, wider_
                         close(prunode.state_dict()[f"{name}.{stat}"], plain_block.state_dict()[f"{last}.{stat}"])
         for mid, want in ((prunode.gate.small, y_small), (prunode.gate.large, y_large)):
             prunode.load_state_dict(start)
-            close(prunode(x, mid), want)
+            close(prunode(x, mid, 24), want)
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def test_a_candidate_whose_pair_moved_down_reads_the_bank_that_others_keep_wide(
         widths = (block.gate.small, block.gate.large)
         shape = {"kernel": c.kernel, "stride": 1, "se": se, "act": nn.Hardswish}
         small, large = (extracted(block, c.kind, mid, **shape).eval()(x) for mid in widths)
-        close(block(x, torch.tensor([0.4, 0.6])), 0.4 * small + 0.6 * large)
+        close(block(x, torch.tensor([0.4, 0.6]), 24), 0.4 * small + 0.6 * large)
 
 
 def test_soft_memory_does_not_grow_with_the_number_of_widths():
@@ -127,7 +127,7 @@ def test_soft_memory_does_not_grow_with_the_number_of_widths():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = prunode(x, mid)
+            y = prunode(x, mid, 16)
         parameters = {p.untyped_storage().data_ptr() for p in prunode.parameters()}
         total = sum(size for at, (size, _) in storages.items() if at not in parameters)
         y.sum().backward()
@@ -208,15 +208,6 @@ def test_markov_marginals_of_one_change_nothing(name):
     assert any(isinstance(v, torch.Tensor) for v in soft.values())
     for training in (False, True):
         assert torch.equal(net.train(training)(x, soft), net(x, widest))
-
-
-def test_scale_channels_masks_or_multiplies():
-    x = torch.randn(2, 6, 3, 3)
-    assert scale_channels(x, 6) is x
-    cut = scale_channels(x, 4)
-    assert torch.equal(cut[:, :4], x[:, :4]) and not cut[:, 4:].any()
-    by = torch.rand(6)
-    assert torch.equal(scale_channels(x, by)[:, 2], x[:, 2] * by[2])
 
 
 # The layer: choice and skip.
@@ -350,4 +341,4 @@ def test_the_residual_branch_is_all_that_a_block_gives():
         gate = PairGate([8, 16, 24, 32]) if made is Prunode else MarkovGate([8, 16, 24, 32])
         x = torch.randn(2, 8, 6, 6)
         with torch.no_grad():
-            assert torch.equal(made(block, "mid", gate).eval()(x, 32), block.eval()(x))
+            assert torch.equal(made(block, "mid", gate).eval()(x, 32, 8), block.eval()(x))

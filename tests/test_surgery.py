@@ -204,8 +204,9 @@ def test_growing_by_one_step_changes_neither_copy_yet(name, opt):
     same_outputs(before, net, answers | {block.mid: small}, 1e-6)
     same_outputs(before, net, answers | {block.mid: large + 4}, 1e-6, answers | {block.mid: large})
     with torch.no_grad():
-        x, q = torch.randn(2, 16, 8, 8), torch.tensor([0.4, 0.6])
-        torch.testing.assert_close(block.eval()(x, q), before.layers[1].blocks[name].eval()(x, q), rtol=1e-5, atol=1e-5)
+        x, q = torch.randn(2, 16, 8, 8).double(), torch.tensor([0.4, 0.6]).double()
+        was = before.layers[1].blocks[name]
+        torch.testing.assert_close(block.eval()(x, q, 16), was.eval()(x, q, 16), rtol=1e-5, atol=1e-5)
     # It is not stuck there: the new channels differ from one another, and what reads them gets a gradient.
     first = block.block.conv_exp if name.startswith("er") else block.block.conv_pw
     assert len({tuple(row.flatten().tolist()) for row in first.weight[-4:].detach()}) == 4
@@ -254,17 +255,17 @@ def test_an_extracted_architecture_loads_strictly_and_is_the_masked_one(name):
         net = MacroSupernet(SUPERNETS[name](num_classes=CLASSES, img_size=IMG, width_mult=0.25))
         with torch.no_grad():
             for k in range(2):
-                net.train()(batch(k)[0], net.widest())
+                net.train()(batch(net, k)[0], net.widest())
     else:
         net, _ = trained(bipath=name == "bipath")
     start = {n: t.clone() for n, t in net.state_dict().items()}
-    x = batch(5)[0]
+    x = batch(net, 5)[0]
     for seed in range(2 if name in SUPERNETS else 4):
         rng = random.Random(seed)
         arch = net.space.complete({d.name: rng.choice(d.options) for d in net.space.decisions})
         cut = extract(net, arch)
         assert all(torch.equal(t, start[n]) for n, t in net.state_dict().items())  # the supernet is left alone
-        model = build_net(net_of(net.outline, arch), num_classes=CLASSES)
+        model = build_net(net_of(net.outline, arch), num_classes=CLASSES).to(x.dtype)
         result = model.load_state_dict(plain_state(net, arch), strict=True)
         assert not result.missing_keys and not result.unexpected_keys
         # Nothing but the architecture is left in it, and the last norms of the small copies.
