@@ -27,9 +27,10 @@ from statistics import fmean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import torch  # noqa: E402
+from cli import keep_freed_memory  # noqa: E402
 from timm.utils import random_seed  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -175,6 +176,7 @@ def forget_peak() -> float:
 
 def peak_of(what: str, name: str, count: int, args: argparse.Namespace) -> float:
     """MiB that a training, a search or a pair of steps takes above what the process had; for a process of its own."""
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     before = 0.0 if device.type == "cuda" else forget_peak()
@@ -322,6 +324,7 @@ def main() -> None:
     args = parser.parse_args()
     args.batch_size = args.batch_size or (32 if args.quick else 64)
     args.steps, args.repeats = args.steps or (60 if args.quick else 300), args.repeats or (9 if args.quick else 31)
+    keep_freed_memory()  # as the tools do
     torch.set_num_threads(args.threads)
     found = measure(args)
     print(json.dumps({key: value for key, value in found.items() if isinstance(value, float)}))

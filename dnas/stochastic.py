@@ -30,8 +30,7 @@ class ChoiceGate(nn.Module):
 
     def probabilities(self) -> Tensor:
         """[number of options], zero for removed blocks."""
-        index = torch.tensor(self.live, device=self.logits.device)
-        return self.logits.new_zeros(len(self.options)).index_put((index,), self.clean())
+        return choice_distributions([self])[0]
 
     def soft(self, generator: torch.Generator | None = None, paths: int = 0) -> dict[str, Tensor] | str:
         """Gumbel-softmax weights ``{block: weight}`` of the live blocks; the name itself where one is left.
@@ -62,6 +61,20 @@ class ChoiceGate(nn.Module):
         return [self.options[self.live[k]] for k in order[:-1] if p[k] < threshold]
 
 
+def choice_distributions(gates: Sequence[ChoiceGate]) -> list[Tensor]:
+    """Distributions over all options, removed ones included: a few operations on all gates, not a few on each."""
+    rows = nn.utils.rnn.pad_sequence([g.logits for g in gates], batch_first=True, padding_value=-math.inf)
+    p = torch.softmax(rows / rows.new_tensor([g.temperature for g in gates])[:, None], 1).flatten()
+    sizes = [len(g.options) for g in gates]
+    places: list[int] = []
+    sources: list[int] = []
+    for row, gate in enumerate(gates):
+        places += [sum(sizes[:row]) + k for k in gate.live]
+        sources += range(row * rows.shape[1], row * rows.shape[1] + len(gate.live))
+    at, source = torch.tensor([places, sources], device=p.device)
+    return list(p.new_zeros(sum(sizes)).index_copy(0, at, p[source]).split(sizes))
+
+
 class SkipGate(nn.Module):
     """Whether a residual layer stays: a coefficient ``s = sigmoid(3 kappa / T)`` on its branch (PruNet).
 
@@ -88,10 +101,7 @@ class SkipGate(nn.Module):
 
     def probabilities(self) -> Tensor:
         """(P(drop), P(keep))."""
-        if self.is_removed or not self.is_open:
-            return self.kappa.new_tensor([1.0, 0.0] if self.is_removed else [0.0, 1.0])
-        s = self.coefficient()
-        return torch.stack([1 - s, s])
+        return skip_distributions([self])[0]
 
     def soft(self, generator: torch.Generator | None = None) -> Tensor | str:
         """The coefficient itself, never sampled, or the fixed answer while closed or removed."""
@@ -107,6 +117,16 @@ class SkipGate(nn.Module):
     def best(self) -> str:
         """Drop below s = 1/2."""
         return DROP if self.is_removed or (self.is_open and float(self.kappa.detach()) < 0) else KEEP
+
+
+def skip_distributions(gates: Sequence[SkipGate]) -> list[Tensor]:
+    """(P(drop), P(keep)) of all gates at once. Those that cannot learn (closed or removed) get no gradient either."""
+    found = {g: g.kappa.new_tensor([float(g.is_removed), float(not g.is_removed)]) for g in gates}
+    if learning := [g for g in gates if g.is_open and not g.is_removed]:
+        cooling = gates[0].kappa.new_tensor([3 / g.temperature for g in learning])
+        s = torch.sigmoid(torch.stack([g.kappa for g in learning]) * cooling)
+        found |= dict(zip(learning, torch.stack([1 - s, s], 1), strict=True))
+    return [found[g] for g in gates]
 
 
 class StochasticLayer(nn.Module):

@@ -1,6 +1,6 @@
 """The supernet: all networks of a space in one module, with a gate for every decision that is still open."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,15 @@ from torch.optim import Optimizer
 from dnas.arch import DROP, KEEP, Arch, Option, Space
 from dnas.gates import MarkovGate, chain_distributions
 from dnas.prunode import PairGate, pair_distributions
-from dnas.stochastic import Answer, Answers, ChoiceGate, SkipGate
+from dnas.stochastic import Answer, Answers, ChoiceGate, SkipGate, choice_distributions, skip_distributions
 
 Gate = MarkovGate | PairGate | ChoiceGate | SkipGate
+_DISTRIBUTIONS: dict[type, Callable[[Sequence[Any]], list[Tensor]]] = {
+    MarkovGate: chain_distributions,
+    PairGate: pair_distributions,
+    ChoiceGate: choice_distributions,
+    SkipGate: skip_distributions,
+}
 
 
 class Supernet(nn.Module):
@@ -62,13 +68,16 @@ class Supernet(nn.Module):
     def probabilities(self) -> dict[str, Tensor]:
         """Decision -> distribution over its original options, for every live decision.
 
-        All chains at once, and all pairs: one by one they would be thousands of small operations.
+        All gates of a kind at once: one by one they would be thousands of small operations.
         """
         gates = self.gates()
-        chains = {name: gate for name, gate in gates.items() if isinstance(gate, MarkovGate)}
-        pairs = {name: gate for name, gate in gates.items() if isinstance(gate, PairGate) and len(gate.logits)}
-        found = dict(zip(chains, chain_distributions([*chains.values()]), strict=True)) if chains else {}
-        found |= dict(zip(pairs, pair_distributions([*pairs.values()]), strict=True)) if pairs else {}
+        found: dict[str, Tensor] = {}
+        for kind, distributions in _DISTRIBUTIONS.items():
+            own = {name: gate for name, gate in gates.items() if isinstance(gate, kind)}
+            if kind is PairGate:  # a pair on one width has no logits
+                own = {name: gate for name, gate in own.items() if len(gate.logits)}
+            if own:
+                found |= dict(zip(own, distributions([*own.values()]), strict=True))
         return {name: found[name] if name in found else gate.probabilities() for name, gate in gates.items()}
 
     def soft(self, generator: torch.Generator | None = None, paths: int = 0) -> dict[str, Answer]:
