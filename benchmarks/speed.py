@@ -6,7 +6,8 @@ python benchmarks/speed.py --only gates --threads 1 --repeats 31
 
 search: a search from end to end; after each of its steps comes a step of plain training of the widest network. Also
     what the expected cost and the shrinking take.
-memory: the peak of a short search and of a plain training, each in a process of its own.
+memory: the peak of a short search and of a plain training, each in a process of its own; also of five networks as wide
+    whose blocks are drawn.
 scale: a weight step and a gate step, and the peak memory, with 2 to 64 widths to choose from, and 2 to 8 blocks.
 gates: forwards and backwards through a network of timm's with gates, and without.
 """
@@ -15,6 +16,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import random
 import resource
 import sys
 import time
@@ -35,6 +37,7 @@ from timm.utils import random_seed  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from dnas import macro as macro_of  # noqa: E402
+from dnas.arch import KEEP  # noqa: E402
 from dnas.cost import CostTable  # noqa: E402
 from dnas.data import Data, load_data  # noqa: E402
 from dnas.export import build_net  # noqa: E402
@@ -77,10 +80,15 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - started)
 
 
-def plain_step(net: Supernet, tables: Mapping[str, CostTable], data: Data, recipe: Recipe) -> Callable[[], None]:
-    """A step of plain training of the widest network, its batch included."""
-    device = next(net.parameters()).device
-    model = build_net(net.net_of(tables["macs"].extremes()[1]), num_classes=10, in_chans=3).to(device).train()
+def plain_step(
+    net: Supernet, tables: Mapping[str, CostTable], data: Data, recipe: Recipe, draw: int = 0
+) -> Callable[[], None]:
+    """A step of plain training of the widest network, its batch included; ``draw``: of one with blocks drawn evenly."""
+    device, arch, rng = next(net.parameters()).device, tables["macs"].extremes()[1], random.Random(draw)
+    if draw:
+        tops = {d.name: d.options[-1] if d.is_width else rng.choice(d.options) for d in net.space.decisions}
+        arch = net.space.complete(tops | {name: KEEP for name in tops if name.endswith("/keep")})
+    model = build_net(net.net_of(arch), num_classes=10, in_chans=3).to(device).train()
     model = model.to(memory_format=torch.channels_last)
     optimizer, batches = (
         make_optimizer(model.parameters(), recipe),
@@ -185,7 +193,7 @@ def peak_of(what: str, name: str, count: int, args: argparse.Namespace) -> float
     elif what == "plain":
         net, data = supernet_of(name, args.img_size), load_data("digits", img_size=args.img_size, device=device)
         tables, recipe = {"macs": CostTable.build(net.space, "macs")}, Recipe(batch_size=args.batch_size, amp=args.amp)
-        step = plain_step(net.to(device), tables, data, recipe)
+        step = plain_step(net.to(device), tables, data, recipe, count)
         del net
         for _ in range(5):
             step()
@@ -290,6 +298,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name in args.nets if "memory" in args.only else ():
             plain, own = (pool.submit(peak_of, what, name, 0, args).result() for what in ("plain", "search"))
             row = {"net": name, "plain_mb": round(plain, 1), "search_mb": round(own, 1)}
+            if name in SUPERNETS:  # the dearest blocks are not those that take the most memory
+                row["drawn_mb"] = [round(pool.submit(peak_of, "plain", name, k, args).result(), 1) for k in range(1, 6)]
             told("memory", row | {"peak_memory_ratio": round(own / plain, 4)})
         for what, counts in (("pairs", WIDTHS), ("chains", WIDTHS), ("blocks", BLOCKS)) if "scale" in args.only else ():
             told("scale", scale_cost(what, counts, args, pool))

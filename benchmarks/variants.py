@@ -4,7 +4,7 @@ Ablations are many, so most change a search of half the length, and are compared
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,10 @@ def likeliest_width(net: Supernet) -> Likelihood:
     return like
 
 
+# The rows of all ablations were made when gate steps had whole batches and groups of channels lived longer.
+WHOLE = SearchConfig(gate_batch=1.0, width_below=0.05)
+
+
 @dataclass(frozen=True)
 class Variant:
     """What is changed in a search.
@@ -36,7 +40,7 @@ class Variant:
     gradient.
     """
 
-    config: SearchConfig = SearchConfig()
+    config: SearchConfig = WHOLE
     length: float = 0.5
     recipe: Mapping[str, Any] = field(default_factory=dict)
     bipath: bool = True
@@ -46,25 +50,26 @@ class Variant:
 
 SGD = {"opt": "sgd", "lr": 0.1, "weight_decay": 1e-3, "warmup_epochs": 1}
 VARIANTS = {
-    "default": Variant(length=1),
+    "default": Variant(SearchConfig(), length=1),
+    "whole-gate-batches": Variant(length=1),
     "half-length": Variant(),
     "quarter-length": Variant(length=0.25),
     "sgd": Variant(length=1, recipe=SGD),
-    "gates-every-step": Variant(SearchConfig(gate_every=1)),
-    "gates-every-4": Variant(SearchConfig(gate_every=4)),
-    "no-sharpening": Variant(SearchConfig(temperature=1.0)),
-    "entropy": Variant(SearchConfig(temperature=1.0, entropy=1.0)),
-    "constant-target": Variant(SearchConfig(budget_from=0.2, budget_by=0.2)),
-    "late-skip": Variant(SearchConfig(skip_at=0.6, skip_from=0.999)),
-    "early-closed-skip": Variant(SearchConfig(skip_from=0.999)),
-    "no-warmup": Variant(SearchConfig(warmup=0.0, skip_at=0.0)),
-    "long-warmup": Variant(SearchConfig(warmup=0.5, budget_from=0.5, budget_by=0.8, block_from=0.5, skip_at=0.5)),
-    "soft-weights": Variant(SearchConfig(weights_on="soft")),
-    "sandwich": Variant(SearchConfig(weights_on="sandwich")),
-    "same-images": Variant(SearchConfig(gate_fraction=0.0)),
+    "gates-every-step": Variant(replace(WHOLE, gate_every=1)),
+    "gates-every-4": Variant(replace(WHOLE, gate_every=4)),
+    "no-sharpening": Variant(replace(WHOLE, temperature=1.0)),
+    "entropy": Variant(replace(WHOLE, temperature=1.0, entropy=1.0)),
+    "constant-target": Variant(replace(WHOLE, budget_from=0.2, budget_by=0.2)),
+    "late-skip": Variant(replace(WHOLE, skip_at=0.6, skip_from=0.999)),
+    "early-closed-skip": Variant(replace(WHOLE, skip_from=0.999)),
+    "no-warmup": Variant(replace(WHOLE, warmup=0.0, skip_at=0.0)),
+    "long-warmup": Variant(replace(WHOLE, warmup=0.5, budget_from=0.5, budget_by=0.8, block_from=0.5, skip_at=0.5)),
+    "soft-weights": Variant(replace(WHOLE, weights_on="soft")),
+    "sandwich": Variant(replace(WHOLE, weights_on="sandwich")),
+    "same-images": Variant(replace(WHOLE, gate_fraction=0.0)),
     "fixed-grid": Variant(bipath=False),
-    "slow-shrinking": Variant(SearchConfig(block_from=0.8, block_by=1.0, width_below=0.005)),
-    "fast-shrinking": Variant(SearchConfig(block_from=0.2, block_by=0.4, width_below=0.2)),
+    "slow-shrinking": Variant(replace(WHOLE, block_from=0.8, block_by=1.0, width_below=0.005)),
+    "fast-shrinking": Variant(replace(WHOLE, block_from=0.2, block_by=0.4, width_below=0.2)),
     "scale-in-gradient": Variant(scale=True),
     "likeliest-width": Variant(likelihood=likeliest_width),
     "likeliest-width-with-scale": Variant(scale=True, likelihood=likeliest_width),

@@ -46,8 +46,8 @@ class SearchConfig:
     skip_at: float = 0.2  # layers get their skip; the threshold on them rises from 0 to 1/2 from here to the end
     skip_from: float = 0.9  # the coefficient that they begin with
     temperature: float = 0.3  # at the end; 1 until the budget is reached half-way
-    width_below: float = 0.05
-    patience: int = 5
+    width_below: float = 0.2  # a group of channels goes when its marginal has been below that ...
+    patience: int = 5  # ... for so many gate steps in a row
 
 
 WEIGHTS_ON = ("hard", "soft", "sandwich")
