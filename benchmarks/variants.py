@@ -28,8 +28,8 @@ def likeliest_width(net: Supernet) -> Likelihood:
     return like
 
 
-# The rows of all ablations were made when gate steps had whole batches and groups of channels lived longer.
-WHOLE = SearchConfig(gate_batch=1.0, width_below=0.05)
+# The rows of all ablations were made when groups of channels lived longer.
+LONGER = SearchConfig(width_below=0.05)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Variant:
     gradient.
     """
 
-    config: SearchConfig = WHOLE
+    config: SearchConfig = LONGER
     length: float = 0.5
     recipe: Mapping[str, Any] = field(default_factory=dict)
     bipath: bool = True
@@ -51,25 +51,25 @@ class Variant:
 SGD = {"opt": "sgd", "lr": 0.1, "weight_decay": 1e-3, "warmup_epochs": 1}
 VARIANTS = {
     "default": Variant(SearchConfig(), length=1),
-    "whole-gate-batches": Variant(length=1),
+    "late-widths": Variant(length=1),
     "half-length": Variant(),
     "quarter-length": Variant(length=0.25),
     "sgd": Variant(length=1, recipe=SGD),
-    "gates-every-step": Variant(replace(WHOLE, gate_every=1)),
-    "gates-every-4": Variant(replace(WHOLE, gate_every=4)),
-    "no-sharpening": Variant(replace(WHOLE, temperature=1.0)),
-    "entropy": Variant(replace(WHOLE, temperature=1.0, entropy=1.0)),
-    "constant-target": Variant(replace(WHOLE, budget_from=0.2, budget_by=0.2)),
-    "late-skip": Variant(replace(WHOLE, skip_at=0.6, skip_from=0.999)),
-    "early-closed-skip": Variant(replace(WHOLE, skip_from=0.999)),
-    "no-warmup": Variant(replace(WHOLE, warmup=0.0, skip_at=0.0)),
-    "long-warmup": Variant(replace(WHOLE, warmup=0.5, budget_from=0.5, budget_by=0.8, block_from=0.5, skip_at=0.5)),
-    "soft-weights": Variant(replace(WHOLE, weights_on="soft")),
-    "sandwich": Variant(replace(WHOLE, weights_on="sandwich")),
-    "same-images": Variant(replace(WHOLE, gate_fraction=0.0)),
+    "gates-every-step": Variant(replace(LONGER, gate_every=1)),
+    "gates-every-4": Variant(replace(LONGER, gate_every=4)),
+    "no-sharpening": Variant(replace(LONGER, temperature=1.0)),
+    "entropy": Variant(replace(LONGER, temperature=1.0, entropy=1.0)),
+    "constant-target": Variant(replace(LONGER, budget_from=0.2, budget_by=0.2)),
+    "late-skip": Variant(replace(LONGER, skip_at=0.6, skip_from=0.999)),
+    "early-closed-skip": Variant(replace(LONGER, skip_from=0.999)),
+    "no-warmup": Variant(replace(LONGER, warmup=0.0, skip_at=0.0)),
+    "long-warmup": Variant(replace(LONGER, warmup=0.5, budget_from=0.5, budget_by=0.8, block_from=0.5, skip_at=0.5)),
+    "soft-weights": Variant(replace(LONGER, weights_on="soft")),
+    "sandwich": Variant(replace(LONGER, weights_on="sandwich")),
+    "same-images": Variant(replace(LONGER, gate_fraction=0.0)),
     "fixed-grid": Variant(bipath=False),
-    "slow-shrinking": Variant(replace(WHOLE, block_from=0.8, block_by=1.0, width_below=0.005)),
-    "fast-shrinking": Variant(replace(WHOLE, block_from=0.2, block_by=0.4, width_below=0.2)),
+    "slow-shrinking": Variant(replace(LONGER, block_from=0.8, block_by=1.0, width_below=0.005)),
+    "fast-shrinking": Variant(replace(LONGER, block_from=0.2, block_by=0.4, width_below=0.2)),
     "scale-in-gradient": Variant(scale=True),
     "likeliest-width": Variant(likelihood=likeliest_width),
     "likeliest-width-with-scale": Variant(scale=True, likelihood=likeliest_width),

@@ -32,7 +32,6 @@ class SearchConfig:
 
     gate_fraction: float = 0.3  # of the training images, held out for the gates; 0: the gates see the weights' images
     gate_every: int = 2  # weight steps to a gate step
-    gate_batch: float = 0.5  # images of a gate step to those of a weight step: two blocks mixed take twice the memory
     gate_lr: float = 0.0
     paths: int = 2  # candidate blocks mixed in a gate step
     weights_on: str = "hard"  # nets that the weights learn on: "hard", "soft" or "sandwich"
@@ -57,8 +56,8 @@ def check_config(config: SearchConfig) -> SearchConfig:
     """``config`` itself if every number makes sense. Raises UserError naming the flag."""
     shares = ("warmup", "budget_from", "budget_by", "block_from", "block_by", "skip_at")
     for name, low, high in (
-        ("gate_fraction", 0, 0.9), ("gate_every", 1, 10_000), ("gate_batch", 0.01, 1), ("gate_lr", 0, 10),
-        ("paths", 2, 64), ("skip_from", 0.51, 0.9999),
+        ("gate_fraction", 0, 0.9), ("gate_every", 1, 10_000), ("gate_lr", 0, 10), ("paths", 2, 64),
+        ("skip_from", 0.51, 0.9999),
         ("patience", 1, 10**6), ("budget_weight", 0, 1e6), ("temperature", 0.01, 10), ("width_below", 0, 0.5),
         ("entropy", 0, 1e3),
         *((name, 0, 1) for name in shares),
@@ -140,8 +139,7 @@ def batches_of(data: Data, recipe: Recipe, config: SearchConfig, seed: int) -> t
     """The images of the weights, and those that are held out for the gates."""
     rest, held_out = data.split(config.gate_fraction, seed) if config.gate_fraction else (None, None)
     batches = data.train_batches(recipe.batch_size, seed=seed, indices=rest)
-    of_gates = world_size() * max(2, round(recipe.batch_size * config.gate_batch / world_size()))
-    return batches, data.train_batches(of_gates, seed=seed + 1, indices=held_out)
+    return batches, data.train_batches(recipe.batch_size, seed=seed + 1, indices=held_out)
 
 
 def begin(
@@ -233,27 +231,32 @@ def go_on(
         progress = ramp(t, config.budget_from, config.budget_by)
         targets = {m: target(state.first[m], limits[m], progress) for m in limits}
         x, y = next(gate_batches)
-        if checking:  # all live blocks are mixed, so that every gate can show a gradient, in the memory of a usual step
-            most = max((len(layer.blocks) for layer in net.layers), default=1)
-            thinned = max(1, min(len(x) // 2, math.ceil(most / config.paths)))
-            x, y = x[::thinned], y[::thinned]
-        if recipe.channels_last:
-            x = x.to(memory_format=torch.channels_last)
+        mixed = max((len(layer.blocks) for layer in net.layers), default=1)
+        mixed = mixed if checking else min(mixed, config.paths)
+        parts = max(1, min(mixed, len(x) // 2))  # one after the other, so that mixing takes the memory of one block
         weights = net.weight_parameters()
         for p in weights:
             p.requires_grad_(False)
-        with autocast(device, recipe), shared_statistics():
-            logits = net(x, net.soft(draws, 0 if checking else config.paths)).float()
-        loss = F.cross_entropy(logits, y)
-        probabilities = net.probabilities()
-        expected = {m: current[m].expected(probabilities) for m in limits}
-        total_loss = loss + config.budget_weight * budget_penalty(expected, targets)
-        if config.entropy:
-            total_loss = total_loss + config.entropy * sharpness * mean_entropy(probabilities.values())
         state.gate_optimizer.zero_grad()
-        total_loss.backward()
+        taken = [(x[k::parts], y[k::parts]) for k in range(1 if checking else parts)]  # to check, one part will do
+        seen, losses = sum(len(labels) for _, labels in taken), []
+        for of_part, labels in taken:
+            if recipe.channels_last:
+                of_part = of_part.to(memory_format=torch.channels_last)
+            with autocast(device, recipe), shared_statistics():
+                logits = net(of_part, net.soft(draws, 0 if checking else config.paths)).float()
+            losses.append(F.cross_entropy(logits, labels, reduction="sum") / seen)
+            if losses[-1].requires_grad:  # not when all that is left is decided
+                losses[-1].backward()
         for p in weights:
             p.requires_grad_(True)
+        loss = torch.stack(losses).detach().sum()
+        probabilities = net.probabilities()
+        expected = {m: current[m].expected(probabilities) for m in limits}
+        pull = config.budget_weight * budget_penalty(expected, targets)
+        if config.entropy:
+            pull = pull + config.entropy * sharpness * mean_entropy(probabilities.values())
+        pull.backward()
         average_gradients(net.gate_parameters())
         if checking:
             check_gradients(net, learner.update - 1)
@@ -261,8 +264,8 @@ def go_on(
         from_first(net.gate_parameters())  # what is cut off hangs on them
         state.gates_taught += 1
         return {
-            "images": len(x) * world_size(),
-            "gate_loss": float(mean(loss.detach())),
+            "images": seen * world_size(),
+            "gate_loss": float(mean(loss)),
             "expected": {m: float(e.detach()) for m, e in expected.items()},
             "target": targets,
         }

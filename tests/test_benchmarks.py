@@ -130,7 +130,7 @@ def test_ablations_change_a_search_of_half_the_length(lab):
     seen = {name: iso_flops.run_search(lab, name, 0)["search_images"] for name in ("default", "half-length")}
     assert seen["half-length"] / seen["default"] == pytest.approx(1 / 2, rel=0.1)
     same = {name for name in variants.VARIANTS if variants.baseline_of(name) == "default"}
-    assert same == {"default", "half-length", "quarter-length", "sgd"}
+    assert same == {"default", "late-widths", "half-length", "quarter-length", "sgd"}
     assert {variants.baseline_of(name) for name in iso_flops.opponents.OPPONENTS} == {"default"}
 
 

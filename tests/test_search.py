@@ -290,7 +290,6 @@ def test_without_a_fraction_the_gates_see_the_weights_images(fraction, shared):
     [
         {"gate_fraction": 1.0},
         {"gate_every": 0},
-        {"gate_batch": 0.0},
         {"weights_on": "stone"},
         {"entropy": -1.0},
         {"temperature": 0.0},

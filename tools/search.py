@@ -271,7 +271,7 @@ def estimate(plan: Plan, goals: list[Goal], plain_ms: float) -> float:
     for goal in goals:
         budget = goal.budgets[0]
         share = min(1.0, budget.limit / plan.tables[budget.metric].of(plan.tables[budget.metric].extremes()[1]))
-        work += steps * (1 - config.warmup) * (1 + 2 * config.gate_batch / config.gate_every)
+        work += steps * (1 - config.warmup) * (1 + 2 / config.gate_every)
         work += share * (2 + plan.args.num_random) * plan.recipe.epochs * plan.data.num_train / plan.recipe.batch_size
     return work * plain_ms / 6e4
 
