@@ -37,7 +37,6 @@ from timm.utils import random_seed  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from dnas import macro as macro_of  # noqa: E402
-from dnas.arch import KEEP  # noqa: E402
 from dnas.cost import CostTable  # noqa: E402
 from dnas.data import Data, load_data  # noqa: E402
 from dnas.export import build_net  # noqa: E402
@@ -86,8 +85,8 @@ def plain_step(
     """A step of plain training of the widest network, its batch included; ``draw``: of one with blocks drawn evenly."""
     device, arch, rng = next(net.parameters()).device, tables["macs"].extremes()[1], random.Random(draw)
     if draw:
-        tops = {d.name: d.options[-1] if d.is_width else rng.choice(d.options) for d in net.space.decisions}
-        arch = net.space.complete(tops | {name: KEEP for name in tops if name.endswith("/keep")})
+        drawn = {d.name: rng.choice(d.options) for d in net.space.decisions if d.name.endswith("/block")}
+        arch = net.space.complete({d.name: d.options[-1] for d in net.space.decisions} | drawn)
     model = build_net(net.net_of(arch), num_classes=10, in_chans=3).to(device).train()
     model = model.to(memory_format=torch.channels_last)
     optimizer, batches = (

@@ -82,8 +82,8 @@ def scaled_norm(norm: nn.BatchNorm2d, x: Tensor, by: Tensor | Option, times: Ten
 def _norms_of_both(y: Tensor, norms: Sequence[nn.BatchNorm2d], factors: Sequence[Tensor]) -> Tensor:
     """The two copies' last norms, times a factor [out] each, and added: [B, 2 * out, H, W] -> [B, out, H, W].
 
-    One norm without weights, and a 1x1 convolution that holds the weights of both: a norm of half of a channels_last
-    map takes several times as long.
+    One norm without weights, and a 1x1 convolution that holds the weights of both: halves of a channels_last
+    map are no dense maps, and slow to normalise.
     """
     first = norms[0]
     mean, var = (torch.cat([getattr(n, name) for n in norms]) for name in ("running_mean", "running_var"))
@@ -198,8 +198,6 @@ class PairGate(nn.Module):
 
     def probabilities(self) -> Tensor:
         """[number of options], zero but for the pair."""
-        if not len(self.logits):
-            return self.logits.new_ones(1)
         return pair_distributions([self])[0]
 
     def soft(self, generator: torch.Generator | None = None) -> Tensor | int:
@@ -248,15 +246,19 @@ class PairGate(nn.Module):
 
 
 def pair_distributions(gates: Sequence[PairGate]) -> list[Tensor]:
-    """Distributions over all options of gates none of which is down to one width: a few operations on all of them."""
-    sizes, places, start = [len(g.widths) for g in gates], [], 0
-    for g, size in zip(gates, sizes, strict=True):
-        places += [start + g.low, start + g.high]
-        start += size
-    logits = torch.stack([g.logits for g in gates])
-    pairs = torch.softmax(logits / logits.new_tensor([g.temperature for g in gates])[:, None], 1)
-    index = torch.tensor(places, device=pairs.device)
-    return list(pairs.new_zeros(start).index_add(0, index, pairs.flatten()).split(sizes))
+    """Distributions over all options: a few operations on all gates. Where there is one option, it is certain."""
+    found = {g: g.logits.new_ones(1) for g in gates}
+    if learning := [g for g in gates if len(g.logits)]:
+        sizes, places, start = [len(g.widths) for g in learning], [], 0
+        for g, size in zip(learning, sizes, strict=True):
+            places += [start + g.low, start + g.high]
+            start += size
+        logits = torch.stack([g.logits for g in learning])
+        pairs = torch.softmax(logits / logits.new_tensor([g.temperature for g in learning])[:, None], 1)
+        index = torch.tensor(places, device=pairs.device)
+        spread = pairs.new_zeros(start).index_add(0, index, pairs.flatten()).split(sizes)
+        found |= dict(zip(learning, spread, strict=True))
+    return [found[g] for g in gates]
 
 
 class Prunode(nn.Module):
@@ -281,8 +283,8 @@ class Prunode(nn.Module):
         _, conv, last = parts(self.block)
         norms = self.norm_small, getattr(self.block, last)
         if isinstance(mid, int):
-            own = norms[not mid == small < large]
-            return project(self.block, own, expand(self.block, x, mid, made), out, times)
+            norm = norms[0] if mid == small < large else norms[1]
+            return project(self.block, norm, expand(self.block, x, mid, made), out, times)
         h = expand(self.block, x, large, made)
         factors = [q if times is None else q * times for q in mid]
         whole = conv.weight[:, :large]  # of a bank that another candidate of the layer may need wider

@@ -74,11 +74,9 @@ class Supernet(nn.Module):
         found: dict[str, Tensor] = {}
         for kind, distributions in _DISTRIBUTIONS.items():
             own = {name: gate for name, gate in gates.items() if isinstance(gate, kind)}
-            if kind is PairGate:  # a pair on one width has no logits
-                own = {name: gate for name, gate in own.items() if len(gate.logits)}
             if own:
                 found |= dict(zip(own, distributions([*own.values()]), strict=True))
-        return {name: found[name] if name in found else gate.probabilities() for name, gate in gates.items()}
+        return {name: found[name] for name in gates}
 
     def soft(self, generator: torch.Generator | None = None, paths: int = 0) -> dict[str, Answer]:
         """What the net is multiplied by while the gates learn; ``paths`` blocks a layer (0: all live ones)."""

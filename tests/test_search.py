@@ -17,6 +17,7 @@ from dnas.gates import MarkovGate
 from dnas.macro import Candidate, MacroSupernet
 from dnas.search import (
     SearchConfig,
+    batches_of,
     begin,
     check_config,
     check_gradients,
@@ -26,7 +27,9 @@ from dnas.search import (
     mean_entropy,
     search,
 )
-from dnas.train import Recipe
+from dnas.surgery import cut_width
+from dnas.timm_net import TimmBase, TimmSupernet
+from dnas.train import Recipe, cycle
 from dnas.units import Budget, UserError, parse_budget
 from supernets import SUPERNETS
 from supernets.toy import BEST, plant, planted_data, toy
@@ -261,6 +264,47 @@ def watched(config, data):
     budgets = resolve_budgets(tables, parse_budget("50%"))
     search(net, tables, budgets, data, replace(FROZEN, epochs=2), config, seed=0, on_row=lambda row: None)
     return net, asked
+
+
+def test_a_gate_step_is_one_batch_whose_parts_weigh_alike():
+    """Two blocks mixed: two parts, each image once. One part for the checks: in the first step, and when skips open."""
+    data, config = planted_data(0, num_train=256, num_val=8), FROM_THE_START
+    recipe, net, passes, rows = replace(FROZEN, epochs=2), MacroSupernet(toy()), [], []
+
+    def watch(module, args, logits):
+        if any(isinstance(a, torch.Tensor | dict) for a in args[1].values()):
+            passes.append([args[0].clone(), logits.detach().clone()])
+            logits.register_hook(passes[-1].append)
+
+    net.register_forward_hook(watch)
+    budgets = resolve_budgets(tables_of(net), parse_budget("50%"))
+    search(net, tables_of(net), budgets, data, recipe, config, seed=0, on_row=rows.append)
+    batches = cycle(batches_of(data, recipe, config, 0)[1])
+    assert len(rows) == 4 and [row["images"] for row in rows] == [32, 32, 64, 64]
+    for row in rows:
+        x, y = next(batches)
+        for part in range(row["images"] // 32):
+            seen, logits, grad = passes.pop(0)
+            assert torch.equal(seen, x[part::2])
+            of_part = y[part::2]
+            slope = logits.softmax(1) - torch.nn.functional.one_hot(of_part, 4)
+            torch.testing.assert_close(grad, slope / row["images"])
+            row["gate_loss"] -= float(torch.nn.functional.cross_entropy(logits, of_part)) * len(of_part) / row["images"]
+        assert row["gate_loss"] == pytest.approx(0, abs=1e-5)
+    assert not passes
+
+
+def test_a_search_goes_on_when_all_is_decided():
+    """Every chain is down to one width: gate steps have no gradient from images, and nothing to change."""
+    data, net = planted_data(0, num_train=256, num_val=8), TimmSupernet(TimmBase("test_resnet", 4, 3, 12))
+    tables, arch, rows = tables_of(net), {d.name: d.options[0] for d in net.space.decisions}, []
+    for name, width in arch.items():
+        cut_width(net, name, width)
+    net.fit()
+    budgets = [Budget("macs", tables["macs"].of(arch))]
+    search(net, tables, budgets, data, replace(FROZEN, epochs=2), FROM_THE_START, seed=0, on_row=rows.append)
+    assert net.best() == arch and len(rows) == 4
+    assert all(row["gate_loss"] > 0 and row["expected"]["macs"] == pytest.approx(budgets[0].limit) for row in rows)
 
 
 def test_weights_learn_on_what_they_are_told_to():
