@@ -6,8 +6,11 @@ python benchmarks/speed.py --only gates --threads 1 --repeats 31
 
 search: a search from end to end; after each of its steps comes a step of plain training of the widest network. Also
     what the expected cost and the shrinking take.
-memory: the peak of a short search and of a plain training, each in a process of its own; also of five networks as wide
-    whose blocks are drawn.
+memory: the peak of the first two fifths of a search, after which it only shrinks, and of plain training of the widest
+    network, each in a process of its own. Twice: as the tools are, which let glibc keep what was freed, and *in use*,
+    all freed memory given back at once. In use also the widest networks whose layers all have one kind of block: the
+    dearest in MACs, which counts as the widest, is not the one that takes the most memory.
+modes: what a plain step of the widest network takes in bfloat16, and compiled; not if quick.
 scale: a weight step and a gate step, and the peak memory, with 2 to 64 widths to choose from, and 2 to 8 blocks.
 gates: forwards and backwards through a network of timm's with gates, and without.
 """
@@ -16,12 +19,12 @@ import argparse
 import json
 import multiprocessing
 import os
-import random
 import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -42,7 +45,7 @@ from dnas.data import Data, load_data  # noqa: E402
 from dnas.export import build_net  # noqa: E402
 from dnas.macro import Candidate, Macro, MacroSupernet, Stage, width_grid  # noqa: E402
 from dnas.runs import peak_memory_mb, provenance, write_json  # noqa: E402
-from dnas.search import SearchConfig, live_tables, search  # noqa: E402
+from dnas.search import SearchConfig, begin, go_on, live_tables  # noqa: E402
 from dnas.supernet import Supernet  # noqa: E402
 from dnas.timm_net import TimmBase, TimmSupernet  # noqa: E402
 from dnas.train import Recipe, autocast, cycle, make_optimizer  # noqa: E402
@@ -53,7 +56,7 @@ NETS = ("prunet", "mobilenet_v2", "resnet18", "mobilenetv2_100")
 GATED = ("resnet18", "mobilenetv2_100", "densenet121", "convnext_atto")
 WIDTHS, BLOCKS = (2, 4, 8, 16, 32, 64), (2, 4, 6, 8)
 KINDS = tuple(Candidate("ir", k, expand=6, base=4, se=se) for se in (0, 0.25) for k in (3, 5, 7, 9))
-SECTIONS = ("search", "memory", "scale", "gates")
+SECTIONS = ("search", "memory", "modes", "scale", "gates")
 
 
 def supernet_of(name: str, img_size: int) -> Supernet:
@@ -80,15 +83,16 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def plain_step(
-    net: Supernet, tables: Mapping[str, CostTable], data: Data, recipe: Recipe, draw: int = 0
+    net: Supernet, tables: Mapping[str, CostTable], data: Data, recipe: Recipe, kind: str = "", compiled: bool = False
 ) -> Callable[[], None]:
-    """A step of plain training of the widest network, its batch included; ``draw``: of one with blocks drawn evenly."""
-    device, arch, rng = next(net.parameters()).device, tables["macs"].extremes()[1], random.Random(draw)
-    if draw:
-        drawn = {d.name: rng.choice(d.options) for d in net.space.decisions if d.name.endswith("/block")}
-        arch = net.space.complete({d.name: d.options[-1] for d in net.space.decisions} | drawn)
+    """A step of plain training of the widest network, its batch included; ``kind``: with blocks of that kind only."""
+    device, arch = next(net.parameters()).device, tables["macs"].extremes()[1]
+    if kind:
+        blocks = {d.name: kind for d in net.space.decisions if kind in d.options}
+        arch = net.space.complete({d.name: d.options[-1] for d in net.space.decisions} | blocks)
     model = build_net(net.net_of(arch), num_classes=10, in_chans=3).to(device).train()
     model = model.to(memory_format=torch.channels_last)
+    run = torch.compile(model) if compiled else model
     optimizer, batches = (
         make_optimizer(model.parameters(), recipe),
         cycle(data.train_batches(recipe.batch_size, seed=0)),
@@ -98,7 +102,7 @@ def plain_step(
         x, y = next(batches)
         x = x.to(memory_format=torch.channels_last)
         with autocast(device, recipe):
-            loss = nn.functional.cross_entropy(model(x).float(), y)
+            loss = nn.functional.cross_entropy(run(x).float(), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -107,7 +111,10 @@ def plain_step(
 
 
 def searched(name: str, args: argparse.Namespace, pair: bool) -> tuple[list[dict], list[float], list[float]]:
-    """A search to 30 % of the MACs: its rows; of plain steps between them, and of expected costs, the milliseconds."""
+    """A search to 30 % of the MACs: its rows; of plain steps between them, and of expected costs, the milliseconds.
+
+    Without ``pair`` it is alone, and over at two fifths.
+    """
     random_seed(0)
     device = torch.device(args.device)
     net, data = supernet_of(name, args.img_size), load_data("digits", img_size=args.img_size, device=device)
@@ -115,7 +122,7 @@ def searched(name: str, args: argparse.Namespace, pair: bool) -> tuple[list[dict
     tables = {"macs": CostTable.build(net.space, "macs")}
     limit = 0.3 * tables["macs"].of(tables["macs"].extremes()[1])
     per_epoch = len(data.train_batches(args.batch_size, seed=0, indices=data.split(SearchConfig.gate_fraction, 0)[0]))
-    epochs = max(1, round((args.steps if pair else 20) / per_epoch))
+    epochs = max(1, round(args.steps / per_epoch))
     recipe = Recipe(batch_size=args.batch_size, epochs=epochs, amp=args.amp)
     step = plain_step(net, tables, data, recipe) if pair else None
     if step:
@@ -134,11 +141,14 @@ def searched(name: str, args: argparse.Namespace, pair: bool) -> tuple[list[dict
             return
         plain.append(milliseconds(step, device))
         if "gate_ms" in row:
-            live_tables_now = live_tables(net, tables)
+            if row["events"]:  # as the search does
+                live_tables_now = live_tables(net, tables)
             expected.append(milliseconds(evaluate, device))
 
     live_tables_now = live_tables(net, tables)
-    search(net, tables, [Budget("macs", limit)], data, recipe, SearchConfig(), seed=0, on_row=on_row)
+    budgets, config, until = [Budget("macs", limit)], SearchConfig(), 1.0 if pair else 0.4
+    state = begin(net, tables, data, recipe, config, 0)
+    go_on(state, tables, budgets, data, recipe, config, seed=0, on_row=on_row, until=until)
     return rows, plain, expected
 
 
@@ -165,6 +175,7 @@ def search_cost(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "relative_cost_first": round(relative(first, first + 10), 4),
         "relative_cost_last": round(relative(len(rows) - 10, len(rows)), 4),
         "expected_cost_share": spread([e / step for e, step in zip(expected, alone, strict=True)]),
+        "expected_cost_of_search": round(sum(expected) / sum(taken), 4),
         "shrink_in_steps": spread(shrinks) if shrinks else None,
         "shrinks": len(shrinks),
         "macs_left": round(rows[-1]["live_macs"] / rows[0]["live_macs"], 4),
@@ -181,9 +192,9 @@ def forget_peak() -> float:
     return int(sizes.read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
-def peak_of(what: str, name: str, count: int, args: argparse.Namespace) -> float:
+def peak_of(what: str, name: str, args: argparse.Namespace, kind: str = "", count: int = 0, give_back=False) -> float:
     """MiB that a training, a search or a pair of steps takes above what the process had; for a process of its own."""
-    keep_freed_memory()
+    keep_freed_memory(*[2**17] * give_back)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     before = 0.0 if device.type == "cuda" else forget_peak()
@@ -192,15 +203,58 @@ def peak_of(what: str, name: str, count: int, args: argparse.Namespace) -> float
     elif what == "plain":
         net, data = supernet_of(name, args.img_size), load_data("digits", img_size=args.img_size, device=device)
         tables, recipe = {"macs": CostTable.build(net.space, "macs")}, Recipe(batch_size=args.batch_size, amp=args.amp)
-        step = plain_step(net.to(device), tables, data, recipe, count)
+        step = plain_step(net.to(device), tables, data, recipe, kind)
         del net
-        for _ in range(5):
+        for _ in range(3):
             step()
     else:
         step = both_steps(scaled(what, count), args)
         for _ in range(5):
             step()
     return peak_memory_mb(device) - before
+
+
+def memory_cost(name: str, args: argparse.Namespace, pool: ProcessPoolExecutor) -> dict[str, Any]:
+    """Peaks of a search over those of plain training of the widest network, and of the one that takes the most."""
+
+    def peak(what: str, kind: str = "", give_back: bool = False) -> float:
+        return round(pool.submit(peak_of, what, name, args, kind, give_back=give_back).result(), 1)
+
+    decisions = supernet_of(name, args.img_size).space.decisions
+    kinds = dict.fromkeys(str(o) for d in decisions if d.name.endswith("/block") for o in d.options)
+    plain, own = peak("plain"), peak("search")
+    plain_in_use, own_in_use = peak("plain", give_back=True), peak("search", give_back=True)
+    most = max([plain_in_use, *(peak("plain", kind, give_back=True) for kind in kinds)])
+    return {
+        "net": name,
+        "plain_mb": plain,
+        "search_mb": own,
+        "peak_memory_ratio": round(own / plain, 4),
+        "plain_in_use_mb": plain_in_use,
+        "search_in_use_mb": own_in_use,
+        "in_use_ratio": round(own_in_use / plain_in_use, 4),
+        "heaviest_in_use_mb": most,
+        "in_use_ratio_to_heaviest": round(own_in_use / most, 4),
+    }
+
+
+def modes_cost(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Plain steps in bfloat16 and compiled, over those of float32, taken in turn; seconds until it is compiled."""
+    random_seed(0)
+    device = torch.device(args.device)
+    net, data = supernet_of(name, args.img_size).to(device), load_data("digits", img_size=args.img_size, device=device)
+    tables, recipe = {"macs": CostTable.build(net.space, "macs")}, Recipe(batch_size=args.batch_size)
+    half = replace(recipe, amp=True, amp_dtype="bfloat16")
+    steps = {"plain": plain_step(net, tables, data, recipe), "bfloat16": plain_step(net, tables, data, half)}
+    steps["compiled"] = plain_step(net, tables, data, recipe, compiled=True)
+    taken: dict[str, list[float]] = {mode: [milliseconds(step, device)] for mode, step in steps.items()}
+    for _ in range(args.repeats):
+        for mode, step in steps.items():
+            taken[mode].append(milliseconds(step, device))
+    row: dict[str, Any] = {"net": name, "plain_ms": spread(taken["plain"][1:])}
+    for mode in ("bfloat16", "compiled"):
+        row[mode] = spread([a / b for a, b in zip(taken[mode][1:], taken["plain"][1:], strict=True)])
+    return row | {"compile_s": round(taken["compiled"][0] / 1e3, 1)}
 
 
 def scaled(what: str, count: int) -> MacroSupernet:
@@ -246,7 +300,7 @@ def scale_cost(what: str, counts: Sequence[int], args: argparse.Namespace, pool:
         for n, step in steps.items():
             taken[n].append(milliseconds(step, device))
     ratios = {n: [a / b for a, b in zip(taken[n][1:], taken[counts[0]][1:], strict=True)] for n in counts}
-    peaks = {n: pool.submit(peak_of, what, "", n, args).result() for n in counts}
+    peaks = {n: pool.submit(peak_of, what, "", args, count=n).result() for n in counts}
     return {
         "what": what,
         "counts": [len(scaled(what, n).space.decisions[-1].options) if what != "blocks" else n for n in counts],
@@ -295,13 +349,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name in args.nets if "search" in args.only else ():
             told("search", search_cost(name, args))
         for name in args.nets if "memory" in args.only else ():
-            plain, own = (pool.submit(peak_of, what, name, 0, args).result() for what in ("plain", "search"))
-            row = {"net": name, "plain_mb": round(plain, 1), "search_mb": round(own, 1)}
-            if name in SUPERNETS:  # the dearest blocks are not those that take the most memory
-                row["drawn_mb"] = [round(pool.submit(peak_of, "plain", name, k, args).result(), 1) for k in range(1, 6)]
-            told("memory", row | {"peak_memory_ratio": round(own / plain, 4)})
+            told("memory", memory_cost(name, args, pool))
         for what, counts in (("pairs", WIDTHS), ("chains", WIDTHS), ("blocks", BLOCKS)) if "scale" in args.only else ():
             told("scale", scale_cost(what, counts, args, pool))
+    for name in args.nets if "modes" in args.only and not args.quick else ():
+        told("modes", modes_cost(name, args))
     for name in GATED if "gates" in args.only else ():
         told("gates", gates_cost(name, args))
     worst: dict[str, float] = {}

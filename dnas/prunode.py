@@ -247,7 +247,7 @@ class PairGate(nn.Module):
 
 def pair_distributions(gates: Sequence[PairGate]) -> list[Tensor]:
     """Distributions over all options: a few operations on all gates. Where there is one option, it is certain."""
-    found = {g: g.logits.new_ones(1) for g in gates}
+    found = {g: g.logits.new_ones(1) for g in gates if not len(g.logits)}
     if learning := [g for g in gates if len(g.logits)]:
         sizes, places, start = [len(g.widths) for g in learning], [], 0
         for g, size in zip(learning, sizes, strict=True):

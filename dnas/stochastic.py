@@ -63,16 +63,18 @@ class ChoiceGate(nn.Module):
 
 def choice_distributions(gates: Sequence[ChoiceGate]) -> list[Tensor]:
     """Distributions over all options, removed ones included: a few operations on all gates, not a few on each."""
-    rows = nn.utils.rnn.pad_sequence([g.logits for g in gates], batch_first=True, padding_value=-math.inf)
-    p = torch.softmax(rows / rows.new_tensor([g.temperature for g in gates])[:, None], 1).flatten()
-    sizes = [len(g.options) for g in gates]
+    logits = torch.cat([g.logits for g in gates])
+    most, first = max(len(g.live) for g in gates), 0
+    slots: list[int] = []
     places: list[int] = []
-    sources: list[int] = []
     for row, gate in enumerate(gates):
-        places += [sum(sizes[:row]) + k for k in gate.live]
-        sources += range(row * rows.shape[1], row * rows.shape[1] + len(gate.live))
-    at, source = torch.tensor([places, sources], device=p.device)
-    return list(p.new_zeros(sum(sizes)).index_copy(0, at, p[source]).split(sizes))
+        slots += range(row * most, row * most + len(gate.live))
+        places += [first + k for k in gate.live]
+        first += len(gate.options)
+    slot, place = torch.tensor([slots, places], device=logits.device)
+    rows = logits.new_full((len(gates) * most,), -math.inf).index_copy(0, slot, logits).view(len(gates), most)
+    p = torch.softmax(rows / rows.new_tensor([g.temperature for g in gates])[:, None], 1).flatten()
+    return list(p.new_zeros(first).index_copy(0, place, p[slot]).split([len(g.options) for g in gates]))
 
 
 class SkipGate(nn.Module):
@@ -121,8 +123,10 @@ class SkipGate(nn.Module):
 
 def skip_distributions(gates: Sequence[SkipGate]) -> list[Tensor]:
     """(P(drop), P(keep)) of all gates at once. Those that cannot learn (closed or removed) get no gradient either."""
-    found = {g: g.kappa.new_tensor([float(g.is_removed), float(not g.is_removed)]) for g in gates}
-    if learning := [g for g in gates if g.is_open and not g.is_removed]:
+    learning = [g for g in gates if g.is_open and not g.is_removed]
+    fixed = (g for g in gates if g not in learning)
+    found = {g: g.kappa.new_tensor([float(g.is_removed), float(not g.is_removed)]) for g in fixed}
+    if learning:
         cooling = gates[0].kappa.new_tensor([3 / g.temperature for g in learning])
         s = torch.sigmoid(torch.stack([g.kappa for g in learning]) * cooling)
         found |= dict(zip(learning, torch.stack([1 - s, s], 1), strict=True))

@@ -40,11 +40,12 @@ class Recipe:
     model_ema_decay: float = 0.0
     clip_grad: float = 0.0
     amp: bool = False
-    amp_dtype: str = "float16"
+    amp_dtype: str = "auto"
     channels_last: bool = True
 
 
-AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+# auto: what torch takes on the device, float16 on a GPU and bfloat16 on a CPU, where float16 is many times slower.
+AMP_DTYPES = {"auto": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def check_recipe(recipe: Recipe) -> Recipe:
@@ -119,8 +120,9 @@ class Learner:
 def make_learner(parameters: Iterable[nn.Parameter], recipe: Recipe, updates_per_epoch: int) -> Learner:
     """Of a training that is about to begin. Raises UserError for names that timm lacks."""
     optimizer = make_optimizer(parameters, recipe)
-    scales = recipe.amp and recipe.amp_dtype == "float16"
-    scaler = torch.amp.GradScaler(optimizer.param_groups[0]["params"][0].device.type, enabled=scales)
+    device = optimizer.param_groups[0]["params"][0].device.type
+    dtype = AMP_DTYPES[recipe.amp_dtype] or torch.get_autocast_dtype(device)
+    scaler = torch.amp.GradScaler(device, enabled=recipe.amp and dtype == torch.float16)
     return Learner(optimizer, make_scheduler(optimizer, recipe, updates_per_epoch), scaler)
 
 

@@ -29,7 +29,7 @@ from dnas.search import (
 )
 from dnas.surgery import cut_width
 from dnas.timm_net import TimmBase, TimmSupernet
-from dnas.train import Recipe, cycle
+from dnas.train import Recipe, autocast, cycle, make_learner
 from dnas.units import Budget, UserError, parse_budget
 from supernets import SUPERNETS
 from supernets.toy import BEST, plant, planted_data, toy
@@ -346,3 +346,15 @@ def test_bad_config_is_one_line(change):
     with pytest.raises(UserError, match="--") as caught:
         check_config(replace(SearchConfig(), **change))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "amp_dtype, taken, scaled",
+    [("auto", torch.bfloat16, False), ("bfloat16", torch.bfloat16, False), ("float16", torch.float16, True)],
+)
+def test_mixed_precision_on_a_cpu(amp_dtype, taken, scaled):
+    """Nothing was asked for: bfloat16, not float16, in which a step on a CPU takes many times as long."""
+    layer, recipe = torch.nn.Linear(2, 2), Recipe(amp=True, amp_dtype=amp_dtype)
+    with autocast(torch.device("cpu"), recipe):
+        assert layer(torch.ones(1, 2)).dtype == taken
+    assert make_learner(layer.parameters(), recipe, 1).scaler.is_enabled() == scaled

@@ -50,6 +50,7 @@ def test_the_cost_of_a_search_is_that_of_its_images(monkeypatch):
     assert row["relative_cost_mean"] == pytest.approx((350 + 225) / 300, abs=1e-4)
     assert row["shrink_in_steps"] == [2.0, 2.0, 2.0] and row["shrinks"] == 1 and row["macs_left"] == 0.5
     assert row["expected_cost_share"] == [0.015, 0.01, 0.02]
+    assert row["expected_cost_of_search"] == pytest.approx(10 * 0.5 / 575, abs=1e-4)
 
 
 def test_a_search_that_is_timed_is_a_search():
@@ -80,7 +81,7 @@ import argparse, sys
 sys.path.insert(0, {str(Path(speed.__file__).parent)!r})
 import speed, torch
 speed.searched = lambda name, args, pair: torch.ones(200 * 2**18).sum()
-print(speed.peak_of("search", "", 0, argparse.Namespace(device="cpu", threads=1)))
+print(speed.peak_of("search", "", argparse.Namespace(device="cpu", threads=1)))
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert 195 < float(done.stdout) < 240
