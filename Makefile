@@ -14,16 +14,19 @@ PY = $(VENV)/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help search test lint format check wheel clean
+.PHONY: help search test test-faults lint format check wheel clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 search: $(VENV)/.installed  ## set up, then search on the embedded data (BUDGET, ARGS)
 	$(PY) tools/search.py $(SEARCH_FLAGS)
 
 test: $(VENV)/.installed  ## set up, then run the tests (PYTEST_ARGS)
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-faults: $(VENV)/.installed  ## the long form of tests/faults: kills at random moments, fuzzing, a soak
+	$(PY) -m pytest -m "faults or not faults" tests/faults $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .

@@ -44,7 +44,7 @@ def train_shared(
         net.to(memory_format=torch.channels_last)
     batches = lab.data.train_batches(recipe.batch_size, seed=seed, indices=images)
     net.train()
-    learner = make_learner(weights, recipe, len(batches))
+    learner = make_learner(net, weights, recipe, len(batches))
     if between:
         learner.optimizer.register_step_pre_hook(lambda *_: between())
     for _ in train(forward, learner, batches, recipe):

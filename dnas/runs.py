@@ -1,6 +1,7 @@
 """The run folder: created whole or not at all, every file written to a temporary name and renamed."""
 
 import json
+import math
 import os
 import platform
 import resource
@@ -8,8 +9,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,12 +21,15 @@ import torch
 from dnas import __version__
 from dnas.units import UserError
 
+if sys.platform != "win32":
+    import fcntl
+
 
 def check_new_folder(path: str | Path) -> Path:
     """``path``, which must not exist yet (or be empty) and must be writable. Creates nothing. Raises UserError."""
     folder = Path(path)
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or {*folder.iterdir()} - {*_half_written(folder)}):
             raise UserError(f"--output {str(path)!r} exists already: expected a new or an empty folder")
         parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         if not parent.is_dir():
@@ -35,24 +40,50 @@ def check_new_folder(path: str | Path) -> Path:
         raise UserError(f"--output {str(path)!r} cannot be written: {error.strerror or error}") from None
 
 
-@contextmanager
-def whole_folder(folder: Path, complete_with: str | None = None) -> Iterator[None]:
-    """Create ``folder`` for what follows. If that fails, Ctrl-C included, the folder and the parents made for it go.
+def _half_written(folder: Path) -> Iterator[Path]:
+    """What a process that was killed in `write_whole` has left."""
+    return folder.glob(".*.tmp")
 
-    It stays if it was there before, or if a file ``complete_with`` is in it by then.
+
+@contextmanager
+def run_folder(folder: Path, keep_if: Sequence[str] = ()) -> Iterator[None]:
+    """Create ``folder`` for what follows, which alone writes in it: UserError if another process does.
+
+    If what follows fails, Ctrl-C included, the folder and the parents made for it go; it stays if it was there before,
+    or if one of the files ``keep_if`` is in it by then. What a killed process has left half-written goes at once.
     """
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    try:
+    with _locked(folder):
+        for path in _half_written(folder):
+            path.unlink()
+        try:
+            yield
+        except BaseException:
+            if missing and not any((folder / name).exists() for name in keep_if):
+                shutil.rmtree(folder)
+                for parent in missing[1:]:
+                    if any(parent.iterdir()):  # another run has begun in it
+                        break
+                    parent.rmdir()
+            raise
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The lock is on the folder itself, so that no file is left, and the system takes it from a process that dies."""
+    if sys.platform == "win32":  # folders cannot be locked there
         yield
-    except BaseException:
-        if missing and not (complete_with and (folder / complete_with).exists()):
-            shutil.rmtree(folder)
-            for parent in missing[1:]:
-                if any(parent.iterdir()):  # another run has begun in it
-                    break
-                parent.rmdir()
-        raise
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{str(folder)!r} is being written by another process: only one may") from None
+        yield
+    finally:
+        os.close(lock)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -79,9 +110,26 @@ def append_row(file: IO[str], row: dict) -> None:
     file.flush()
 
 
+def write_rows(path: Path, rows: Sequence[dict]) -> None:
+    """A history of these rows, whole or not at all."""
+    write_whole(path, "".join(json.dumps(_short(row)) + "\n" for row in rows).encode())
+
+
+def read_rows(path: Path, count: int) -> list[dict]:
+    """The first ``count`` rows of a history. Raises UserError if it has fewer."""
+    try:
+        with open(path) as file:
+            rows = [json.loads(line) for line in islice(file, count)]
+    except (OSError, ValueError):
+        rows = []
+    if len(rows) < count:
+        raise UserError(f"{str(path)!r} is not the history that its checkpoint knows: {count} whole rows are expected")
+    return rows
+
+
 def _short(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.6g}") if math.isfinite(value) else None  # of a step that was skipped; JSON has no NaN
     if isinstance(value, dict):
         return {key: _short(v) for key, v in value.items()}
     return [_short(v) for v in value] if isinstance(value, list) else value

@@ -1,16 +1,17 @@
 """The search: weights learn on hard nets, gates on held-out images, dead parts are cut off while both go on."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from dnas.checkpoint import load_module, load_optimizer, module_data, optimizer_data
 from dnas.cost import CostTable
 from dnas.data import Batches, Data
 from dnas.distributed import average_gradients, from_first, mean, shared_statistics, world_size
@@ -18,8 +19,19 @@ from dnas.objective import budget_penalty, ramp, target
 from dnas.prunode import PairGate
 from dnas.stochastic import ChoiceGate, SkipGate
 from dnas.supernet import Supernet
-from dnas.surgery import shrink
-from dnas.train import Learner, Recipe, autocast, cycle, make_learner, train
+from dnas.surgery import cut_to, shrink, standing
+from dnas.train import (
+    MAX_SKIPPED,
+    Learner,
+    Recipe,
+    all_finite,
+    autocast,
+    cycle,
+    learner_data,
+    load_learner,
+    make_learner,
+    train,
+)
 from dnas.units import Budget, UserError
 
 
@@ -133,6 +145,7 @@ class SearchState:
     draws: torch.Generator
     first: dict[str, float]  # metric -> expected cost at the start
     gates_taught: int = 0
+    gates_skipped: int = 0  # in a row
 
 
 def batches_of(data: Data, recipe: Recipe, config: SearchConfig, seed: int) -> tuple[Batches, Batches]:
@@ -156,11 +169,44 @@ def begin(
     from_first(net.state_dict().values())
     return SearchState(
         net,
-        make_learner(net.weight_parameters(), recipe, per_epoch),
+        make_learner(net, net.weight_parameters(), recipe, per_epoch),
         torch.optim.Adam(net.gate_parameters(), lr=gate_lr, betas=(0.5, 0.99)),
         torch.Generator().manual_seed(seed),
         {m: float(table.expected(net.probabilities()).detach()) for m, table in tables.items()},
     )
+
+
+def search_data(state: SearchState) -> dict[str, Any]:
+    """A search between two steps as plain data (see `dnas.checkpoint`)."""
+    net, gates = state.net, state.net.gates()
+    return {
+        "standing": standing(net),
+        "open": [name for name, gate in gates.items() if isinstance(gate, SkipGate) and gate.is_open],
+        "temperature": {name: gate.temperature for name, gate in gates.items()},
+        "net": module_data(net),
+        "learner": learner_data(state.learner),
+        "gate_optimizer": optimizer_data(state.gate_optimizer, net),
+        "draws": state.draws.get_state(),
+        "first": state.first,
+        "gates_taught": state.gates_taught,
+        "gates_skipped": state.gates_skipped,
+    }
+
+
+def load_search(state: SearchState, data: Mapping[str, Any]) -> None:
+    """Put a search that has just begun into the state that `search_data` gave."""
+    net = state.net
+    cut_to(net, data["standing"])
+    for name, gate in net.gates().items():
+        gate.temperature = data["temperature"][name]
+        if isinstance(gate, SkipGate):
+            gate.is_open = name in data["open"]
+    load_module(net, data["net"])
+    load_learner(state.learner, data["learner"])
+    load_optimizer(state.gate_optimizer, net, data["gate_optimizer"])
+    state.draws.set_state(data["draws"].cpu())
+    state.first = dict(data["first"])
+    state.gates_taught, state.gates_skipped = data["gates_taught"], data["gates_skipped"]
 
 
 def search(
@@ -258,9 +304,14 @@ def go_on(
             pull = pull + config.entropy * sharpness * mean_entropy(probabilities.values())
         pull.backward()
         average_gradients(net.gate_parameters())
-        if checking:
-            check_gradients(net, learner.update - 1)
-        state.gate_optimizer.step()
+        sound = all_finite(p.grad for p in net.gate_parameters())
+        state.gates_skipped = 0 if sound else state.gates_skipped + 1
+        if state.gates_skipped >= MAX_SKIPPED:
+            raise UserError(f"{MAX_SKIPPED} gate steps in a row had gradients that are not finite: lower --lr")
+        if sound:
+            if checking:
+                check_gradients(net, learner.update - 1)
+            state.gate_optimizer.step()
         from_first(net.gate_parameters())  # what is cut off hangs on them
         state.gates_taught += 1
         return {
@@ -268,15 +319,15 @@ def go_on(
             "gate_loss": float(mean(loss)),
             "expected": {m: float(e.detach()) for m, e in expected.items()},
             "target": targets,
-        }
+        } | ({} if sound else {"gates_skipped": state.gates_skipped})
 
     net.train()
     clock, criterion = time.perf_counter(), partial(distilled_loss, smoothing=recipe.smoothing)
     for loss in train(forward, learner, batches, recipe, criterion=criterion):
         update = learner.update - 1
         row: dict = {"step": update, "loss": float(loss)}
-        if not math.isfinite(row["loss"]):
-            raise UserError(f"the loss is {row['loss']} at step {update}: a lower --lr than {recipe.lr} is needed")
+        if learner.skipped_now:
+            row["skipped"] = learner.skipped_now
         t, weights_done = update / total, time.perf_counter()
         row["weight_ms"] = 1e3 * (weights_done - clock)
         if t >= config.warmup and update % config.gate_every == 0:

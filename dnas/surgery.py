@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dnas.arch import DROP, Arch, Option
+from dnas.arch import Arch, Option
 from dnas.gates import MarkovGate
-from dnas.prunode import Prunode, parts
+from dnas.prunode import PairGate, Prunode, parts
 from dnas.resize import resize_tensor
 from dnas.stochastic import StochasticLayer
 from dnas.supernet import Supernet
@@ -145,23 +145,37 @@ def shrink(
     return events
 
 
+def standing(net: Supernet) -> dict[str, list[int]]:
+    """Decision -> indices of the options that are physically there, of a pair of widths those two; see `cut_to`."""
+    pairs = {name: gate for name, gate in net.gates().items() if isinstance(gate, PairGate)}
+    return net.live_options() | {name: sorted({gate.low, gate.high}) for name, gate in pairs.items()}
+
+
+def cut_to(net: Supernet, left: Mapping[str, Sequence[int]], optimizers: Sequence[Optimizer] = ()) -> None:
+    """Cut the supernet down until only the options ``left`` (decision -> indices) are there."""
+    by_name = net.space.by_name
+    for layer in net.layers:
+        if layer.skip is not None and not layer.skip.is_removed and list(left[f"{layer.name}/keep"]) == [0]:
+            remove_layer(layer)
+        if layer.choice is not None:
+            stay = {by_name[f"{layer.name}/block"].options[k] for k in left[f"{layer.name}/block"]}
+            for name in [n for n in layer.blocks if n not in stay]:
+                remove_block(layer, name, optimizers)
+        for block in layer.blocks.values():
+            if isinstance(block, Prunode):
+                move_pair(block, left[block.mid][0], left[block.mid][-1], optimizers)
+    for name, gate in net.gates().items():
+        if isinstance(gate, MarkovGate):
+            cut_width(net, name, gate.widths[left[name][-1]], optimizers)
+    net.fit(optimizers)
+    _forget(net, optimizers)
+
+
 def extract(net: Supernet, arch: Mapping[str, Option]) -> Supernet:
     """A copy of the supernet cut down to one architecture: one block a layer, every width fixed."""
     net = copy.deepcopy(net)
-    for layer in net.layers:
-        if arch.get(f"{layer.name}/keep") == DROP and not layer.skip.is_removed:
-            remove_layer(layer)
-        chosen = arch.get(f"{layer.name}/block")
-        for name in [n for n in layer.blocks if chosen is not None and n != chosen]:
-            remove_block(layer, name)
-        for block in layer.blocks.values():
-            if isinstance(block, Prunode):
-                width = block.gate.widths.index(arch[block.mid])
-                move_pair(block, width, width)
-    for name, gate in net.gates().items():
-        if isinstance(gate, MarkovGate):
-            cut_width(net, name, arch[name])
-    net.fit()
+    by_name = net.space.by_name
+    cut_to(net, standing(net) | {name: [by_name[name].index(option)] for name, option in arch.items()})
     return net
 
 

@@ -2,8 +2,9 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.data import Mixup
@@ -15,6 +16,7 @@ from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dnas.checkpoint import load_module, load_optimizer, module_data, optimizer_data
 from dnas.data import Batches, Data
 from dnas.distributed import average_gradients, from_first, mean, rank, shared_statistics
 from dnas.units import UserError
@@ -109,21 +111,82 @@ def autocast(device: torch.device, recipe: Recipe) -> torch.autocast:
 
 @dataclass
 class Learner:
-    """What a training carries from one step to the next, besides the network: ``update`` steps are done."""
+    """What a training carries from one step to the next: ``update`` steps are done, ``skipped`` of them without effect.
 
+    ``skipped_now`` is how many of the last ones in a row were.
+    """
+
+    module: nn.Module
     optimizer: Optimizer
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     update: int = 0
+    skipped: int = 0
+    skipped_now: int = 0
 
 
-def make_learner(parameters: Iterable[nn.Parameter], recipe: Recipe, updates_per_epoch: int) -> Learner:
-    """Of a training that is about to begin. Raises UserError for names that timm lacks."""
+def make_learner(
+    module: nn.Module, parameters: Iterable[nn.Parameter], recipe: Recipe, updates_per_epoch: int
+) -> Learner:
+    """Of a training of these parameters of ``module`` that is about to begin. Raises UserError for names timm lacks."""
     optimizer = make_optimizer(parameters, recipe)
     device = optimizer.param_groups[0]["params"][0].device.type
     dtype = AMP_DTYPES[recipe.amp_dtype] or torch.get_autocast_dtype(device)
     scaler = torch.amp.GradScaler(device, enabled=recipe.amp and dtype == torch.float16)
-    return Learner(optimizer, make_scheduler(optimizer, recipe, updates_per_epoch), scaler)
+    return Learner(module, optimizer, make_scheduler(optimizer, recipe, updates_per_epoch), scaler)
+
+
+def learner_data(learner: Learner) -> dict[str, Any]:
+    """All of a learner but its module as plain data (see `dnas.checkpoint`)."""
+    counts = {key: getattr(learner, key) for key in ("update", "skipped", "skipped_now")}
+    parts = {"scheduler": learner.scheduler.state_dict(), "scaler": learner.scaler.state_dict()}
+    return counts | parts | {"optimizer": optimizer_data(learner.optimizer, learner.module)}
+
+
+def load_learner(learner: Learner, data: Mapping[str, Any]) -> None:
+    """Put a learner of `make_learner`, whose module is as it was, into the state that `learner_data` gave."""
+    load_optimizer(learner.optimizer, learner.module, data["optimizer"])
+    learner.scheduler.load_state_dict(data["scheduler"])
+    if learner.scaler.is_enabled():
+        learner.scaler.load_state_dict(data["scaler"])
+    for key in ("update", "skipped", "skipped_now"):
+        setattr(learner, key, data[key])
+
+
+MAX_SKIPPED = 25  # steps in a row; float16 needs up to 16 to find its scale
+
+
+def all_finite(gradients: Iterable[Tensor | None]) -> bool:
+    """Whether there is no NaN and no infinity in any of them. Waits for a GPU."""
+    return bool(torch.nn.utils.get_total_norm([g for g in gradients if g is not None]).isfinite())
+
+
+@torch.no_grad()
+def _step(learner: Learner, recipe: Recipe, loss: Tensor) -> None:
+    """A step of the optimizer, or none if a gradient is not finite: one bad batch must not cost the whole training.
+
+    Statistics of batch norms that such a batch has spoilt start anew. Raises UserError after too many in a row.
+    """
+    optimizer, scaler = learner.optimizer, learner.scaler
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    scaler.unscale_(optimizer)
+    if all_finite(p.grad for p in parameters):
+        if recipe.clip_grad:
+            nn.utils.clip_grad_norm_(parameters, recipe.clip_grad)
+        scaler.step(optimizer)
+        learner.skipped_now = 0
+    else:
+        learner.skipped, learner.skipped_now = learner.skipped + 1, learner.skipped_now + 1
+        norms = (m for m in learner.module.modules() if isinstance(m, nn.BatchNorm2d))
+        for norm in norms:
+            if norm.running_mean is not None and not all_finite((norm.running_mean, norm.running_var)):
+                norm.reset_running_stats()
+    scaler.update()
+    if learner.skipped_now >= MAX_SKIPPED:
+        raise UserError(
+            f"the loss is {float(loss)} at step {learner.update}, and {MAX_SKIPPED} steps in a row had gradients that "
+            f"are not finite: a lower --lr than {recipe.lr}, or --clip-grad, is needed"
+        )
 
 
 def train(
@@ -138,8 +201,8 @@ def train(
     """Weight steps from ``learner.update`` to the end of the last epoch; each yields its loss, a scalar.
 
     What is to come between two steps is the caller's: the search's gates, the EMA, the progress bar.
-    ``criterion(forward(images), labels)`` is the loss, by default the recipe's cross entropy. Raises UserError if an
-    epoch ends with a loss that is not finite.
+    ``criterion(forward(images), labels)`` is the loss, by default the recipe's cross entropy. A step whose gradients
+    are not finite is skipped; UserError after `MAX_SKIPPED` in a row.
     """
     optimizer, scaler = learner.optimizer, learner.scaler
     criterion = criterion or nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
@@ -157,18 +220,11 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             average_gradients(p for group in optimizer.param_groups for p in group["params"])
-            if recipe.clip_grad:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
+            _step(learner, recipe, loss)
             learner.update += 1
             learner.scheduler.step_update(learner.update)
             loss = mean(loss.detach())  # frees the graph: what follows may change the shape of parameters
             yield loss
-        if not loss.isfinite():
-            given = f"the loss is {float(loss)} after epoch {epoch}"
-            raise UserError(f"{given}: a lower --lr than {recipe.lr} is needed")
 
 
 def cycle(batches: Batches, taken: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -201,11 +257,19 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe:
 
 
 def train_from_scratch(
-    model: nn.Module, data: Data, recipe: Recipe, *, seed: int, on_step: Callable[[], None] | None = None
+    model: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    *,
+    seed: int,
+    on_step: Callable[[Callable[[], dict]], None] | None = None,
+    saved: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train a plain timm model by the recipe. Returns (the trained model, or its EMA; what it reached).
 
     The figure is the last epoch's: picking the best epoch would select on the data that is reported.
+    ``on_step`` is called after every step with a function that gives the state of the training as plain data, and
+    ``saved`` is such a state, to go on from.
     """
     from_first(model.state_dict().values())
     if rank():  # what dropout drops here is not what it drops in the first process
@@ -222,19 +286,37 @@ def train_from_scratch(
     started = time.perf_counter()
     model.train()
     batches = data.train_batches(recipe.batch_size, seed=seed)
-    learner = make_learner(model.parameters(), recipe, len(batches))
+    learner = make_learner(model, model.parameters(), recipe, len(batches))
     losses: deque[Tensor] = deque(maxlen=len(batches))
+    if saved:
+        load_module(model, saved["model"])
+        load_learner(learner, saved["learner"])
+        if ema is not None:
+            load_module(ema.module, saved["ema"])
+        losses.extend(saved["losses"])
+        started -= saved["seconds"]
+
+    def state() -> dict[str, Any]:
+        return {
+            "model": module_data(model),
+            "learner": learner_data(learner),
+            "ema": module_data(ema.module) if ema is not None else {},
+            "losses": [*losses],
+            "seconds": time.perf_counter() - started,
+        }
+
     for loss in train(model, learner, batches, recipe, criterion=criterion, mixup=mixup):
         losses.append(loss)
         if ema is not None:
             ema.update(model, step=learner.update - 1)
         if on_step:
-            on_step()
+            on_step(state)
     final = model if ema is None else ema.module
     scores = evaluate(final, data.val_batches(max(recipe.batch_size, 256)), recipe)
     seconds = time.perf_counter() - started
     scores["train_loss"] = float(torch.stack([*losses]).mean())
-    return final, {**scores, "epochs": recipe.epochs, "seconds": round(seconds, 2), "seed": seed}
+    skipped = {"skipped": learner.skipped} if learner.skipped else {}
+    return final, {**scores, **skipped, "epochs": recipe.epochs, "seconds": round(seconds, 2), "seed": seed}
 
 
 def time_step(model: nn.Module, data: Data, recipe: Recipe, repeats: int = 3) -> float:

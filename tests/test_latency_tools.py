@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import call, check_refused, profile_tool, search_tool
+from commands import call, check_refused, goal, profile_tool, search_tool
 from tables import costs_of, row, rows_of
 
 from dnas.deployed import parts_of
@@ -203,7 +203,7 @@ def test_a_search_for_milliseconds(planned, tmp_path, monkeypatch, capsys):
         assert measure(find(table)) > 0
         return calibrated(table, limit, find, lambda arch: 1.2 * costs.of(arch))
 
-    monkeypatch.setattr(search_tool, "calibrated", on_a_slower_device)
+    monkeypatch.setattr(goal, "calibrated", on_a_slower_device)
     limit, out = limits()[1], tmp_path / "run"
     flags = ("--budget", f"{limit}ms", "--latency-table", planned, "--search-epochs", "2", "--epochs", "1", "-b", "128")
     assert call(search_tool, monkeypatch, *flags, "--device", "cpu", "--output", out) == 0

@@ -357,4 +357,4 @@ def test_mixed_precision_on_a_cpu(amp_dtype, taken, scaled):
     layer, recipe = torch.nn.Linear(2, 2), Recipe(amp=True, amp_dtype=amp_dtype)
     with autocast(torch.device("cpu"), recipe):
         assert layer(torch.ones(1, 2)).dtype == taken
-    assert make_learner(layer.parameters(), recipe, 1).scaler.is_enabled() == scaled
+    assert make_learner(layer, layer.parameters(), recipe, 1).scaler.is_enabled() == scaled

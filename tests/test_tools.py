@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from commands import call, check_refused, cli, export_tool, retrain_tool, search_tool
+from commands import call, check_refused, cli, export_tool, goal, retrain_tool, search_tool
 from PIL import Image
 
 from dnas.cost import CostTable
@@ -136,7 +136,7 @@ def test_output_that_cannot_be_written(tmp_path, monkeypatch, capsys):
 )
 def test_dry_run_reaches_every_budget(supernet, percent, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    monkeypatch.setattr(search_tool, "verify_export", lambda folder: None)  # once below is enough: it starts a process
+    monkeypatch.setattr(goal, "verify_export", lambda folder: None)  # once below is enough: it starts a process
     flags = ("--budget", f"{percent}%", "--supernet", supernet, "--dry-run", "--output", out)
     assert call(search_tool, monkeypatch, *flags) == 0, capsys.readouterr().err
     document = read_arch(out / "arch.json")
@@ -192,7 +192,7 @@ def test_a_search_that_learned_nothing_says_so(tmp_path, monkeypatch, capsys):
     history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     losses = [row["gate_loss"] for row in history if "gate_loss" in row]
     assert figures["gate_loss"] == pytest.approx(losses[-1], abs=1e-4) and len(losses) < 20
-    assert no_better_than_a_guess(2.2, 10) == ""
+    assert no_better_than_a_guess(2.2, 10) == []
 
 
 def test_a_run_loads_without_dnas(finished_run):
@@ -268,10 +268,10 @@ def test_an_interrupted_run_leaves_no_folder_unless_a_network_was_found(where, t
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(search_tool, "run_search" if where == "search" else "train_arch", interrupt)
-    monkeypatch.setattr(search_tool, "search_figures", lambda *args: {"gate_loss": 0.0})
+    monkeypatch.setattr(goal, "run_search" if where == "search" else "train_arch", interrupt)
+    monkeypatch.setattr(goal, "search_figures", lambda *args: {"gate_loss": 0.0})
     if where == "training":
-        monkeypatch.setattr(search_tool, "run_search", lambda *args: [])
+        monkeypatch.setattr(goal, "run_search", lambda *args, **kwargs: None)
     out = tmp_path / "run"
     assert call(search_tool, monkeypatch, "--budget", "50%", "--img-size", "16", "--output", out) == 130
     assert out.exists() == (where == "training")

@@ -3,7 +3,9 @@
 import argparse
 import atexit
 import ctypes
+import errno
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
@@ -12,16 +14,19 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from timm.utils import ParseKwargs
 
+from dnas.checkpoint import Journal, Stopped
 from dnas.data import Data, load_data
 from dnas.distributed import processes, rank
 from dnas.latency import LatencyTable, check_use, read_table
 from dnas.macro import Macro
+from dnas.plain import read_json
 from dnas.runs import check_new_folder, provenance
 from dnas.timm_net import TimmBase
 from dnas.train import AMP_DTYPES, Recipe, check_recipe
@@ -29,6 +34,8 @@ from dnas.units import UserError
 from supernets import SUPERNETS
 
 console = Console(highlight=False)
+MAX_BYTES = 1_000_000  # of a config.json or metrics.json
+Trained = TypeVar("Trained")
 # fvcore scripts its helpers when it is imported, which newer torch deprecates: nothing that a user could mend.
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
 
@@ -41,6 +48,16 @@ class ModelKwargs(ParseKwargs):
             if "=" not in value:
                 raise argparse.ArgumentError(self, f"{value!r} is not name=value")
         super().__call__(parser, namespace, values, option_string)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 on")
+    return seconds
 
 
 def _seed(text: str) -> int:
@@ -120,6 +137,59 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe in the flags, checked."""
     return check_recipe(Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)}))
+
+
+def add_resume_flags(parser: argparse.ArgumentParser, group) -> None:
+    """``--resume`` (in ``group``) and how often a run is written down."""
+    group.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped; it knows its flags")
+    parser.add_argument("--checkpoint-every", type=_seconds, default=60.0, help="seconds (default 60)")
+
+
+def flags_of(parser: "OneLineParser") -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and the words of the command line that they are in; with --resume those of the run.
+
+    A run's config.json has the words, and the same parser reads them: nothing gets in that a user could not type.
+    ``output`` and ``resume`` are the run's folder; that of a sweep has one for each budget in it.
+    """
+    argv = sys.argv[1:]
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        return args, argv
+    if [*argv[:1], *argv[1:2]] != ["--resume", args.resume] and argv != [f"--resume={args.resume}"] or len(argv) > 2:
+        raise UserError(f"--resume {args.resume!r} takes all other flags from the run: none are expected here")
+    folder = Path(args.resume)
+    configs = [folder / "config.json", *sorted(folder.glob("*/config.json"))]
+    config = next((path for path in configs if path.is_file()), None)
+    if config is None:
+        raise UserError(f"--resume {args.resume!r}: expected a run folder, which has a config.json")
+    try:
+        argv = read_json(config, MAX_BYTES)["argv"]
+        if not (isinstance(argv, list) and all(isinstance(text, str) for text in argv)):
+            raise TypeError
+    except (UserError, KeyError, TypeError):
+        raise UserError(f"--resume {args.resume!r}: {config} does not tell the flags of a run") from None
+    found = parser.parse_args(argv)
+    if found.resume is not None or getattr(found, "dry_run", False):
+        raise UserError(f"--resume {args.resume!r}: {config} is of no run that can go on")
+    if (getattr(found, "sweep", None) is not None) != (config != configs[0]):
+        raise UserError(
+            f"--resume {args.resume!r} is one budget of a sweep: --resume {str(folder.parent)!r} is expected"
+        )
+    found.output = found.resume = args.resume
+    return found, argv
+
+
+def in_steps(train: Callable[..., Trained], journal: Journal, text: str, steps: int) -> Trained:
+    """``train(on_step=, saved=)`` with a progress bar, from where the journal knows it was stopped."""
+    saved = journal.under_way(text)
+    with progress_bar(f"training {text}", steps) as advance, stop.between_steps():
+        advance(steps=saved["learner"]["update"] if saved else 0)
+
+        def on_step(state: Callable[[], dict]) -> None:
+            advance()
+            journal.step(text, state)
+
+        return train(on_step=on_step, saved=saved)
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
@@ -203,28 +273,91 @@ def keep_freed_memory(most: int = 2**30) -> None:
         mallopt(option, most)
 
 
+class Stop:
+    """What SIGTERM and Ctrl-C do: `Stopped`, at once, or where a journal has a checkpoint to write first."""
+
+    def __init__(self) -> None:
+        self._signal, self._waits = 0, False
+
+    def asked(self) -> int:
+        """The number of the signal that has come; 0 if none has."""
+        return self._signal
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Inside, a first signal waits for `dnas.checkpoint.Journal.step`; a second one does not."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, signals come here."""
+        kinds = (signal.SIGTERM, signal.SIGINT)
+        before = [signal.signal(kind, self._take) for kind in kinds]
+        self._signal = 0
+        try:
+            yield
+        finally:
+            for kind, handler in zip(kinds, before, strict=True):
+                signal.signal(kind, handler)
+
+    def _take(self, number: int, frame: object) -> None:
+        if self._signal or not self._waits:
+            raise Stopped(number)
+        self._signal = number
+
+
+stop = Stop()
+
+
+def what_failed(error: Exception) -> str:
+    """One line on a machine that fails, and what to do; empty for any other error."""
+    text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
+        return "out of memory: a smaller --batch-size, --img-size or --width-mult, or fewer --paths are needed"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space is left on the disk for {error.filename or 'a file of the run'}"
+    if "DataLoader worker" in text:
+        return f"a process that reads images has died; --workers 0 does without ({text})"
+    return ""
+
+
 def run(main: Callable[[], None]) -> None:
-    """Call ``main``: a user's mistake is one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Call ``main``. A user's mistake is one line on stderr and exit code 2, and so is a machine that fails, with 1.
+
+    SIGTERM ends with 143 and Ctrl-C with 130.
+    """
     keep_freed_memory()
     try:
-        with processes():
+        with stop.listening(), processes():
             console.quiet = rank() > 0
             main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(f"stopped{stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not (line := what_failed(error)):
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(1)
 
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse without the usage lines before an error, and with negative budgets read as what they are."""
 
-    def parse_args(self) -> argparse.Namespace:  # type: ignore[override]
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         """The command line; ``--budget -3MFLOPs`` is a wrong budget, not a missing one."""
         joined: list[str] = []
-        for given in sys.argv[1:]:
+        for given in sys.argv[1:] if argv is None else argv:
             if joined and joined[-1] == "--budget":
                 joined[-1] += f"={given}"
             else:

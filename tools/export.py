@@ -11,7 +11,7 @@ from pathlib import Path
 from cli import OneLineParser, console, run
 
 from dnas.export import check_name, read_arch, verify_export, write_export
-from dnas.runs import check_new_folder, whole_folder
+from dnas.runs import check_new_folder, run_folder
 from dnas.units import UserError, show
 
 
@@ -40,7 +40,7 @@ def main() -> None:
                 check_name(args.name)
                 document["name"] = args.name
             folder, weights = check_new_folder(args.output), path.with_name("model.safetensors")
-            with whole_folder(folder):
+            with run_folder(folder):
                 write_export(folder, document)
                 if weights.exists():
                     shutil.copy(weights, folder)

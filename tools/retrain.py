@@ -2,29 +2,37 @@
 """Train a found net from scratch, by any recipe: a run folder in, a new run folder with weights and metrics out.
 
 python tools/retrain.py runs/my-run --epochs 100 --output runs/my-run-retrained
+python tools/retrain.py --resume runs/my-run-retrained
 """
 
 import argparse
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from cli import (
+    MAX_BYTES,
     OneLineParser,
     add_data_flags,
     add_recipe_flags,
+    add_resume_flags,
     console,
     data_of,
     device_of,
+    flags_of,
+    in_steps,
     new_folder,
-    progress_bar,
     recipe_of,
     run,
+    stop,
 )
 from timm.utils import random_seed
 
+from dnas.checkpoint import BEFORE, LAST, Journal
 from dnas.export import build_net, read_arch, save_weights, verify_export, write_export
-from dnas.runs import provenance, whole_folder, write_json
+from dnas.plain import read_json
+from dnas.runs import provenance, run_folder, write_json
 from dnas.train import train_from_scratch
 from dnas.units import UserError, show
 
@@ -43,17 +51,25 @@ def inherit_data(args: argparse.Namespace, source: Path) -> None:
         raise UserError(f"{config} does not tell the data of the run: --data-dir or --dataset is needed") from None
 
 
+def parser() -> OneLineParser:
+    """All flags."""
+    p = OneLineParser(description=__doc__)
+    p.add_argument("run", nargs="?", help="run folder with an arch.json, or the arch.json itself")
+    p.add_argument("--output", help="new run folder")
+    add_resume_flags(p, p)
+    add_data_flags(p)
+    p.set_defaults(in_chans=None)
+    add_recipe_flags(p)
+    return p
+
+
 def main() -> None:
     """Read arch.json, train, write everything beside the new weights."""
-    parser = OneLineParser(description=__doc__)
-    parser.add_argument("run", help="run folder with an arch.json, or the arch.json itself")
-    parser.add_argument("--output", required=True, help="new run folder")
-    add_data_flags(parser)
-    parser.set_defaults(in_chans=None)
-    add_recipe_flags(parser)
-    args = parser.parse_args()
+    args, argv = flags_of(parser())
+    if not (args.run and args.output):
+        raise UserError("a run folder and --output are expected, or --resume")
     recipe, device = recipe_of(args), device_of(args)
-    folder = new_folder(args.output)
+    folder = Path(args.output) if args.resume else new_folder(args.output)
     source = Path(args.run)
     document = read_arch(source / "arch.json" if source.is_dir() else source)
     inherit_data(args, source)
@@ -67,17 +83,21 @@ def main() -> None:
     rates = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
     model = build_net(document["net"], num_classes=data.num_classes, in_chans=data.in_chans, **rates).to(device)
     steps = recipe.epochs * len(data.train_batches(recipe.batch_size, seed=args.seed))
-    with progress_bar(f"training {document['name']}", steps) as advance:
-        model, row = train_from_scratch(model, data, recipe, seed=args.seed, on_step=advance)
-    with whole_folder(folder):
-        write_export(folder, document)
-        save_weights(model, folder)
-        verify_export(folder)
-        write_json(
-            folder / "config.json", {"args": vars(args), "recipe": asdict(recipe), "provenance": provenance(device)}
-        )
-        costs = {metric: document[metric] for metric in ("macs", "params")}
-        write_json(folder / "metrics.json", {"budget": document["budget"], "found": costs | row})
+    costs = {metric: document[metric] for metric in ("macs", "params")}
+    config = {"argv": argv, "args": vars(args), "recipe": asdict(recipe), "provenance": provenance(device)}
+    with run_folder(folder, keep_if=(LAST, BEFORE)):
+        if not args.resume:
+            write_json(folder / "config.json", config)
+        journal = Journal(folder, device, args.checkpoint_every, stop.asked)
+        if not (folder / "metrics.json").exists():
+            train = partial(train_from_scratch, model, data, recipe, seed=args.seed)
+            row = in_steps(train, journal, document["name"], steps)[1]
+            write_export(folder, document)
+            save_weights(model, folder)
+            verify_export(folder)
+            write_json(folder / "metrics.json", {"budget": document["budget"], "found": costs | row})
+        journal.close()
+    row = read_json(folder / "metrics.json", MAX_BYTES)["found"]
     console.print(
         f"{document['name']}: {', '.join(show(m, cost) for m, cost in costs.items())}, top-1 {row['top1']:.2f} %"
     )

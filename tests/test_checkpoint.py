@@ -1,0 +1,164 @@
+"""A search or a training that was stopped goes on as if it had not been: to the last bit, from what was on disk."""
+
+import hashlib
+import io
+import warnings
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from timm.utils import random_seed
+
+from dnas.checkpoint import BEFORE, FORMAT, LAST, Journal, Stopped, read_checkpoint, write_checkpoint
+from dnas.cost import CostTable, resolve_budgets
+from dnas.data import load_data
+from dnas.export import build_net
+from dnas.macro import MacroSupernet
+from dnas.search import SearchConfig, begin, go_on, load_search, search_data
+from dnas.timm_net import TimmBase, TimmSupernet
+from dnas.train import Recipe, train_from_scratch
+from dnas.units import UserError, parse_budget
+from supernets import SUPERNETS
+
+CPU = torch.device("cpu")
+
+
+def prunet():
+    return MacroSupernet(SUPERNETS["prunet"](num_classes=10, img_size=8, width_mult=0.4))
+
+
+def markov():
+    return MacroSupernet(replace(prunet().outline, bipath=False))
+
+
+def resnet():
+    kwargs = {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 16]}
+    return TimmSupernet(TimmBase("resnet18", 10, 3, 8, divisor=2, kwargs=kwargs))
+
+
+class Asked:
+    """A signal, once so many steps have been taken."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def __call__(self):
+        self.left -= 1
+        return 15 * (self.left < 0)
+
+
+def in_parts(folder, afters, part):
+    """``part(journal)``, stopped by a signal after so many steps of each of ``afters``, and begun again; its result."""
+    for after in afters:
+        journal = Journal(folder, CPU, 1e9, Asked(after))
+        with pytest.raises(Stopped) as stop:
+            part(journal)
+        assert stop.value.signal == 15
+    return part(Journal(folder, CPU, 1e9, int))
+
+
+@pytest.mark.parametrize("make, recipe", [
+    (prunet, Recipe(epochs=8, batch_size=32, smoothing=0.0)),
+    (markov, Recipe(epochs=8, batch_size=32, opt="sgd", lr=0.05, clip_grad=1.0)),
+    (resnet, Recipe(epochs=6, batch_size=32, opt="lamb")),
+])  # fmt: skip
+def test_a_search_goes_on_to_the_bit(make, recipe, tmp_path):
+    """Stopped in the warm-up, between and after cuts, each time with a net that is built anew."""
+    data, config = load_data(img_size=8), SearchConfig()
+
+    def part(journal):
+        torch.manual_seed(0)
+        net = make().to(memory_format=torch.channels_last)
+        tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
+        budgets, rows = resolve_budgets(tables, parse_budget("40%")), []
+        state = begin(net, tables, data, recipe, config, 0)
+        if saved := journal.under_way("search"):
+            load_search(state, saved["search"])
+            rows += saved["rows"]
+
+        def on_row(row):
+            rows.append({key: value for key, value in row.items() if not key.endswith("_ms")})
+            journal.step("search", lambda: {"search": search_data(state), "rows": rows})
+
+        go_on(state, tables, budgets, data, recipe, config, seed=0, on_row=on_row)
+        return net, rows
+
+    net, rows = in_parts(tmp_path / "new", (), part)
+    other, seen = in_parts(tmp_path, (9, 80, 47, 31), part)
+    assert [row["step"] for row in seen] == [*range(len(rows))] and len(rows) > 180
+    assert sum(len(row.get("events", ())) for row in rows) > 5
+    assert seen == rows
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    assert other.best() == net.best()
+
+
+@pytest.mark.parametrize("recipe", [
+    Recipe(epochs=3, batch_size=64),
+    Recipe(epochs=3, batch_size=64, opt="sgd", lr=0.05, model_ema_decay=0.9, drop=0.3, drop_path=0.2, mixup=0.2),
+])  # fmt: skip
+def test_a_training_goes_on_to_the_bit(recipe, tmp_path):
+    """Dropout and mixup take global random numbers: those, too, go on."""
+    data, net = load_data(img_size=8), prunet()
+    smallest = net.net_of(CostTable.build(net.space, "macs").extremes()[0])
+
+    def part(journal):
+        random_seed(1)
+        rates = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
+        model = build_net(smallest, num_classes=10, in_chans=3, **rates)
+        on_step, saved = partial(journal.step, "training"), journal.under_way("training")
+        return train_from_scratch(model, data, recipe, seed=3, on_step=on_step, saved=saved)
+
+    model, figures = in_parts(tmp_path / "new", (), part)
+    other, seen = in_parts(tmp_path, (5, 17, 29), part)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    assert seen.pop("seconds") > 0 and figures.pop("seconds") > 0 and seen == figures
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+    """One byte anywhere: either it does not matter, or the file is not taken."""
+    assert read_checkpoint(tmp_path, CPU) is None
+    for k in range(3):
+        write_checkpoint(tmp_path, {"k": k, "tensor": torch.arange(1000.0)})
+    whole, damaged = (tmp_path / LAST).read_bytes(), 0
+    assert read_checkpoint(tmp_path, CPU)["k"] == 2
+    places = torch.randint(len(whole), (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    for place in places:
+        (tmp_path / LAST).write_bytes(whole[:place] + bytes([whole[place] ^ 1 + place % 255]) + whole[place + 1 :])
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            found = read_checkpoint(tmp_path, CPU)
+        assert torch.equal(found["tensor"], torch.arange(1000.0))
+        assert found["k"] == (1 if any("the one before is taken" in str(w.message) for w in told) else 2)
+        damaged += found["k"] == 1
+    assert damaged > 60
+    for cut in (0, 10, len(whole) // 2, len(whole) - 1):
+        (tmp_path / LAST).write_bytes(whole[:cut])
+        with pytest.warns(UserWarning, match="the one before is taken"):
+            assert read_checkpoint(tmp_path, CPU)["k"] == 1
+    (tmp_path / BEFORE).write_bytes(b"nothing")
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="checkpoint.before.pt"):
+        read_checkpoint(tmp_path, CPU)
+    (tmp_path / LAST).unlink()
+    (tmp_path / BEFORE).write_bytes(whole)  # killed between two renames
+    assert read_checkpoint(tmp_path, CPU)["k"] == 2
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path, capsys):
+    """Neither in the file nor in the content that it holds."""
+    inner = io.BytesIO()
+    torch.save({"done": Evil()}, inner)
+    content = torch.frombuffer(inner.getbuffer(), dtype=torch.uint8)
+    digest = hashlib.sha256(inner.getvalue()).hexdigest()
+    for outer in (Evil(), {"format": FORMAT, "sha256": digest, "content": content}):
+        torch.save(outer, tmp_path / LAST)
+        with pytest.raises(UserError, match="no checkpoint"):
+            read_checkpoint(tmp_path, CPU)
+    assert "executed" not in capsys.readouterr().out
