@@ -4,7 +4,9 @@
 python benchmarks/iso_report.py
 """
 
+import json
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -17,7 +19,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).parent
-START, END = "<!-- made by iso_report.py: begin -->", "<!-- end -->"
+RANGED = "{0:.2f} [{1:.2f}, {2:.2f}]"  # median, least, most
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -84,8 +86,64 @@ def draw(table: Table) -> Path:
     return path
 
 
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; floats with two digits, [median, least, most] as such, nothing as a dash."""
+
+    def cell(value: object) -> str:
+        if isinstance(value, list):
+            return RANGED.format(*value)
+        return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(cell, row))} |" for row in rows)])
+
+
+SPEED: dict[str, dict[str, str]] = {  # section of speed.json -> key of its rows -> how it is headed
+    "search": {
+        "net": "network", "plain_ms": "plain step, ms", "relative_cost_mean": "whole search",
+        "relative_cost_first": "first steps", "relative_cost_last": "last steps",
+        "plain_step_of_last_net": "plain step of the last net", "macs_left": "MACs left",
+        "shrink_in_steps": "a shrink, in steps", "shrinks": "shrinks",
+    },
+    "memory": {
+        "net": "network", "plain_mb": "plain", "search_mb": "search", "peak_memory_ratio": "ratio",
+        "plain_in_use_mb": "in use: plain", "search_in_use_mb": "search", "in_use_ratio": "ratio",
+        "heaviest_in_use_mb": "heaviest net", "in_use_ratio_to_heaviest": "ratio to it",
+    },
+    "modes": {
+        "net": "network", "plain_ms": "plain step, ms", "bfloat16": "bfloat16", "compiled": "compiled",
+        "compile_s": "s to compile",
+    },
+    "gates": {
+        "model": "network", "plain_ms": "plain step, ms", "open": "every channel", "drawn": "widths drawn evenly",
+        "soft": "soft gates",
+    },
+}  # fmt: skip
+
+
+def speed_parts(found: dict) -> dict[str, str]:
+    """Section -> its table."""
+    parts = {
+        section: markdown([*heads.values()], [[row.get(key) for key in heads] for row in found[section]])
+        for section, heads in SPEED.items()
+    }
+    shares = [[r["net"], *(100 * v for v in r["expected_cost_share"][:3]), 100 * r["expected_cost_of_search"]]
+              for r in found["search"]]  # fmt: skip
+    heads = ["network", "% of a step: median", "least", "most", "% of the search"]
+    parts["expected"] = markdown(heads, shares)
+    scales = []
+    for row in found["scale"]:
+        counts = row["raw"]["peak_mb"]
+        for k, count in enumerate(counts):
+            scales.append([row["what"], count, row["step_ratio"][k], row["memory_ratio"][k]])
+    parts["scale"] = markdown(["what", "how many", "step", "peak memory"], scales)
+    told = f"{found['device']}, {found['threads']} threads, torch {found['torch']}, timm {found['timm']}"
+    parts["machine"] = f"{told}, {found['date']}: `python {found['command']}`."
+    return parts
+
+
 def main() -> None:
-    """Rewrite the part of README.md between the marks."""
+    """Rewrite the parts of README.md between the marks."""
     tables = [table for table in map(Table, SETUPS) if table.rows]
     parts = ["\n".join(setup_table([summarise(table) for table in tables]))]
     for table in tables:
@@ -108,9 +166,13 @@ def main() -> None:
         seen = sorted({f"{r['device']}, torch {r['torch']}, timm {r['timm']}" for r in table.rows})
         days = sorted({r["date"] for r in table.rows})
         parts.append(f"Machine: {'; '.join(seen)}; {days[0]} to {days[-1]}.")
-    readme = HERE / "README.md"
-    before, rest = readme.read_text().split(START)
-    readme.write_text(f"{before}{START}\n\n" + "\n\n".join(parts) + f"\n\n{END}{rest.split(END)[1]}")
+    text = (HERE / "README.md").read_text()
+    speed = json.loads((HERE / "results" / "speed.json").read_text())
+    for name, content in {**speed_parts(speed), "methods": "\n\n".join(parts)}.items():
+        begin, end = f"<!-- iso_report.py: {name} -->", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+    (HERE / "README.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
@@ -40,6 +40,7 @@ from timm.utils import random_seed  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from dnas import macro as macro_of  # noqa: E402
+from dnas.arch import Arch  # noqa: E402
 from dnas.cost import CostTable  # noqa: E402
 from dnas.data import Data, load_data  # noqa: E402
 from dnas.export import build_net  # noqa: E402
@@ -82,14 +83,20 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - started)
 
 
-def plain_step(
-    net: Supernet, tables: Mapping[str, CostTable], data: Data, recipe: Recipe, kind: str = "", compiled: bool = False
-) -> Callable[[], None]:
-    """A step of plain training of the widest network, its batch included; ``kind``: with blocks of that kind only."""
-    device, arch = next(net.parameters()).device, tables["macs"].extremes()[1]
-    if kind:
-        blocks = {d.name: kind for d in net.space.decisions if kind in d.options}
-        arch = net.space.complete({d.name: d.options[-1] for d in net.space.decisions} | blocks)
+def widest_of(net: Supernet) -> Arch:
+    """The dearest network of a space in MACs."""
+    return CostTable.build(net.space, "macs").extremes()[1]
+
+
+def of_kind(net: Supernet, kind: str) -> Arch:
+    """The widest network with blocks of one kind, where there are some."""
+    answers = {d.name: kind if kind in d.options else d.options[-1] for d in net.space.decisions}
+    return net.space.complete(answers)
+
+
+def plain_step(net: Supernet, arch: Arch, data: Data, recipe: Recipe, compiled: bool = False) -> Callable[[], None]:
+    """A step of plain training of one network, its batch included."""
+    device = next(net.parameters()).device
     model = build_net(net.net_of(arch), num_classes=10, in_chans=3).to(device).train()
     model = model.to(memory_format=torch.channels_last)
     run = torch.compile(model) if compiled else model
@@ -110,10 +117,13 @@ def plain_step(
     return step
 
 
-def searched(name: str, args: argparse.Namespace, pair: bool) -> tuple[list[dict], list[float], list[float]]:
+def searched(
+    name: str, args: argparse.Namespace, pair: bool
+) -> tuple[list[dict], list[float], list[float], list[float]]:
     """A search to 30 % of the MACs: its rows; of plain steps between them, and of expected costs, the milliseconds.
 
-    Without ``pair`` it is alone, and over at two fifths.
+    Last the steps of plain training of the likeliest network that it ended with, over those of the widest one, taken
+    in turn. Without ``pair`` the search is alone, and over at two fifths.
     """
     random_seed(0)
     device = torch.device(args.device)
@@ -124,7 +134,7 @@ def searched(name: str, args: argparse.Namespace, pair: bool) -> tuple[list[dict
     per_epoch = len(data.train_batches(args.batch_size, seed=0, indices=data.split(SearchConfig.gate_fraction, 0)[0]))
     epochs = max(1, round(args.steps / per_epoch))
     recipe = Recipe(batch_size=args.batch_size, epochs=epochs, amp=args.amp)
-    step = plain_step(net, tables, data, recipe) if pair else None
+    step = plain_step(net, widest_of(net), data, recipe) if pair else None
     if step:
         step()
     rows: list[dict] = []
@@ -149,12 +159,17 @@ def searched(name: str, args: argparse.Namespace, pair: bool) -> tuple[list[dict
     budgets, config, until = [Budget("macs", limit)], SearchConfig(), 1.0 if pair else 0.4
     state = begin(net, tables, data, recipe, config, 0)
     go_on(state, tables, budgets, data, recipe, config, seed=0, on_row=on_row, until=until)
-    return rows, plain, expected
+    ends: list[float] = []
+    if step:
+        last = plain_step(net, net.best(), data, recipe)
+        last()
+        ends = [milliseconds(last, device) / milliseconds(step, device) for _ in range(11)]
+    return rows, plain, expected, ends
 
 
 def search_cost(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Time of a search per image over that of plain training; shares of the expected cost; shrinking, in steps."""
-    rows, plain, expected = searched(name, args, pair=True)
+    rows, plain, expected, ends = searched(name, args, pair=True)
     taken = [row["weight_ms"] + row.get("gate_ms", 0.0) for row in rows]
     images = [args.batch_size + row.get("images", 0) for row in rows]
 
@@ -174,6 +189,7 @@ def search_cost(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "relative_cost_of_10_steps": spread(windows),
         "relative_cost_first": round(relative(first, first + 10), 4),
         "relative_cost_last": round(relative(len(rows) - 10, len(rows)), 4),
+        "plain_step_of_last_net": spread(ends),
         "expected_cost_share": spread([e / step for e, step in zip(expected, alone, strict=True)]),
         "expected_cost_of_search": round(sum(expected) / sum(taken), 4),
         "shrink_in_steps": spread(shrinks) if shrinks else None,
@@ -202,8 +218,8 @@ def peak_of(what: str, name: str, args: argparse.Namespace, kind: str = "", coun
         searched(name, args, pair=False)
     elif what == "plain":
         net, data = supernet_of(name, args.img_size), load_data("digits", img_size=args.img_size, device=device)
-        tables, recipe = {"macs": CostTable.build(net.space, "macs")}, Recipe(batch_size=args.batch_size, amp=args.amp)
-        step = plain_step(net.to(device), tables, data, recipe, kind)
+        recipe, widest = Recipe(batch_size=args.batch_size, amp=args.amp), widest_of(net)
+        step = plain_step(net.to(device), of_kind(net, kind) if kind else widest, data, recipe)
         del net
         for _ in range(3):
             step()
@@ -243,10 +259,10 @@ def modes_cost(name: str, args: argparse.Namespace) -> dict[str, Any]:
     random_seed(0)
     device = torch.device(args.device)
     net, data = supernet_of(name, args.img_size).to(device), load_data("digits", img_size=args.img_size, device=device)
-    tables, recipe = {"macs": CostTable.build(net.space, "macs")}, Recipe(batch_size=args.batch_size)
+    recipe, widest = Recipe(batch_size=args.batch_size), widest_of(net)
     half = replace(recipe, amp=True, amp_dtype="bfloat16")
-    steps = {"plain": plain_step(net, tables, data, recipe), "bfloat16": plain_step(net, tables, data, half)}
-    steps["compiled"] = plain_step(net, tables, data, recipe, compiled=True)
+    steps = {"plain": plain_step(net, widest, data, recipe), "bfloat16": plain_step(net, widest, data, half)}
+    steps["compiled"] = plain_step(net, widest, data, recipe, compiled=True)
     taken: dict[str, list[float]] = {mode: [milliseconds(step, device)] for mode, step in steps.items()}
     for _ in range(args.repeats):
         for mode, step in steps.items():

@@ -9,7 +9,8 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,11 @@ def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:
     digest = hashlib.sha256(inner.getbuffer()).hexdigest()
     payload = torch.frombuffer(inner.getbuffer(), dtype=torch.uint8)
     torch.save({"format": FORMAT, "sha256": digest, "content": payload}, outer)
+    new = folder / f".{LAST}.tmp"
+    write_whole(new, outer.getvalue())  # first of all: the disk may be full
     if (folder / LAST).exists():
         os.replace(folder / LAST, folder / BEFORE)
-    write_whole(folder / LAST, outer.getvalue())
+    os.replace(new, folder / LAST)
 
 
 def _read(path: Path, device: torch.device) -> dict[str, Any]:
@@ -74,20 +77,26 @@ def read_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
     return None
 
 
+@contextmanager
+def of_this_run() -> Iterator[None]:
+    """Inside, what does not fit is a checkpoint that is not of this run: a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [""])[-1].strip() or type(error).__name__
+        raise UserError(f"the checkpoint is not of this run, or of another version of dnas: {reason[:200]}") from None
+
+
 def module_data(module: nn.Module) -> dict[str, Tensor]:
     """The state of a module, to be read back by `load_module`."""
     return {name: tensor.detach() for name, tensor in module.state_dict().items()}
 
 
 def load_module(module: nn.Module, data: dict[str, Tensor]) -> None:
-    """Put a module back as it was, to the strides of its parameters: what kernels run hangs on them, and so do bits.
-
-    Raises UserError if it is not of this shape.
-    """
-    try:
-        module.load_state_dict(data)
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint is of another network: {str(error).splitlines()[-1].strip()}") from None
+    """Put a module back as it was, to the strides of its parameters: what kernels run hangs on them, and so do bits."""
+    module.load_state_dict(data)
     for name, p in module.named_parameters():
         p.data = data[name]
 
@@ -162,9 +171,12 @@ class Journal:
 
     def __init__(self, folder: Path, device: torch.device, every_s: float, stop: Callable[[], int]) -> None:
         self.folder, self.device, self.every_s, self.stop = folder, device, every_s, stop
-        saved = gathered(read_checkpoint(folder, device) if rank() == 0 else None)[0] or {"done": {}, "under_way": {}}
-        self.done: dict[str, Any] = saved["done"]
-        self._under_way: dict[str, Any] = saved["under_way"]
+        saved = gathered(read_checkpoint(folder, device) if rank() == 0 else None)[0]
+        if saved is None:
+            saved = {"done": {}, "under_way": {}}
+        with of_this_run():
+            self.done: dict[str, Any] = {**saved["done"]}
+            self._under_way: dict[str, Any] = {**saved["under_way"]}
         self._written = time.monotonic()
 
     def knows(self, what: str) -> bool:
@@ -176,8 +188,9 @@ class Journal:
         if not self.knows(what):
             return None
         found, self._under_way = self._under_way, {}
-        load_random(found["random"], self.device)
-        return found["state"]
+        with of_this_run():
+            load_random(found["random"], self.device)
+            return found["state"]
 
     def finish(self, what: str, result: Any) -> None:
         """``what`` is finished, and came to ``result``."""

@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dnas.checkpoint import load_module, load_optimizer, module_data, optimizer_data
+from dnas.checkpoint import load_module, load_optimizer, module_data, of_this_run, optimizer_data
 from dnas.data import Batches, Data
 from dnas.distributed import average_gradients, from_first, mean, rank, shared_statistics
 from dnas.units import UserError
@@ -288,13 +288,14 @@ def train_from_scratch(
     batches = data.train_batches(recipe.batch_size, seed=seed)
     learner = make_learner(model, model.parameters(), recipe, len(batches))
     losses: deque[Tensor] = deque(maxlen=len(batches))
-    if saved:
-        load_module(model, saved["model"])
-        load_learner(learner, saved["learner"])
-        if ema is not None:
-            load_module(ema.module, saved["ema"])
-        losses.extend(saved["losses"])
-        started -= saved["seconds"]
+    with of_this_run():
+        if saved:
+            load_module(model, saved["model"])
+            load_learner(learner, saved["learner"])
+            if ema is not None:
+                load_module(ema.module, saved["ema"])
+            losses.extend(saved["losses"])
+            started -= saved["seconds"]
 
     def state() -> dict[str, Any]:
         return {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -14,3 +15,16 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Six small images a class and split, in a folder of their own."""
+    root = tmp_path / "images"
+    for split in ("train", "validation"):
+        for c, colour in enumerate(("red", "blue")):
+            folder = root / split / f"class{c}"
+            folder.mkdir(parents=True)
+            for k in range(6):
+                Image.new("RGB", (16, 16), colour).save(folder / f"{k}.png")
+    return root

@@ -41,7 +41,7 @@ def test_the_cost_of_a_search_is_that_of_its_images(monkeypatch):
             rows[-1] |= {"gate_ms": 30.0 * pace, "images": 8}
         if k == 12:
             rows[-1] |= {"gate_ms": 30.0 * pace + 50, "shrink_ms": 50.0}
-    monkeypatch.setattr(speed, "searched", lambda name, args, pair: (rows, [10.0] * 20, [0.5] * 10))
+    monkeypatch.setattr(speed, "searched", lambda name, args, pair: (rows, [10.0] * 20, [0.5] * 10, [0.4, 0.2, 0.3]))
     row = speed.search_cost("toy", SMALL)
     # Ten steps: 200 ms for weights and 150 for gates, over 15 batches; later half of it, and once 50 ms for shrinking.
     # The first ten after the first gate step: eight and two of each kind of weight step, four gate steps and one.
@@ -49,12 +49,14 @@ def test_the_cost_of_a_search_is_that_of_its_images(monkeypatch):
     assert row["relative_cost_last"] == pytest.approx((100 + 75 + 50) / 150, abs=1e-4)
     assert row["relative_cost_mean"] == pytest.approx((350 + 225) / 300, abs=1e-4)
     assert row["shrink_in_steps"] == [2.0, 2.0, 2.0] and row["shrinks"] == 1 and row["macs_left"] == 0.5
+    assert row["plain_step_of_last_net"] == [0.3, 0.2, 0.4]
     assert row["expected_cost_share"] == [0.015, 0.01, 0.02]
     assert row["expected_cost_of_search"] == pytest.approx(10 * 0.5 / 575, abs=1e-4)
 
 
 def test_a_search_that_is_timed_is_a_search():
-    rows, plain, expected = speed.searched("mobilenet_v2", SMALL, pair=True)
+    rows, plain, expected, ends = speed.searched("mobilenet_v2", SMALL, pair=True)
+    assert len(ends) == 11 and min(ends) > 0
     assert len(plain) == len(rows) > 100 and min(plain) > 0  # an epoch of 1006 images is the least
     assert len(expected) == sum("gate_ms" in row for row in rows) > 20
     assert rows[-1]["live_macs"] < rows[0]["live_macs"]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from commands import call, check_refused, search_tool
+from commands import call, check_refused, cli, goal, search_tool
 
 SHORT = ("--supernet", "toy", "--width-mult", 1, "--search-epochs", 3, "--epochs", 1, "--img-size", 8, "-b", 128)
 
@@ -13,9 +13,24 @@ def untimed(run):
     return [{key: value for key, value in row.items() if not key.endswith("_ms")} for row in rows]
 
 
-def test_each_net_of_a_sweep_is_that_of_its_budget(tmp_path, monkeypatch):
-    sweep = ("--sweep", "30%,50%,70%", "--output", tmp_path / "sweep")
-    assert call(search_tool, monkeypatch, *SHORT, *sweep) == 0
+def test_each_net_of_a_sweep_is_that_of_its_budget(tmp_path, monkeypatch, capsys):
+    """Stopped in the trainings of the second budget, and resumed: the first is whole, the third has not begun."""
+    sweep, trained = ("--sweep", "30%,50%,70%", "--output", tmp_path / "sweep"), []
+
+    def train_arch(*given):
+        trained.append(given)
+        if len(trained) == 4:
+            raise cli.Stopped(15)
+        return real(*given)
+
+    real = goal.train_arch
+    with monkeypatch.context() as stopped:
+        stopped.setattr(goal, "train_arch", train_arch)
+        assert call(search_tool, stopped, *SHORT, *sweep) == 143
+    assert capsys.readouterr().err == "stopped\n"
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["30pc", "50pc"]
+    check_refused(call(search_tool, monkeypatch, "--resume", tmp_path / "sweep/50pc"), capsys, "one budget of a sweep")
+    assert call(search_tool, monkeypatch, "--resume", tmp_path / "sweep") == 0
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["30pc", "50pc", "70pc"]
     for budget in (30, 70):
         alone, own = tmp_path / str(budget), tmp_path / f"sweep/{budget}pc"

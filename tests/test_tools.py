@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from commands import call, check_refused, cli, export_tool, goal, retrain_tool, search_tool
-from PIL import Image
 
 from dnas.cost import CostTable
 from dnas.export import read_arch, verify_export, write_export
@@ -19,19 +18,6 @@ from dnas.report import no_better_than_a_guess
 from supernets import SUPERNETS
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-
-
-@pytest.fixture
-def image_folder(tmp_path):
-    """Six small images a class and split, in a folder of their own."""
-    root = tmp_path / "images"
-    for split in ("train", "validation"):
-        for c, colour in enumerate(("red", "blue")):
-            folder = root / split / f"class{c}"
-            folder.mkdir(parents=True)
-            for k in range(6):
-                Image.new("RGB", (16, 16), colour).save(folder / f"{k}.png")
-    return root
 
 
 SEARCH_ERRORS = [

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from timm.utils import ParseKwargs
 
-from dnas.checkpoint import Journal, Stopped
+from dnas.checkpoint import Journal, Stopped, of_this_run
 from dnas.data import Data, load_data
 from dnas.distributed import processes, rank
 from dnas.latency import LatencyTable, check_use, read_table
@@ -155,7 +155,7 @@ def flags_of(parser: "OneLineParser") -> tuple[argparse.Namespace, list[str]]:
     args = parser.parse_args(argv)
     if args.resume is None:
         return args, argv
-    if [*argv[:1], *argv[1:2]] != ["--resume", args.resume] and argv != [f"--resume={args.resume}"] or len(argv) > 2:
+    if len(argv) > (1 if "=" in argv[0] else 2):
         raise UserError(f"--resume {args.resume!r} takes all other flags from the run: none are expected here")
     folder = Path(args.resume)
     configs = [folder / "config.json", *sorted(folder.glob("*/config.json"))]
@@ -183,7 +183,8 @@ def in_steps(train: Callable[..., Trained], journal: Journal, text: str, steps: 
     """``train(on_step=, saved=)`` with a progress bar, from where the journal knows it was stopped."""
     saved = journal.under_way(text)
     with progress_bar(f"training {text}", steps) as advance, stop.between_steps():
-        advance(steps=saved["learner"]["update"] if saved else 0)
+        with of_this_run():
+            advance(steps=saved["learner"]["update"] if saved else 0)
 
         def on_step(state: Callable[[], dict]) -> None:
             advance()
@@ -358,6 +359,8 @@ class OneLineParser(argparse.ArgumentParser):
         """The command line; ``--budget -3MFLOPs`` is a wrong budget, not a missing one."""
         joined: list[str] = []
         for given in sys.argv[1:] if argv is None else argv:
+            if given.startswith("--") and given.endswith("=--"):  # of which argparse makes an empty list
+                self.error(f"argument {given[:-3]}: '--' is no value")
             if joined and joined[-1] == "--budget":
                 joined[-1] += f"={given}"
             else:

@@ -22,7 +22,7 @@ from timm.utils import random_seed
 from torch import nn
 
 from dnas.arch import Arch
-from dnas.checkpoint import Journal
+from dnas.checkpoint import Journal, of_this_run
 from dnas.cost import CostTable
 from dnas.data import Data
 from dnas.derive import derive, gate_likelihood, random_arch, uniform_arch
@@ -173,9 +173,10 @@ def search_stage(
     """Search, derive and export. Returns the figures of metrics.json, and all nets to be trained with their costs."""
     path, data = goal.folder / "history.jsonl", plan.data
     state, rows, seconds = begun(not journal.knows("search"))
-    if saved := journal.under_way("search"):
-        load_search(state, saved["search"])
-        rows, seconds = read_rows(path, saved["rows"]), saved["seconds"]
+    with of_this_run():
+        if saved := journal.under_way("search"):
+            load_search(state, saved["search"])
+            rows, seconds = read_rows(path, saved["rows"]), saved["seconds"]
     write_rows(path, rows)
     started, count = time.perf_counter() - seconds, len(rows)
     with open(path, "a") as history, stop.between_steps():
@@ -223,8 +224,10 @@ def find(plan: Plan, goal: Goal, journal: Journal, begun: Callable[[bool], Begun
     """
     if "search" not in journal.done:
         journal.finish("search", search_stage(plan, goal, journal, begun, plain_ms))
-    searched = journal.done["search"]
-    nets = {what: (plan.net.space.complete(net["arch"]), net["costs"]) for what, net in searched["nets"].items()}
+    with of_this_run():
+        searched, space = journal.done["search"], plan.net.space
+        found = {key: searched[key] for key in ("budget", "search", "warnings")}
+        nets = {what: (space.complete(net["arch"]), dict(net["costs"])) for what, net in searched["nets"].items()}
     for what, (arch, costs) in nets.items():
         if what not in journal.done:
             model, row = train_arch(plan, arch, costs, journal, what)
@@ -239,9 +242,7 @@ def find(plan: Plan, goal: Goal, journal: Journal, begun: Callable[[bool], Begun
         for what, ms in zip(("found", "uniform"), measured_ms(plan, models), strict=True):
             trained[what]["measured_ms"] = ms
     return {
-        "budget": searched["budget"],
-        "search": searched["search"],
-        "warnings": searched["warnings"],
+        **found,
         "found": trained.pop("found"),
         "uniform": trained.pop("uniform"),
         "random": [*trained.values()],

@@ -34,7 +34,5 @@ def test_ten_thousand_steps(tmp_path, monkeypatch, capsys):
     late = steps > 2000
     slope = 1000 * np.polyfit(steps[late], mb[late], 1)[0]
     with capsys.disabled():
-        print(
-            f"\n{mb[late][0]:.0f} to {mb[-1]:.0f} MiB from step 2000 on, {slope:+.2f} MiB in 1000 steps; {files[-1]:.0f} files"
-        )
+        print(f"\n{mb[late][0]:.0f} to {mb[-1]:.0f} MiB from step 2000, {slope:+.2f} in 1000; {files[-1]:.0f} files")
     assert slope < 1.0 and files[-1] <= files[0]
