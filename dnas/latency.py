@@ -141,7 +141,7 @@ def check_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     for k, row in enumerate(rows):
         if not row["widths"].keys() <= {*SLOTS}:
             raise UserError(
-                f"rows[{k}].widths has {', '.join(map(repr, row['widths']))}: {', '.join(SLOTS)} are allowed"
+                f"rows[{k}].widths has {', '.join(map(repr, row['widths']))[:80]}: {', '.join(SLOTS)} are allowed"
             )
         for slot, width in row["widths"].items():
             check(f"rows[{k}].widths.{slot}", width, COUNT)

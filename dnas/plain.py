@@ -14,6 +14,7 @@ def fail(where: str, value: object, allowed: str) -> NoReturn:
         shown = " ".join(repr(value).split())
     except ValueError:  # Python refuses to print integers of thousands of digits
         shown = "a huge number"
+    where = where if len(where) <= 200 else where[:197] + "..."  # it may have keys from the file in it
     raise UserError(f"{where} is {shown if len(shown) <= 60 else shown[:57] + '...'}: it must be {allowed}")
 
 

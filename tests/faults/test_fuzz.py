@@ -133,6 +133,22 @@ def _written(path, content):
     return path
 
 
+@pytest.mark.parametrize("name", ["arch.json", "table.json"])
+def test_a_long_key_is_not_quoted_whole(name, tmp_path):
+    """Found by the long form: at every place of the document where there is a dict."""
+    whole, load = KINDS[name]
+    for place in [(), *places(whole)]:
+        found = copy.deepcopy(whole)
+        at = found
+        for key in place:
+            at = at[key]
+        if isinstance(at, dict) and place[:1] not in (("answers",), ("provenance",), ("protocol",)):
+            at["[" * 20_000] = 1
+            with pytest.raises(UserError) as told:
+                load(_written(tmp_path / name, found))
+            assert len(str(told.value)) < 1000 and "\n" not in str(told.value)
+
+
 @pytest.mark.faults
 def test_for_minutes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", sys.argv)
