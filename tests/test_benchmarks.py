@@ -271,16 +271,43 @@ def planted_rows(setup, found):
     (iso_flops.RESULTS / f"{setup}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+PLANTED_SPEED = {
+    **{"device": "a device", "threads": 2, "torch": "2.6", "timm": "1.0", "date": "2026-01-01", "command": "speed.py"},
+    "search": [
+        {"net": "n", "plain_ms": [5.0, 4.0, 6.0], "relative_cost_mean": 0.5, "shrink_in_steps": None, "shrinks": 0}
+        | {"expected_cost_share": [0.01, 0.005, 0.02], "expected_cost_of_search": 0.004}
+    ],
+    "memory": [{"net": "n", "plain_mb": 10.0, "search_mb": 13.0, "peak_memory_ratio": 1.3}],
+    "modes": [{"net": "n", "bfloat16": [2.0, 1.0, 3.0], "compile_s": 7.0}],
+    "gates": [{"model": "n", "plain_ms": 9.0}],
+    "scale": [
+        {"what": "pairs", "step_ratio": [[1.0, 1.0, 1.0], [1.1, 0.9, 1.2]], "memory_ratio": [1.0, 1.05]}
+        | {"raw": {"peak_mb": {"2": 10, "64": 10.5}}}
+    ],
+}
+
+
 def test_the_report_says_what_was_planted_and_leaves_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(iso_flops, "RESULTS", tmp_path)
     monkeypatch.setattr(iso_report, "HERE", tmp_path)
     planted_rows("digits", 2)
     planted_rows("prunet", 0)
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{iso_report.START}\nold\n{iso_report.END}\nafter\n")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "speed.json").write_text(json.dumps(PLANTED_SPEED))
+    names = (*iso_report.SPEED, "expected", "scale", "machine", "methods")
+    marks = [f"<!-- iso_report.py: {name} -->\nold\n<!-- end of {name} -->\n" for name in names]
+    readme.write_text(f"before\n{''.join(marks)}after\n")
     iso_report.main()
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    for row in (
+        "| n | 5.00 [4.00, 6.00] | 0.50 | - | - | - | - | - | 0 |", "| n | 10.00 | 13.00 | 1.30 |",
+        "| n | - | 2.00 [1.00, 3.00] | - | 7.00 |", "| n | 1.00 | 0.50 | 2.00 | 0.40 |",
+        "| pairs | 64 | 1.10 [0.90, 1.20] | 1.05 |",
+        "a device, 2 threads, torch 2.6, timm 1.0, 2026-01-01: `python speed.py`.",
+    ):  # fmt: skip
+        assert row in text, row
     # The seeds' -1, 0, 1 twice have the variance 4 / 5; a mean of six a sixth of it.
     noise = math.sqrt(4 / 5 / 6)
     spread = math.sqrt(np.var(range(10), ddof=1) - noise**2)
