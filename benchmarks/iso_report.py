@@ -32,20 +32,26 @@ def with_ends(interval: stats.Interval) -> str:
     return f"{interval[0]:+.2f} [{interval[1]:+.2f}, {interval[2]:+.2f}]"
 
 
-def setup_table(rows: list[dict]) -> list[str]:
+def setup_table(rows: list[dict]) -> str:
     """One line a set-up: is there anything to find, and where does the uniform net stand?"""
-    lines = [
-        "| set-up | random nets | noise of a net's mean | spread | spread / noise | random mean | best | uniform |"
+    heads = [
+        "set-up",
+        "random nets",
+        "noise of a net's mean",
+        "spread",
+        "spread / noise",
+        "random mean",
+        "best",
+        "uniform",
     ]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    lines = []
     for row in rows:
         ratio = row["spread"] / row["noise_of_mean"]
         cells = [row["setup"], f"{row['n_random']} x {row['seeds_per_net']:.2g} seeds"]
         cells += [number(row["noise_of_mean"]), number(row["spread"]), number(ratio), number(row["random_mean"])]
         place = number(row["uniform_percentile"], 0)
-        cells += [number(row["best_random"]), f"{number(row['uniform'])} (percentile {place})"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        lines.append([*cells, number(row["best_random"]), f"{number(row['uniform'])} (percentile {place})"])
+    return markdown(heads, lines)
 
 
 def method_table(table: Table, baseline: str) -> list[str]:
@@ -133,8 +139,7 @@ def speed_parts(found: dict) -> dict[str, str]:
     parts["expected"] = markdown(heads, shares)
     scales = []
     for row in found["scale"]:
-        counts = row["raw"]["peak_mb"]
-        for k, count in enumerate(counts):
+        for k, count in enumerate(row["counts"]):
             scales.append([row["what"], count, row["step_ratio"][k], row["memory_ratio"][k]])
     parts["scale"] = markdown(["what", "how many", "step", "peak memory"], scales)
     told = f"{found['device']}, {found['threads']} threads, torch {found['torch']}, timm {found['timm']}"
@@ -145,7 +150,7 @@ def speed_parts(found: dict) -> dict[str, str]:
 def main() -> None:
     """Rewrite the parts of README.md between the marks."""
     tables = [table for table in map(Table, SETUPS) if table.rows]
-    parts = ["\n".join(setup_table([summarise(table) for table in tables]))]
+    parts = [setup_table([summarise(table) for table in tables])]
     for table in tables:
         name, row, best = table.path.stem, summarise(table), judge_method(table, "default")
         setup = SETUPS[name]

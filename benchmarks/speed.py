@@ -130,11 +130,12 @@ def searched(
     net, data = supernet_of(name, args.img_size), load_data("digits", img_size=args.img_size, device=device)
     net.to(device, memory_format=torch.channels_last)
     tables = {"macs": CostTable.build(net.space, "macs")}
-    limit = 0.3 * tables["macs"].of(tables["macs"].extremes()[1])
+    widest = tables["macs"].extremes()[1]
+    limit = 0.3 * tables["macs"].of(widest)
     per_epoch = len(data.train_batches(args.batch_size, seed=0, indices=data.split(SearchConfig.gate_fraction, 0)[0]))
     epochs = max(1, round(args.steps / per_epoch))
     recipe = Recipe(batch_size=args.batch_size, epochs=epochs, amp=args.amp)
-    step = plain_step(net, widest_of(net), data, recipe) if pair else None
+    step = plain_step(net, widest, data, recipe) if pair else None
     if step:
         step()
     rows: list[dict] = []

@@ -46,7 +46,7 @@ class Recipe:
     channels_last: bool = True
 
 
-# auto: what torch takes on the device, float16 on a GPU and bfloat16 on a CPU, where float16 is many times slower.
+# auto: what torch takes on the device, float16 on a GPU and bfloat16 on a CPU.
 AMP_DTYPES = {"auto": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -170,9 +170,10 @@ def _step(learner: Learner, recipe: Recipe, loss: Tensor) -> None:
     optimizer, scaler = learner.optimizer, learner.scaler
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scaler.unscale_(optimizer)
-    if all_finite(p.grad for p in parameters):
+    total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if total.isfinite():
         if recipe.clip_grad:
-            nn.utils.clip_grad_norm_(parameters, recipe.clip_grad)
+            nn.utils.clip_grads_with_norm_(parameters, recipe.clip_grad, total)
         scaler.step(optimizer)
         learner.skipped_now = 0
     else:

@@ -282,7 +282,7 @@ PLANTED_SPEED = {
     "gates": [{"model": "n", "plain_ms": 9.0}],
     "scale": [
         {"what": "pairs", "step_ratio": [[1.0, 1.0, 1.0], [1.1, 0.9, 1.2]], "memory_ratio": [1.0, 1.05]}
-        | {"raw": {"peak_mb": {"2": 10, "64": 10.5}}}
+        | {"counts": [2, 58], "raw": {"peak_mb": {"2": 10, "64": 10.5}}}
     ],
 }
 
@@ -304,7 +304,7 @@ def test_the_report_says_what_was_planted_and_leaves_the_rest(tmp_path, monkeypa
     for row in (
         "| n | 5.00 [4.00, 6.00] | 0.50 | - | - | - | - | - | 0 |", "| n | 10.00 | 13.00 | 1.30 |",
         "| n | - | 2.00 [1.00, 3.00] | - | 7.00 |", "| n | 1.00 | 0.50 | 2.00 | 0.40 |",
-        "| pairs | 64 | 1.10 [0.90, 1.20] | 1.05 |",
+        "| pairs | 58 | 1.10 [0.90, 1.20] | 1.05 |",
         "a device, 2 threads, torch 2.6, timm 1.0, 2026-01-01: `python speed.py`.",
     ):  # fmt: skip
         assert row in text, row

@@ -12,6 +12,7 @@ from commands import call, goal, search_tool
 STATM, FILES = Path("/proc/self/statm"), Path("/proc/self/fd")
 
 
+# Meant: elsewhere a process cannot read its memory as it is now without another package, only its peak.
 @pytest.mark.faults
 @pytest.mark.skipif(not STATM.exists(), reason="Linux tells the memory of a process there")
 def test_ten_thousand_steps(tmp_path, monkeypatch, capsys):
