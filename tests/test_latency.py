@@ -228,8 +228,9 @@ def test_a_search_lands_on_the_edges_of_a_staircase(seed):
     assert all(on_edges(found)), dict(found)
     assert all(on_edges(uniform_arch(net.space, tables, budgets)))
     assert not all(on_edges(random_arch(net.space, tables, budgets, seed=seed)))
-    last = [row["expected"]["ms"] for row in rows if "expected" in row][-1]
-    assert last == pytest.approx(budgets[0].limit, rel=0.3)
+    # Gates on a staircase hop to and fro between two steps of it: no single value says where they are.
+    settled = [row["expected"]["ms"] for row in rows if row.get("target", {}).get("ms") == budgets[0].limit]
+    assert len(settled) > 5 and np.median(settled) == pytest.approx(budgets[0].limit, rel=0.15)
 
 
 def learn_width(expected, options):
