@@ -274,6 +274,9 @@ def main() -> None:
         if "uniform" not in table.nets():
             arch = uniform_arch(lab.net.space, lab.tables, lab.budgets)
             table.append(net_row(lab, "uniform", arch) | info)
+        if args.full and "full" not in table.nets():
+            table.append(net_row(lab, "full", lab.tables["macs"].extremes()[1]) | info)
+        train_all(["full"] * (args.full > 0), lambda name: range(args.full), table, do)
         names, nets = [f"random/{k}" for k in range(args.random)], table.nets()
         for k, name in enumerate(names):
             if name not in nets:
@@ -387,6 +390,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("setup", nargs="?", choices=list(SETUPS), default="digits")
     p.add_argument("--random", type=int, default=0, help="train this many random nets")
     p.add_argument("--search", type=int, default=0, help="search with this many seeds, train each net with three")
+    p.add_argument("--full", type=int, default=0, help="train the widest net of the space with this many seeds")
     p.add_argument("--judge", type=int, default=0, help="let this many supernets judge the first random nets")
     p.add_argument("--variant", nargs="+", default=["default"], choices=[*VARIANTS, *opponents.OPPONENTS], help="how")
     add_work_flags(p)

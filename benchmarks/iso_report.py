@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tables and pictures of benchmarks/README.md, from the rows in results/ alone.
+"""Tables and pictures of benchmarks/README.md and of the project's README.md, from the rows in results/ alone.
 
 python benchmarks/iso_report.py
 """
@@ -65,6 +65,26 @@ def method_table(table: Table, baseline: str) -> list[str]:
             cells.append("-" if method == baseline else with_ends(row["found_minus_baseline"]))
             lines.append("| " + " | ".join([*cells, number(row["search_in_trainings"], 1)]) + " |")
     return lines if len(lines) > 2 else []
+
+
+def results_table(tables: Sequence[Table]) -> str:
+    """One line a set-up for the project's README: found nets, and by how much they beat uniform and random ones."""
+
+    def difference(ends: stats.Interval) -> str:
+        return f"**{with_ends(ends)}**" if ends[1] > 0 or ends[2] < 0 else with_ends(ends)
+
+    lines = []
+    for table in tables:
+        if row := judge_method(table, "default"):
+            setup, scores = SETUPS[table.path.stem], stats.scores_of(table.rows)
+            net = f"`{setup.supernet}`" + (" (narrower)" if setup.kwargs.get("channels") else "")
+            data = f"{'digits' if setup.data == 'digits' else 'CIFAR-10'}, {setup.num_train}, {setup.img_size} px"
+            tops = [row["found_top1"], fmean(scores["uniform"].values()), summarise(table)["random_mean"]]
+            whole = fmean(scores["full"].values()) if "full" in scores else None
+            cells = [net, setup.budget, data, row["search_seeds"], *tops, whole]
+            lines.append([*cells, *map(difference, (row["found_minus_uniform"], row["found_minus_random"]))])
+    heads = ["space", "budget", "images", "searches", "found", "uniform", "random", "widest net"]
+    return markdown([*heads, "found - uniform", "found - random"], lines)
 
 
 def draw(table: Table) -> Path:
@@ -147,8 +167,18 @@ def speed_parts(found: dict) -> dict[str, str]:
     return parts
 
 
+def write(path: Path, parts: dict[str, str]) -> None:
+    """Put each part between its marks in a file."""
+    text = path.read_text()
+    for name, content in parts.items():
+        begin, end = f"<!-- iso_report.py: {name} -->", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+    path.write_text(text)
+
+
 def main() -> None:
-    """Rewrite the parts of README.md between the marks."""
+    """Rewrite the parts of both README.md between the marks."""
     tables = [table for table in map(Table, SETUPS) if table.rows]
     parts = [setup_table([summarise(table) for table in tables])]
     for table in tables:
@@ -171,13 +201,9 @@ def main() -> None:
         seen = sorted({f"{r['device']}, torch {r['torch']}, timm {r['timm']}" for r in table.rows})
         days = sorted({r["date"] for r in table.rows})
         parts.append(f"Machine: {'; '.join(seen)}; {days[0]} to {days[-1]}.")
-    text = (HERE / "README.md").read_text()
     speed = json.loads((HERE / "results" / "speed.json").read_text())
-    for name, content in {**speed_parts(speed), "methods": "\n\n".join(parts)}.items():
-        begin, end = f"<!-- iso_report.py: {name} -->", f"<!-- end of {name} -->"
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
-    (HERE / "README.md").write_text(text)
+    write(HERE / "README.md", {**speed_parts(speed), "methods": "\n\n".join(parts)})
+    write(HERE.parent / "README.md", {"results": results_table(tables)})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from statistics import fmean, median, variance
 
 import scipy.stats
 
+from dnas.outcome import interval
+
 Scores = Mapping[str, Mapping[int, float]]
 Interval = tuple[float, float, float]  # mean, and the ends of its 95 % interval
 
@@ -31,7 +33,8 @@ def of_method(scores: Scores, method: str) -> dict[str, Mapping[int, float]]:
 
 def methods(scores: Scores) -> list[str]:
     """All that chose nets, the default search first."""
-    return sorted({name.split("/")[0] for name in scores} - {"random", "uniform"}, key=lambda m: (m != "default", m))
+    chose = {name.split("/")[0] for name in scores} - {"random", "uniform", "full"}
+    return sorted(chose, key=lambda m: (m != "default", m))
 
 
 def noise(scores: Scores) -> float:
@@ -52,13 +55,6 @@ def spread(scores: Scores, training_noise: float) -> float:
 def percentile(value: float, others: Sequence[float]) -> float:
     """Share of ``others`` below ``value``, in percent; ties count half."""
     return 100 * fmean((other < value) + (other == value) / 2 for other in others)
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Mean of independent values with Student's 95 % interval; infinite for a single value."""
-    mean, n = fmean(values), len(values)
-    half = math.inf if n < 2 else float(scipy.stats.t.ppf(0.975, n - 1)) * math.sqrt(variance(values) / n)
-    return mean, mean - half, mean + half
 
 
 def minus_paired(found: Scores, other: Mapping[int, float]) -> Interval:

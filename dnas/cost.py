@@ -203,10 +203,13 @@ class CostTable:
                 self._touching[name].append(entry)
 
     @classmethod
-    def build(cls, space: Space, metric: str) -> "CostTable":
-        """Closed-form costs for ``"macs"`` or ``"params"``. KeyError for another metric or an unknown operation."""
-        forms = CLOSED_FORMS[metric]
-        return cls._merged(space, metric, (_entry(site, space, forms[site.op]) for site in space.sites))
+    def build(cls, space: Space, metric: str, sites: Sequence[Site] | None = None) -> "CostTable":
+        """Closed-form costs for ``"macs"`` or ``"params"`` of all sites, or of these.
+
+        KeyError for another metric or an unknown operation.
+        """
+        forms, sites = CLOSED_FORMS[metric], space.sites if sites is None else sites
+        return cls._merged(space, metric, (_entry(site, space, forms[site.op]) for site in sites))
 
     @classmethod
     def measured(cls, space: Space, sites: Sequence[Site], table: LatencyTable) -> "CostTable":

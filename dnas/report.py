@@ -1,87 +1,186 @@
-"""What a search came to, from the rows of its history."""
+"""Pages: what a run came to (``report.html``), and several runs side by side. Each is one file that loads nothing."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, median
+from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
-import torch
-from torch import Tensor
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
-from dnas.arch import DROP, KEEP, Arch, Space
-from dnas.runs import peak_memory_mb
-from dnas.train import Recipe
+from dnas import pictures
+from dnas.arch import DROP
+from dnas.outcome import Run, beside, facts, grouped, layer_of, minus, read_run, top1s, verdict
+from dnas.runs import write_whole
+from dnas.units import show
+
+_PAGE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+    Path(__file__).with_name("report.html").read_text()
+)
+WORDS = {"better": "Better than uniform", "worse": "Worse than uniform", "open": "Not decided", "alone": "Trained"}
+Picture = tuple[str, str, Markup]  # heading, what to look at, the picture
 
 
-def search_figures(
-    rows: Sequence[dict], recipe: Recipe, seconds: float, plain_ms: float, device: torch.device
-) -> dict[str, Any]:
-    """The ``search`` part of metrics.json.
+def _page(path: Path, **content: Any) -> None:
+    empty: dict[str, Any] = {"warnings": [], "tables": [], "pictures": [], "network": [], "command": ""}
+    write_whole(path, _PAGE.render(empty | content).encode())
 
-    A first and a last step are medians over up to ten steps that taught both weights and gates; the very first of them
-    mixes all blocks once, to see that every gate is alive, and does not count.
+
+def write_report(folder: Path) -> None:
+    """``report.html`` of a complete run folder, from its files alone and those of runs beside it (see `beside`)."""
+    run = read_run(folder)
+    runs, metrics = beside(run), run.metrics
+    config = json.loads((folder / "config.json").read_text())
+    history = folder / "history.jsonl"
+    rows = [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
+    word, sentence = verdict(runs)
+    heads = ["", "budget", "expected", "found", "uniform"]
+    tables = [("", heads, facts(metrics))]
+    if len(runs) > 1:
+        lines = []
+        for one in runs:
+            tops = [f"{values[0]:.2f} %" for kind, values in top1s([one]).items() if kind != "random"]
+            lines.append([one.folder.name, str(one.args["seed"]), *tops])
+        tables.append(("Runs that differ in the seed", ["run", "seed", "found", "uniform"], lines))
+    info = config.get("provenance", {})
+    told = [f"{key} {info[key]}" for key in ("dnas", "torch", "timm", "python") if key in info]
+    _page(
+        folder / "report.html",
+        title=run.folder.absolute().name,
+        word=(word, WORDS[word]),
+        sentence=sentence,
+        warnings=metrics.get("warnings", []),
+        tables=tables,
+        pictures=_pictures(runs, rows),
+        network=network(metrics.get("decisions", [])),
+        command=f"{' '.join(config.get('argv', []))}",
+        told=", ".join([*told, str(info.get("device", ""))]),
+    )
+
+
+def _pictures(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> list[Picture]:
+    run, found = runs[0], []
+    metrics = run.metrics
+
+    def add(heading: str, note: str, text: str) -> None:
+        found.append((heading, note, Markup(text)))  # SVG that matplotlib has escaped
+
+    note = "Every dot is a training; the bar is a standard deviation."
+    if (difference := minus(runs, "random")) and len(runs) > 1:
+        note += " Found minus random nets: {:+.2f} [{:+.2f}, {:+.2f}].".format(*difference)
+    add("Accuracy", note, pictures.top1(top1s(runs)))
+    if metrics.get("layers"):
+        add("What every layer costs", "Grey is the widest net of the space.", pictures.layers(metrics["layers"]))
+    if any("gates" in row for row in rows):
+        text = "Where a line ends, its layer or block was cut off, or its choice was made."
+        add("How it was decided", text, pictures.gates(rows, metrics["decisions"]))
+    if any("expected" in row for row in rows):
+        figures = metrics["search"]
+        first, last = (figures[f"{which}_step_ms"] for which in ("first", "last"))
+        text = f"{figures['steps']} steps in {figures['seconds']:.0f} s; an image took {figures['relative_cost']:.2f} "
+        text += f"times what it takes to train the widest net. A step went from {first:.0f} to {last:.0f} ms."
+        add("The search", text, pictures.course(rows, run.limits))
+    if "measured_ms" in metrics["found"]:
+        nets = {kind: (metrics[kind]["ms"], metrics[kind]["measured_ms"]) for kind in ("found", "uniform")}
+        add("Latency", "On the dotted line, the table tells what is measured.", pictures.predicted(nets))
+    return found
+
+
+def network(decisions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The network drawn layer by layer: sections of rows, from the ``decisions`` of metrics.json.
+
+    A row has a ``name``, whether it is ``gone``, its ``blocks`` [(name, whether it was chosen)], and of its width the
+    ``found`` and ``widest`` channels and the ``share`` and ``uniform`` share of the widest, in percent; None without.
     """
-    both = [row["weight_ms"] + row["gate_ms"] for row in rows if "gate_ms" in row]
-    images = sum(recipe.batch_size + row.get("images", 0) for row in rows)
-    some = both[1:] or both
-    taught = [row for row in rows if row.get("gate_loss") is not None]
-    skipped = sum("skipped" in row or "gates_skipped" in row for row in rows)
-    return {
-        "seconds": seconds,
-        "steps": len(rows),
-        "images": images,
-        "skipped_steps": skipped,
-        "peak_memory_mb": peak_memory_mb(device),
-        "first_step_ms": median(some[:10]),
-        "last_step_ms": median(some[-10:]),
-        "relative_cost": (1e3 * seconds / images) / (plain_ms / recipe.batch_size),
-        "plain_step_ms": plain_ms,
-        "expected": taught[-1]["expected"],
-        "gate_loss": fmean(row["gate_loss"] for row in taught[-max(1, len(taught) // 10) :]),
-    }
+    by_layer: dict[str, list[Mapping[str, Any]]] = {}
+    for decision in decisions:
+        by_layer.setdefault(layer_of(decision["name"]), []).append(decision)
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for name, own in by_layer.items():
+        row: dict[str, Any] = {"name": name, "gone": False, "blocks": [], "found": None, "uniform": None}
+        for decision in own:
+            answer = decision["found"]
+            if not isinstance(decision["options"][0], int):
+                if decision["name"].endswith("/keep"):
+                    row["gone"] = answer == DROP
+                else:
+                    row["blocks"] = [(option, option == answer) for option in decision["options"]]
+            elif answer is not None:
+                widest = decision["options"][-1]
+                row |= {"found": answer, "widest": widest, "share": 100 * answer / widest}
+                even = decision["uniform"]
+                row["uniform"] = None if even is None else 100 * even / widest
+        sections.setdefault(name.split("/")[0], []).append(row)
+    return [{"name": name, "rows": rows} for name, rows in sections.items()]
 
 
-def no_better_than_a_guess(loss: float, num_classes: int) -> list[str]:
-    """What to say of a search that ended at this cross entropy; nothing if its supernet knew more than nothing."""
-    guess = math.log(num_classes)
-    if loss < 0.98 * guess:
-        return []
-    said = f"the search ended at a loss of {loss:.2f}, and a guess has {guess:.2f}"
-    return [f"{said}: its gates had nothing to go by; try another --lr or a longer --search-epochs"]
-
-
-def signs_of_collapse(space: Space, found: Arch, uniform: Arch, distributions: Mapping[str, Tensor]) -> list[str]:
-    """What is suspicious about a network that a search found, a line each, with what to try.
-
-    ``uniform`` is the uniform net of the same budget and ``distributions`` are those of the gates as the search left
-    them (`dnas.supernet.Supernet.probabilities`).
+def experiments(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row for each experiment: ``run`` (a name), ``seeds``, ``budget`` (metric: limit), mean ``macs``, ``params`` and
+    ``ms`` of the found nets (None where not known), top-1 of all trainings of ``found``, ``uniform`` and ``random``
+    nets, and ``minus_uniform`` [mean, low, high] (None where not known).
     """
-    said = []
-    by_name = space.by_name
-    keeps = [option for name, option in found.items() if name.endswith("/keep")]
-    if len(keeps) > 1 and set(keeps) == {DROP} and KEEP in (uniform.get(name) for name in found):
-        said.append(
-            f"all {len(keeps)} layers that may go are gone: skips may have won because blocks had learnt nothing; "
-            "try a longer --search-epochs, or a later --skip-at"
-        )
-    widths = {name: width for name, width in found.items() if by_name[name].is_width and len(by_name[name].options) > 1}
-    if widths and all(width == by_name[name].options[0] for name, width in widths.items()):
-        said.append(
-            f"all {len(widths)} widths are the narrowest of their grids: the budget leaves no choice; "
-            "try a smaller --width-mult or --divisor, or a larger budget"
-        )
-    steps = [abs(by_name[n].index(w) - by_name[n].index(uniform[n])) for n, w in widths.items() if n in uniform]
-    if steps and len(steps) == len(widths) and max(steps) <= 1 and len(keeps) < 2:
-        said.append(
-            "every width is within a step of the uniform net's: the search told no group of channels from another; "
-            "try a longer --search-epochs, or a smaller budget, where widths matter more"
-        )
-    open_ones = [p[p > 0] for p in distributions.values() if int((p > 0).sum()) > 1]
-    if open_ones:
-        share = fmean(float(torch.special.entr(p).sum()) / math.log(len(p)) for p in open_ones)
-        if share > 0.9:
-            said.append(
-                f"gates are undecided ({100 * share:.0f} % of the most entropy there is): what was derived is "
-                "near a draw; try a longer --search-epochs, or a higher --gate-lr"
-            )
-    return said
+    table = []
+    for group in grouped(runs):
+        found = [row for run in group for row in run.nets["found"]]
+        costs = {m: fmean(r[m] for r in found) if m in found[0] else None for m in ("macs", "params", "ms")}
+        tops, more = top1s(group), len(group) - 1
+        difference = minus(group, "uniform")
+        table.append({
+            "run": group[0].folder.absolute().name + (f" and {more} more" if more else ""),
+            "seeds": len(group),
+            "budget": group[0].limits,
+            **costs,
+            **{kind: tops.get(kind, []) for kind in ("found", "uniform", "random")},
+            "minus_uniform": difference and [v if math.isfinite(v) else None for v in difference],
+        })  # fmt: skip
+    return table
+
+
+HEADS = ["run", "seeds", "budget", "MACs", "parameters", "ms", "found", "uniform", "random", "found - uniform"]
+
+
+def as_text(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Rows of `experiments` to be read: those of `HEADS` that have something to say, and their cells."""
+
+    def spread(values: Sequence[float]) -> str:
+        mean = f"{fmean(values):.2f}" if values else ""
+        return mean + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+    def difference(ends: Sequence[float | None]) -> str:
+        known = [f"{v:+.2f}" for v in ends if v is not None]
+        return known[0] + (f" [{known[1]}, {known[2]}]" if len(known) > 1 else "") if known else ""
+
+    table = []
+    for row in rows:
+        budget = ", ".join(show(metric, limit) for metric, limit in row["budget"].items())
+        costs = ["" if row[m] is None else show(m, row[m]) for m in ("macs", "params", "ms")]
+        tops = [spread(row[kind]) for kind in ("found", "uniform", "random")]
+        table.append([row["run"], str(row["seeds"]), budget, *costs, *tops, difference(row["minus_uniform"] or [])])
+    told = [k for k in range(len(HEADS)) if any(row[k] for row in table)]
+    return [HEADS[k] for k in told], [[row[k] for k in told] for row in table]
+
+
+def write_comparison(path: Path, runs: Sequence[Run]) -> None:
+    """A page with the table of `experiments` and, for every metric, top-1 against cost."""
+    groups, drawn = grouped(runs), []
+    for metric, text in (("macs", "MACs"), ("params", "parameters"), ("ms", "milliseconds")):
+        points = []
+        for group in groups:
+            for kind, tops in top1s(group).items():
+                costs = [row[metric] for run in group for row in run.nets[kind] if metric in row]
+                if costs:
+                    points.append((group[0].folder.absolute().name, kind, fmean(costs), tops))
+        if points:
+            drawn.append((f"Top-1 against {text}", "", Markup(pictures.pareto(metric, points))))
+    _page(
+        path,
+        title=f"{len(runs)} runs",
+        word=("open", f"{len(groups)} experiment{'s' * (len(groups) > 1)}"),
+        sentence="Runs that differ in the seed only are one experiment: mean and standard deviation of its trainings; "
+        "differences paired by run, with the 95 % interval.",
+        tables=[("", *as_text(experiments(runs)))],
+        pictures=drawn,
+        told="",
+    )

@@ -135,6 +135,21 @@ def check_gradients(net: Supernet, step: int) -> None:
                 )
 
 
+SNAPSHOTS = 100  # of the gates, over a whole search
+
+
+def snapshot(net: Supernet) -> dict[str, float | list[float]]:
+    """Where every gate is: the expected width, or the probabilities of its options."""
+    found: dict[str, float | list[float]] = {}
+    for name, p in net.probabilities().items():
+        decision, shares = net.space.by_name[name], p.tolist()
+        if decision.is_width:
+            found[name] = sum(width * share for width, share in zip(decision.options, shares, strict=True))
+        else:
+            found[name] = shares
+    return found
+
+
 @dataclass
 class SearchState:
     """All that changes while a search goes on. A copy of it (``copy.deepcopy``) can go on to another budget."""
@@ -343,6 +358,9 @@ def go_on(
                 current, live = live_tables(net, tables), live_cost(net, tables["macs"])
                 row["shrink_ms"] = 1e3 * (time.perf_counter() - taught)
             row["gate_ms"] = 1e3 * (time.perf_counter() - weights_done)
+            before = max(config.warmup, t - config.gate_every / total)
+            if state.gates_taught == 1 or int(SNAPSHOTS * t) > int(SNAPSHOTS * before):
+                row["gates"] = snapshot(net)
         row["live_macs"] = live
         on_row(row)
         if learner.update / total >= until:

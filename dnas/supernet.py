@@ -13,7 +13,7 @@ from dnas.prunode import PairGate, pair_distributions
 from dnas.stochastic import Answer, Answers, ChoiceGate, SkipGate, choice_distributions, skip_distributions
 
 Gate = MarkovGate | PairGate | ChoiceGate | SkipGate
-_DISTRIBUTIONS: dict[type, Callable[[Sequence[Any]], list[Tensor]]] = {
+DISTRIBUTIONS: dict[type, Callable[[Sequence[Any]], list[Tensor]]] = {
     MarkovGate: chain_distributions,
     PairGate: pair_distributions,
     ChoiceGate: choice_distributions,
@@ -72,7 +72,7 @@ class Supernet(nn.Module):
         """
         gates = self.gates()
         found: dict[str, Tensor] = {}
-        for kind, distributions in _DISTRIBUTIONS.items():
+        for kind, distributions in DISTRIBUTIONS.items():
             own = {name: gate for name, gate in gates.items() if isinstance(gate, kind)}
             if own:
                 found |= dict(zip(own, distributions([*own.values()]), strict=True))

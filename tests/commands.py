@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import cli  # noqa: E402
+import compare as compare_tool  # noqa: E402, F401
 import export as export_tool  # noqa: E402, F401
 import goal  # noqa: E402, F401
 import profile_latency as profile_tool  # noqa: E402, F401

@@ -288,13 +288,15 @@ PLANTED_SPEED = {
 
 
 def test_the_report_says_what_was_planted_and_leaves_the_rest(tmp_path, monkeypatch):
-    monkeypatch.setattr(iso_flops, "RESULTS", tmp_path)
-    monkeypatch.setattr(iso_report, "HERE", tmp_path)
+    here = tmp_path / "benchmarks"
+    (here / "results").mkdir(parents=True)
+    monkeypatch.setattr(iso_flops, "RESULTS", here)
+    monkeypatch.setattr(iso_report, "HERE", here)
     planted_rows("digits", 2)
     planted_rows("prunet", 0)
-    readme = tmp_path / "README.md"
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "speed.json").write_text(json.dumps(PLANTED_SPEED))
+    readme, front = here / "README.md", tmp_path / "README.md"
+    front.write_text("a\n<!-- iso_report.py: results -->\n<!-- end of results -->\nb\n")
+    (here / "results" / "speed.json").write_text(json.dumps(PLANTED_SPEED))
     names = (*iso_report.SPEED, "expected", "scale", "machine", "methods")
     marks = [f"<!-- iso_report.py: {name} -->\nold\n<!-- end of {name} -->\n" for name in names]
     readme.write_text(f"before\n{''.join(marks)}after\n")
@@ -322,10 +324,27 @@ def test_the_report_says_what_was_planted_and_leaves_the_rest(tmp_path, monkeypa
     assert (minus["| late-skip"], minus["| half-length"], minus["| default"]) == ("-1.20", "-1.40", "-")
     # Seconds of a search over those of its own nets' trainings, not of the random nets', which ran on a slower day.
     assert named["| default"][7] == "3.0 |"
-    pictures = {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
+    told = "| `prunet` | 10% | digits, 1437, 8 px | 2 | 58.50 | 54.50 | 54.50 | - | **+4.00 [+1.46, +6.54]** |"
+    assert told in front.read_text() and front.read_text().count("\n| `") == 1
+    pictures = {path.name: path.read_bytes() for path in here.glob("*.svg")}
     assert set(pictures) == {"digits.svg", "prunet.svg"}
     iso_report.main()
-    assert readme.read_text() == text and all((tmp_path / k).read_bytes() == v for k, v in pictures.items())
+    assert readme.read_text() == text and all((here / k).read_bytes() == v for k, v in pictures.items())
+
+
+def test_the_tables_of_both_readmes_are_those_of_the_rows(tmp_path, monkeypatch):
+    here = tmp_path / "benchmarks"
+    here.mkdir()
+    (here / "results").symlink_to(iso_flops.RESULTS)
+    for path in (Path("README.md"), Path("benchmarks") / "README.md"):
+        (tmp_path / path).write_text((iso_report.HERE.parent / path).read_text())
+    root, known = iso_report.HERE.parent, iso_report.HERE.glob("*.svg")
+    names = {path.name: path.read_bytes() for path in known}
+    monkeypatch.setattr(iso_report, "HERE", here)
+    iso_report.main()
+    for path in (Path("README.md"), Path("benchmarks") / "README.md"):
+        assert (tmp_path / path).read_text() == (root / path).read_text()
+    assert {path.name for path in here.glob("*.svg")} == names.keys()
 
 
 def test_nets_of_equal_latency_are_compared_by_search(tmp_path, monkeypatch, capsys):

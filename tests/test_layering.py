@@ -40,6 +40,8 @@ ORDER = [
     "deployed",
     "timing",
     "profile",
+    "outcome",
+    "pictures",
     "report",
 ]
 

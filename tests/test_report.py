@@ -1,68 +1,259 @@
-"""Guards against collapsed searches: they speak up for planted ones, and only then."""
+"""report.html and tools/compare.py: the figures are those of metrics.json, and a browser shows what is promised."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
 
 import pytest
-import torch
+import scipy.stats
+from commands import call, check_refused, compare_tool, search_tool
+from playwright.sync_api import sync_playwright
+from tables import HEADER, costs_of, rows_of, stairs
 
-from dnas.arch import Space
-from dnas.cost import CostTable
-from dnas.derive import uniform_arch
+from dnas.latency import table_of
 from dnas.macro import MacroSupernet
-from dnas.report import signs_of_collapse
-from dnas.timm_net import TimmBase, TimmSupernet
-from dnas.units import Budget
+from dnas.outcome import Run, beside, grouped, interval, layers_told, read_run, verdict
+from dnas.pictures import POINTS, _curve
+from dnas.report import experiments, network, write_report
 from supernets import SUPERNETS
 
-NET = MacroSupernet(SUPERNETS["prunet"](num_classes=10, img_size=8, width_mult=0.4))
-SPACE: Space = NET.space
-TABLES = {"macs": CostTable.build(SPACE, "macs")}
-UNIFORM = uniform_arch(SPACE, TABLES, (Budget("macs", 0.4 * TABLES["macs"].of(TABLES["macs"].extremes()[1])),))
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Meant: a browser is no Python package; .ci/run installs Debian's.
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+FLAGS = ("--supernet", "toy", "--width-mult", 1, "--search-epochs", 4, "--epochs", 1, "--img-size", 8, "-b", 96)
+FLAGS += ("--budget", "40%", "--num-random", 1)
 
 
-def changed(**by_end):
-    """The uniform net with all decisions that end so answered so (a function of the options)."""
-    answers = {d.name: d.options[0] for d in SPACE.decisions} | dict(UNIFORM)
-    for d in SPACE.decisions:
-        for end, choose in by_end.items():
-            if d.name.endswith(f"/{end}") or (end == "widths" and d.is_width):
-                answers[d.name] = choose(d.options)
-    return SPACE.complete(answers)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two searches that differ in the seed; the second has seen the first."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        for seed in (0, 1):
+            assert call(search_tool, patch, *FLAGS, "--seed", seed, "--output", folder / f"<i>{seed}&") == 0
+    return [folder / "<i>0&", folder / "<i>1&"]
 
 
-def sharp(arch):
-    """Gates that are all but sure."""
-    found = {}
-    for d in SPACE.decisions:
-        p = torch.full((len(d.options),), 0.01)
-        p[d.index(arch[d.name]) if d.name in arch else 0] = 1
-        found[d.name] = p / p.sum()
-    return found
+@pytest.fixture(scope="module")
+def chromium():
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield found
+        found.close()
 
 
-HALF = changed(widths=lambda o: o[len(o) // 2 :: len(o)][0])
+def opened(chromium, path, **how):
+    """The page, and all that a browser has to complain about."""
+    complaints, page = [], chromium.new_context(**how).new_page()
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(path.as_uri())
+    return page, complaints + [url for url in asked if not url.startswith(("file:", "data:"))]
 
 
-@pytest.mark.parametrize("found, gates, said", [
-    (HALF, sharp(HALF), []),
-    (changed(keep=lambda o: "drop"), sharp(HALF), ["layers that may go are gone"]),
-    (changed(widths=lambda o: o[0]), sharp(HALF), ["the narrowest of their grids"]),
-    (HALF, {d.name: torch.full((len(d.options),), 1 / len(d.options)) for d in SPACE.decisions}, ["100 % of the most"]),
-    (HALF, {d.name: torch.ones(1) for d in SPACE.decisions}, []),
+@browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_report_in_a_browser(runs, chromium, scheme, width):
+    metrics = json.loads((runs[1] / "metrics.json").read_text())
+    size = {"width": width, "height": 800}
+    page, complaints = opened(chromium, runs[1] / "report.html", color_scheme=scheme, viewport=size)
+    assert complaints == []
+    assert page.title() == page.text_content("h1") == "<i>1&"
+    cells = page.locator("table").first.locator("td").all_text_contents()
+    for net in ("found", "uniform"):
+        assert f"{metrics[net]['macs'] / 1000:.4g}kFLOPs" in cells and f"{metrics[net]['top1']:.2f} %" in cells
+    assert f"{metrics['budget'][0]['limit'] / 1000:.4g}kFLOPs" in cells
+
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert light == (scheme == "light")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # wide pictures scroll for themselves
+    pictures = {svg.get_attribute("id"): svg for svg in page.locator("svg").all()}
+    assert set(pictures) == {"top1", "layers", "gates", "course"}
+    for svg in pictures.values():
+        box = svg.bounding_box()
+        assert box["width"] > 300 and box["height"] > 100
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
+    # Each colour of a picture is one of the page's: the text of an axis is as light or as dark as the page needs it.
+    colour = page.evaluate("getComputedStyle(document.querySelector('#course text')).fill")
+    known = ["--ink", "--muted"]
+    assert colour in [page.evaluate("v => { const e = document.createElement('i'); e.style.color = `var(${v})`;"
+                      "document.body.append(e); return getComputedStyle(e).color }", v) for v in known]  # fmt: skip
+    assert "var(--found)" in pictures["top1"].inner_html()
+
+
+@browser
+def test_the_network_is_drawn_as_it_was_found(runs, chromium):
+    metrics = json.loads((runs[0] / "metrics.json").read_text())
+    page, _ = opened(chromium, runs[0] / "report.html")
+    answers = json.loads((runs[0] / "arch.json").read_text())["answers"]
+    rows = {row.locator(".name").text_content(): row for row in page.locator("#network .row").all()}
+    assert set(rows) == {"/".join(d["name"].split("/")[:2]) for d in metrics["decisions"]}
+    for name, row in rows.items():
+        if answers.get(f"{name}/keep") == "drop":
+            assert "gone" in row.get_attribute("class") and not row.locator(".bar").count()
+            continue
+        block = answers.get(f"{name}/block")
+        width = answers[name] if block is None else answers[f"{name}/{block}/mid"]
+        widest = next(d for d in metrics["decisions"] if d["name"] in (name, f"{name}/{block}/mid"))["options"][-1]
+        bar, fill = (row.locator(s).bounding_box()["width"] for s in (".bar", ".bar i"))
+        assert fill / bar == pytest.approx(width / widest, abs=0.01)
+        assert row.locator(".count").text_content() == f"{width} / {widest}"
+        assert row.locator(".blocks b").all_text_contents() == ([block] if block else [])
+
+
+def test_pages_load_nothing_and_are_small(runs, tmp_path, monkeypatch):
+    out = tmp_path / "compared.html"
+    assert call(compare_tool, monkeypatch, *runs, "--out", out) == 0
+    for path in (runs[0] / "report.html", out):
+        text = path.read_text()
+        assert len(text) < 3_000_000
+        # All that is named is a namespace; what is linked to is in the page.
+        assert set(re.findall(r"https?://[^\"' <]+", text)) <= {
+            "http://www.w3.org/2000/svg",
+            "http://www.w3.org/1999/xlink",
+        }
+        assert all(link.startswith(("#", "data:")) for link in re.findall(r'(?:href|src)="([^"]*)"', text))
+        assert "<script" not in text and "<i>0&<" not in text and "&lt;i&gt;0&amp;" in text
+        assert not re.search(r"#0\d0d0f", text)  # every colour has become the page's
+
+
+def test_what_layers_cost_adds_up(runs):
+    for folder in runs:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        for net in ("found", "uniform"):
+            for metric in ("macs", "params"):
+                assert sum(row[metric][net] for row in metrics["layers"]) == metrics[net][metric]
+        answers = json.loads((folder / "arch.json").read_text())["answers"]
+        assert {d["name"]: d["found"] for d in metrics["decisions"] if d["found"] is not None} == answers
+
+
+def test_layers_of_milliseconds_add_up():
+    net = MacroSupernet(SUPERNETS["toy"](num_classes=10, img_size=8))
+    cost, table = costs_of(net, stairs), table_of(HEADER, rows_of(net, stairs))
+    archs = dict(zip(("cheap", "dear"), cost.extremes(), strict=True))
+    rows = layers_told(net, table, archs)
+    assert {row["name"] for row in rows} > {"stage0/0", "conv_stem", "run"}
+    for name, arch in archs.items():
+        assert sum(row["ms"][name] for row in rows) == pytest.approx(cost.of(arch))
+
+
+def test_history_has_the_gates_a_hundred_times_at_most(runs):
+    rows = [json.loads(line) for line in (runs[0] / "history.jsonl").read_text().splitlines()]
+    shots = [row["gates"] for row in rows if "gates" in row]
+    taught = [row for row in rows if "gate_loss" in row]
+    assert taught[0]["gates"] and 2 <= len(shots) <= 101
+    decisions = {d["name"]: d for d in json.loads((runs[0] / "metrics.json").read_text())["decisions"]}
+    for shot in shots:
+        for name, value in shot.items():
+            options = decisions[name]["options"]
+            if isinstance(value, list):
+                assert len(value) == len(options) and sum(value) == pytest.approx(1, abs=1e-4)
+            else:
+                assert options[0] <= value <= options[-1]
+
+
+def planted(seed, found, uniform, **args):
+    nets = {"found": {"macs": 1, "params": 1, "top1": found}, "uniform": {"macs": 1, "params": 1, "top1": uniform}}
+    budget = [{"metric": "macs", "limit": 2, "reached": 1}]
+    return Run(Path("a"), {"seed": seed, "output": str(seed), "lr": 1} | args, {"budget": budget, **nets})
+
+
+@pytest.mark.parametrize("differences, word", [
+    ([3.0], "open"), ([3.0, 3.5, 2.5], "better"), ([-3.0, -3.5, -2.5], "worse"), ([3.0, -2.0, 0.5], "open"),
 ])  # fmt: skip
-def test_signs_of_collapse(found, gates, said):
-    lines = signs_of_collapse(SPACE, found, UNIFORM, gates)
-    assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines, strict=True))
-    assert all("; try a " in line for line in lines)
+def test_verdict(differences, word):
+    runs = [planted(k, 50 + d, 50) for k, d in enumerate(differences)]
+    assert verdict(runs)[0] == word
+    if len(differences) > 1:
+        ends = scipy.stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+        assert interval(differences)[1:] == pytest.approx((ends.low, ends.high))
+        assert f"[{ends.low:+.2f}, {ends.high:+.2f}]" in verdict(runs)[1]
 
 
-def test_a_search_for_widths_that_ends_at_the_uniform_net():
-    net = TimmSupernet(TimmBase("resnet18", 10, 3, 16, divisor=8, kwargs={"channels": [32, 32, 64, 64]}))
-    table = CostTable.build(net.space, "macs")
-    uniform = uniform_arch(net.space, {"macs": table}, (Budget("macs", 0.4 * table.of(table.extremes()[1])),))
-    sure = {d.name: torch.eye(len(d.options))[d.index(uniform[d.name])] for d in net.space.decisions}
-    by_name = net.space.by_name
-    first = next(iter(uniform))
-    near = net.space.complete(dict(uniform) | {first: by_name[first].options[by_name[first].index(uniform[first]) + 1]})
-    other = net.space.complete(dict(uniform) | {first: by_name[first].options[-1]})
-    for found, count in ((uniform, 1), (near, 1), (other, 0)):
-        lines = signs_of_collapse(net.space, found, uniform, sure)
-        assert len(lines) == count and all("within a step of the uniform net" in line for line in lines)
+def test_runs_are_one_experiment_if_they_differ_in_the_seed_only():
+    one, other, again, longer = planted(0, 5, 4), planted(1, 7, 4), planted(0, 9, 4), planted(2, 5, 4, lr=2)
+    assert grouped([one, longer, other, again]) == [[one, other], [longer]]
+    first, second = experiments([one, longer, other])
+    assert first["found"] == [5, 7] and first["minus_uniform"][0] == 2 and second["minus_uniform"] == [1, None, None]
+    retrained = Run(Path("b"), {"seed": 0}, {key: one.metrics[key] for key in ("budget", "found")})
+    assert verdict([retrained])[0] == "alone" and experiments([retrained])[0]["minus_uniform"] is None
+
+
+def test_runs_beside(runs, tmp_path):
+    copies = [Path(shutil.copytree(run, tmp_path / run.name)) for run in runs]
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "metrics.json").write_text("{}")
+    other = shutil.copytree(runs[0], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["args"] |= {"seed": 2, "lr": 1}
+    (other / "config.json").write_text(json.dumps(config))
+    assert [run.folder for run in beside(read_run(copies[1]))] == [copies[1], copies[0]]
+
+
+def test_a_long_curve_has_few_points():
+    steps = [*range(10_000)]
+    x, y = _curve(steps, [None if s % 10 == 0 else 2.0 * s for s in steps])
+    assert len(x) == POINTS and y == pytest.approx(2 * x, abs=40)
+
+
+def test_a_layer_that_went_has_no_width():
+    keep = {"name": "stage0/1/keep", "options": ["drop", "keep"], "found": "drop", "uniform": "keep"}
+    mid = {"name": "stage0/1/ir/mid", "options": [4, 8], "found": None, "uniform": 8}
+    ((row,),) = [section["rows"] for section in network([keep, mid])]
+    assert row["gone"] and row["found"] is None
+
+
+def test_compare(runs, monkeypatch, capsys, tmp_path):
+    table = tmp_path / "table.json"
+    assert call(compare_tool, monkeypatch, runs[0].parent, "--json", table) == 0
+    (row,) = json.loads(table.read_text())
+    tops = [json.loads((r / "metrics.json").read_text())["found"]["top1"] for r in runs]
+    assert row["found"] == tops and row["seeds"] == 2
+    assert f"{sum(tops) / 2:.2f} ± {abs(tops[0] - tops[1]) / math.sqrt(2):.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, quoted", [
+    (lambda m: m.pop("found"), "no 'found'"),
+    (lambda m: m["found"].update(top1="high"), "metrics.found.top1 is 'high'"),
+    (lambda m: m.update(random={"a": 1}), "metrics.random is"),
+    (lambda m: m["budget"].append(3), "metrics.budget[1] is 3"),
+])  # fmt: skip
+def test_compare_refuses_what_is_no_run(runs, change, quoted, monkeypatch, capsys, tmp_path):
+    metrics = json.loads((runs[0] / "metrics.json").read_text())
+    change(metrics)
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    shutil.copy(runs[0] / "config.json", tmp_path)
+    check_refused(call(compare_tool, monkeypatch, tmp_path), capsys, quoted)
+
+
+def test_compare_refuses_wrong_paths(runs, monkeypatch, capsys, tmp_path):
+    check_refused(call(compare_tool, monkeypatch, tmp_path), capsys, "is no complete run folder")
+    for flag, path in (("--out", "x.pdf"), ("--out", "none/x.html"), ("--json", "none/x.json")):
+        code = call(compare_tool, monkeypatch, runs[0], flag, tmp_path / path)
+        check_refused(code, capsys, f"{flag} '{tmp_path / path}'")
+
+
+def test_a_report_can_be_written_again(runs):
+    before = (runs[1] / "report.html").read_bytes()
+    write_report(runs[1])
+    assert (runs[1] / "report.html").read_bytes() == before
+
+
+def test_tensorboard_has_the_history(monkeypatch, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert call(search_tool, monkeypatch, *FLAGS, "--log", "tensorboard", "--output", tmp_path / "run") == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    seen = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    seen.Reload()
+    losses = seen.Scalars("loss")
+    assert [event.step for event in losses] == [row["step"] for row in rows]
+    assert [event.value for event in losses] == pytest.approx([row["loss"] for row in rows], rel=1e-5)
+    expected = [row["expected"]["macs"] for row in rows if "expected" in row]
+    assert [event.value for event in seen.Scalars("expected/macs")] == pytest.approx(expected, rel=1e-5)

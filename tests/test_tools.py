@@ -14,7 +14,7 @@ from commands import call, check_refused, cli, export_tool, goal, retrain_tool, 
 from dnas.cost import CostTable
 from dnas.export import read_arch, verify_export, write_export
 from dnas.macro import space_of
-from dnas.report import no_better_than_a_guess
+from dnas.outcome import no_better_than_a_guess
 from supernets import SUPERNETS
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -155,7 +155,15 @@ def finished_run(tmp_path_factory):
 
 
 def test_a_run_ends_with_all_its_files(finished_run):
-    names = {"config.json", "history.jsonl", "arch.json", "model.py", "model.safetensors", "metrics.json"}
+    names = {
+        "config.json",
+        "history.jsonl",
+        "arch.json",
+        "model.py",
+        "model.safetensors",
+        "metrics.json",
+        "report.html",
+    }
     assert {p.name for p in finished_run.iterdir()} == names
     metrics = json.loads((finished_run / "metrics.json").read_text())
     assert {"seconds", "steps", "images", "peak_memory_mb", "first_step_ms", "last_step_ms", "relative_cost"} <= set(

@@ -26,6 +26,7 @@ from dnas.data import Data, load_data
 from dnas.distributed import processes, rank
 from dnas.latency import LatencyTable, check_use, read_table
 from dnas.macro import Macro
+from dnas.outcome import MAX_BYTES
 from dnas.plain import read_json
 from dnas.runs import check_new_folder, provenance
 from dnas.timm_net import TimmBase
@@ -34,7 +35,6 @@ from dnas.units import UserError
 from supernets import SUPERNETS
 
 console = Console(highlight=False)
-MAX_BYTES = 1_000_000  # of a config.json or metrics.json
 Trained = TypeVar("Trained")
 # fvcore scripts its helpers when it is imported, which newer torch deprecates: nothing that a user could mend.
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")

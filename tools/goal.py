@@ -8,7 +8,8 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,15 @@ from dnas.derive import derive, gate_likelihood, random_arch, uniform_arch
 from dnas.distributed import gathered, rank
 from dnas.export import arch_document, build_net, count_macs, save_weights, verify_export, write_export
 from dnas.latency import LatencyTable
+from dnas.outcome import (
+    decisions_told,
+    facts,
+    layers_told,
+    no_better_than_a_guess,
+    search_figures,
+    signs_of_collapse,
+)
 from dnas.profile import calibrated, time_nets
-from dnas.report import no_better_than_a_guess, search_figures, signs_of_collapse
 from dnas.runs import append_row, read_rows, write_json, write_rows
 from dnas.search import SearchConfig, SearchState, go_on, load_search, search_data
 from dnas.supernet import Supernet
@@ -164,6 +172,26 @@ def in_time(plan: Plan, goal: Goal, find: Callable[[dict[str, CostTable]], Arch]
     return arch, plan.tables | {"ms": table}
 
 
+@contextmanager
+def scalars(plan: Plan, goal: Goal, step: int) -> Iterator[Callable[[dict], None]]:
+    """``log(row)`` for the rows of a history from ``step`` on: to TensorBoard, if it was asked for."""
+    if plan.args.log is None or rank() > 0:
+        yield lambda row: None
+        return
+    from torch.utils.tensorboard import SummaryWriter  # which imports a package that few need
+
+    with SummaryWriter(str(goal.folder / "tensorboard"), purge_step=step) as writer:
+
+        def log(row: dict) -> None:
+            for name, value in row.items():
+                found = {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+                for tag, number in found.items():
+                    if name != "step" and isinstance(number, (int, float)):
+                        writer.add_scalar(tag, number, row["step"])
+
+        yield log
+
+
 Begun = tuple[SearchState, list[dict], float]  # a search; its rows and its seconds so far
 
 
@@ -179,11 +207,12 @@ def search_stage(
             rows, seconds = read_rows(path, saved["rows"]), saved["seconds"]
     write_rows(path, rows)
     started, count = time.perf_counter() - seconds, len(rows)
-    with open(path, "a") as history, stop.between_steps():
+    with open(path, "a") as history, scalars(plan, goal, count) as log, stop.between_steps():
 
         def on_row(row: dict) -> None:
             nonlocal count
             append_row(history, row)
+            log(row)
             count += 1
             journal.step("search", lambda: written(history))
 
@@ -214,7 +243,15 @@ def search_stage(
         name: {"arch": dict(arch), "costs": {metric: table.of(arch) for metric, table in own.items()}}
         for name, (arch, own) in nets.items()
     }
-    return {"budget": document["budget"], "search": figures, "warnings": signs, "nets": rows_of}
+    widest = plan.tables["macs"].extremes()[1]
+    return {
+        "budget": document["budget"],
+        "search": figures,
+        "warnings": signs,
+        "decisions": decisions_told(net.space, found, uniform),
+        "layers": layers_told(net, plan.latency, {"widest": widest, "found": found, "uniform": uniform}),
+        "nets": rows_of,
+    }
 
 
 def find(plan: Plan, goal: Goal, journal: Journal, begun: Callable[[bool], Begun], plain_ms: float) -> dict:
@@ -226,7 +263,7 @@ def find(plan: Plan, goal: Goal, journal: Journal, begun: Callable[[bool], Begun
         journal.finish("search", search_stage(plan, goal, journal, begun, plain_ms))
     with of_this_run():
         searched, space = journal.done["search"], plan.net.space
-        found = {key: searched[key] for key in ("budget", "search", "warnings")}
+        told = {key: searched[key] for key in ("budget", "search", "warnings", "decisions", "layers")}
         nets = {what: (space.complete(net["arch"]), dict(net["costs"])) for what, net in searched["nets"].items()}
     for what, (arch, costs) in nets.items():
         if what not in journal.done:
@@ -242,10 +279,11 @@ def find(plan: Plan, goal: Goal, journal: Journal, begun: Callable[[bool], Begun
         for what, ms in zip(("found", "uniform"), measured_ms(plan, models), strict=True):
             trained[what]["measured_ms"] = ms
     return {
-        **found,
+        **{key: told[key] for key in ("budget", "search", "warnings")},
         "found": trained.pop("found"),
         "uniform": trained.pop("uniform"),
         "random": [*trained.values()],
+        **{key: told[key] for key in ("decisions", "layers")},
     }
 
 
@@ -254,24 +292,18 @@ def print_table(folder: Path, name: str, metrics: dict) -> None:
     table = Table(title=str(folder), title_justify="left", show_header=True)
     for column in ("", "budget", "expected", "found", "uniform"):
         table.add_column(column, justify="left" if not column else "right")
-    found, uniform, figures = metrics["found"], metrics["uniform"], metrics["search"]
-    limits = {row["metric"]: row["limit"] for row in metrics["budget"]}
-    for metric, text in (("macs", "MACs"), ("params", "parameters"), *([("ms", "latency")] if "ms" in found else [])):
-        asked = (limits[metric], figures["expected"][metric]) if metric in limits else ()
-        shown = [show(metric, v) for v in (*asked, found[metric], uniform[metric])]
-        table.add_row(text, *[""] * (4 - len(shown)), *shown)
-    if "measured_ms" in found:
-        table.add_row("measured", "", "", *(show("ms", row["measured_ms"]) for row in (found, uniform)))
-    table.add_row("top-1", "", "", f"{found['top1']:.2f} %", f"{uniform['top1']:.2f} %")
+    for row in facts(metrics):
+        table.add_row(*row)
     console.print(table)
     if metrics["random"]:
         tops = [row["top1"] for row in metrics["random"]]
         console.print(f"random nets at the same cost, top-1: {', '.join(f'{t:.2f}' for t in tops)} %")
+    figures = metrics["search"]
     for line in (
         f"search: {figures['seconds']:.0f} s, an image {figures['relative_cost']:.2f} x training the widest net; "
         f"a step went from {figures['first_step_ms']:.0f} to {figures['last_step_ms']:.0f} ms",
         f"files: {folder}/model.py (import it, then timm.create_model({name!r}, pretrained=True)), "
-        f"model.safetensors, arch.json, metrics.json, history.jsonl, config.json",
+        f"model.safetensors, report.html, arch.json, metrics.json, history.jsonl, config.json",
         f"next: python tools/retrain.py {folder} --epochs 100 --output {folder}-retrained",
     ):
         console.print(line, soft_wrap=True)

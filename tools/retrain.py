@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 from cli import (
-    MAX_BYTES,
     OneLineParser,
     add_data_flags,
     add_recipe_flags,
@@ -31,6 +30,7 @@ from timm.utils import random_seed
 
 from dnas.checkpoint import BEFORE, LAST, Journal
 from dnas.export import build_net, read_arch, save_weights, verify_export, write_export
+from dnas.outcome import MAX_BYTES
 from dnas.plain import read_json
 from dnas.runs import provenance, run_folder, write_json
 from dnas.train import train_from_scratch

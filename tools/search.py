@@ -5,6 +5,7 @@ python tools/search.py --budget 300MFLOPs
 """
 
 import copy
+import importlib.util
 import re
 import time
 from dataclasses import asdict, fields, replace
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import torch
 from cli import (
-    MAX_BYTES,
     ModelKwargs,
     OneLineParser,
     add_data_flags,
@@ -43,7 +43,9 @@ from dnas.distributed import check_shares, rank, split, world_size
 from dnas.export import build_net, check_name
 from dnas.latency import LatencyTable
 from dnas.macro import MacroSupernet, size_to
+from dnas.outcome import MAX_BYTES
 from dnas.plain import read_json
+from dnas.report import write_report
 from dnas.runs import provenance, run_folder, write_json
 from dnas.search import SearchConfig, SearchState, begin, check_config, check_length
 from dnas.supernet import Supernet
@@ -77,6 +79,7 @@ def parser() -> OneLineParser:
         "--output", help="run folder (default runs/<supernet>-<budget>-<seed>); of a sweep, with one in it a budget"
     )
     p.add_argument("--name", help="name of the exported model (default: dnas_ and the run folder's name)")
+    p.add_argument("--log", choices=["tensorboard"], help="also write the search's history to RUN/tensorboard")
     p.add_argument("--dry-run", action="store_true", help="do everything but train: export and check the uniform net")
     add_data_flags(p)
     add_recipe_flags(p)
@@ -108,6 +111,8 @@ def make_plan(
     """Everything that is known before a file is written. Raises UserError for whatever is wrong with the flags."""
     recipe, device = recipe_of(args), device_of(args)
     config = check_config(SearchConfig(**{field.name: getattr(args, field.name) for field in fields(SearchConfig)}))
+    if args.log and not importlib.util.find_spec("tensorboard"):
+        raise UserError(f"--log {args.log!r} needs the package tensorboard: pip install tensorboard")
     if args.search_epochs < 1 or args.num_random < 0:
         given = f"--search-epochs {args.search_epochs} --num-random {args.num_random}"
         raise UserError(f"{given}: at least 1 epoch and no negative number is allowed")
@@ -222,6 +227,8 @@ def main() -> None:
             if not (own.folder / "metrics.json").exists():
                 write_json(own.folder / "metrics.json", find(plan, own, journal, begun, plain_ms))
             journal.close()
+            if rank() == 0:
+                write_report(own.folder)
         print_table(goal.folder, goal.name, read_json(own.folder / "metrics.json", MAX_BYTES))
 
 

@@ -1,0 +1,264 @@
+"""What a search came to: figures from the rows of its history, signs of collapse, runs set beside each other."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+import scipy.stats
+import torch
+from torch import Tensor
+
+from dnas.arch import DROP, KEEP, Arch, Site, Space
+from dnas.cost import CostTable
+from dnas.deployed import parts_of
+from dnas.latency import LatencyTable
+from dnas.plain import check, read_json
+from dnas.runs import peak_memory_mb
+from dnas.schema import BUDGET
+from dnas.supernet import Supernet
+from dnas.train import Recipe
+from dnas.units import UserError, show
+
+MAX_BYTES = 1_000_000  # of a config.json or metrics.json
+
+
+def search_figures(
+    rows: Sequence[dict], recipe: Recipe, seconds: float, plain_ms: float, device: torch.device
+) -> dict[str, Any]:
+    """The ``search`` part of metrics.json.
+
+    A first and a last step are medians over up to ten steps that taught both weights and gates; the very first of them
+    mixes all blocks once, to see that every gate is alive, and does not count.
+    """
+    both = [row["weight_ms"] + row["gate_ms"] for row in rows if "gate_ms" in row]
+    images = sum(recipe.batch_size + row.get("images", 0) for row in rows)
+    some = both[1:] or both
+    taught = [row for row in rows if row.get("gate_loss") is not None]
+    skipped = sum("skipped" in row or "gates_skipped" in row for row in rows)
+    return {
+        "seconds": seconds,
+        "steps": len(rows),
+        "images": images,
+        "skipped_steps": skipped,
+        "peak_memory_mb": peak_memory_mb(device),
+        "first_step_ms": median(some[:10]),
+        "last_step_ms": median(some[-10:]),
+        "relative_cost": (1e3 * seconds / images) / (plain_ms / recipe.batch_size),
+        "plain_step_ms": plain_ms,
+        "expected": taught[-1]["expected"],
+        "gate_loss": fmean(row["gate_loss"] for row in taught[-max(1, len(taught) // 10) :]),
+    }
+
+
+def no_better_than_a_guess(loss: float, num_classes: int) -> list[str]:
+    """What to say of a search that ended at this cross entropy; nothing if its supernet knew more than nothing."""
+    guess = math.log(num_classes)
+    if loss < 0.98 * guess:
+        return []
+    said = f"the search ended at a loss of {loss:.2f}, and a guess has {guess:.2f}"
+    return [f"{said}: its gates had nothing to go by; try another --lr or a longer --search-epochs"]
+
+
+def signs_of_collapse(space: Space, found: Arch, uniform: Arch, distributions: Mapping[str, Tensor]) -> list[str]:
+    """What is suspicious about a network that a search found, a line each, with what to try.
+
+    ``uniform`` is the uniform net of the same budget and ``distributions`` are those of the gates as the search left
+    them (`dnas.supernet.Supernet.probabilities`).
+    """
+    said = []
+    by_name = space.by_name
+    keeps = [option for name, option in found.items() if name.endswith("/keep")]
+    if len(keeps) > 1 and set(keeps) == {DROP} and KEEP in (uniform.get(name) for name in found):
+        said.append(
+            f"all {len(keeps)} layers that may go are gone: skips may have won because blocks had learnt nothing; "
+            "try a longer --search-epochs, or a later --skip-at"
+        )
+    widths = {name: width for name, width in found.items() if by_name[name].is_width and len(by_name[name].options) > 1}
+    if widths and all(width == by_name[name].options[0] for name, width in widths.items()):
+        said.append(
+            f"all {len(widths)} widths are the narrowest of their grids: the budget leaves no choice; "
+            "try a smaller --width-mult or --divisor, or a larger budget"
+        )
+    steps = [abs(by_name[n].index(w) - by_name[n].index(uniform[n])) for n, w in widths.items() if n in uniform]
+    if steps and len(steps) == len(widths) and max(steps) <= 1 and len(keeps) < 2:
+        said.append(
+            "every width is within a step of the uniform net's: the search told no group of channels from another; "
+            "try a longer --search-epochs, or a smaller budget, where widths matter more"
+        )
+    open_ones = [p[p > 0] for p in distributions.values() if int((p > 0).sum()) > 1]
+    if open_ones:
+        share = fmean(float(torch.special.entr(p).sum()) / math.log(len(p)) for p in open_ones)
+        if share > 0.9:
+            said.append(
+                f"gates are undecided ({100 * share:.0f} % of the most entropy there is): what was derived is "
+                "near a draw; try a longer --search-epochs, or a higher --gate-lr"
+            )
+    return said
+
+
+def layer_of(name: str) -> str:
+    """The layer that a site or a decision belongs to: ``stage1/0/ir-k3/mid`` to ``stage1/0``."""
+    return "/".join(name.split("/")[:2])
+
+
+def decisions_told(space: Space, found: Arch, uniform: Arch) -> list[dict[str, Any]]:
+    """All decisions with their options, and both nets' answers (None: without effect there), for metrics.json."""
+    return [
+        {"name": d.name, "options": list(d.options), "found": found.get(d.name), "uniform": uniform.get(d.name)}
+        for d in space.decisions
+    ]
+
+
+def layers_told(net: Supernet, latency: LatencyTable | None, archs: Mapping[str, Arch]) -> list[dict[str, Any]]:
+    """What every layer costs in these networks, for metrics.json: ``{"name", "macs": {net: cost}, ...}`` in order."""
+    sites: dict[str, list[Site]] = {"macs": [*net.space.sites], "params": [*net.space.sites]}
+    if latency:
+        sites["ms"] = [part.site for part in parts_of(net)]
+    rows: dict[str, dict[str, Any]] = {}
+    for metric, all_sites in sites.items():
+        by_layer: dict[str, list[Site]] = {}
+        for site in all_sites:
+            by_layer.setdefault(layer_of(site.name), []).append(site)
+        for layer, own in by_layer.items():
+            table = CostTable.measured(net.space, own, latency) if metric == "ms" and latency else None
+            table = table or CostTable.build(net.space, metric, own)
+            rows.setdefault(layer, {"name": layer})[metric] = {name: table.of(arch) for name, arch in archs.items()}
+    return [*rows.values()]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a complete run folder says: its settings (``args`` of config.json) and its metrics.json."""
+
+    folder: Path
+    args: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Metric -> its budget."""
+        return {row["metric"]: row["limit"] for row in self.metrics["budget"]}
+
+    @property
+    def nets(self) -> dict[str, list[Mapping[str, Any]]]:
+        """Kind of net (``found``, and ``uniform`` and ``random`` if there are any) -> its rows."""
+        rows = {kind: [self.metrics[kind]] for kind in ("found", "uniform") if kind in self.metrics}
+        return rows | ({"random": [*self.metrics["random"]]} if self.metrics.get("random") else {})
+
+
+def read_run(folder: str | Path) -> Run:
+    """A complete run, whoever wrote it. Raises UserError if it is none."""
+    try:
+        config, metrics = (read_json(Path(folder) / f"{name}.json", MAX_BYTES) for name in ("config", "metrics"))
+        for what, content, keys in (("config", config, ["args"]), ("metrics", metrics, ["budget", "found"])):
+            check(what, content, dict)
+            if missing := [key for key in keys if key not in content]:
+                raise UserError(f"{what} has no {missing[0]!r}")
+        run = Run(Path(folder), config["args"], metrics)
+        check("config.args", run.args, dict)
+        check("metrics.budget", metrics["budget"], BUDGET)
+        check("metrics.random", metrics.get("random", []), list)
+        for kind, rows in run.nets.items():
+            for row in rows:
+                check(f"metrics.{kind}", row, dict)
+                for key in ("macs", "params", "top1", *(["ms"] if "ms" in row else [])):
+                    check(f"metrics.{kind}.{key}", row.get(key), float)
+    except UserError as error:
+        raise UserError(f"{str(folder)!r} is no complete run folder: {error}") from None
+    return run
+
+
+# What two runs may differ in and still be one experiment with several seeds.
+OF_A_RUN = {"seed", "output", "name", "resume", "device", "workers", "checkpoint_every", "log"}
+
+
+def same_but_seed(run: Run, other: Run) -> bool:
+    """Whether two runs are one experiment: same settings, same budget."""
+    mine, theirs = ({k: v for k, v in r.args.items() if k not in OF_A_RUN} for r in (run, other))
+    return mine == theirs and run.limits == other.limits
+
+
+def grouped(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs by experiment, in order; of one seed only the first run counts."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        group = next((g for g in groups if same_but_seed(g[0], run)), None)
+        if group is None:
+            groups.append([run])
+        elif run.args.get("seed") not in [r.args.get("seed") for r in group]:
+            group.append(run)
+    return groups
+
+
+def beside(run: Run) -> list[Run]:
+    """``run``, and the complete runs in folders beside it that differ in the seed only."""
+    others = []
+    for folder in sorted(run.folder.absolute().parent.iterdir()):
+        if folder == run.folder.absolute() or not (folder / "metrics.json").is_file():
+            continue
+        try:
+            others.append(read_run(folder))
+        except UserError:  # whatever else lies there is not of this experiment
+            continue
+    return grouped([run, *others])[0]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of independent values, and the ends of Student's 95 % interval; infinite for a single value."""
+    mean, n = fmean(values), len(values)
+    half = math.inf if n < 2 else float(scipy.stats.t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def top1s(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """Kind of net -> top-1 of all trainings in these runs."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for kind, rows in run.nets.items():
+            found.setdefault(kind, []).extend(float(row["top1"]) for row in rows)
+    return found
+
+
+def minus(runs: Sequence[Run], kind: str) -> tuple[float, float, float] | None:
+    """Top-1 of the found nets minus that of another kind, paired by run, as an `interval`; None if there is none."""
+    pairs = [(run.nets["found"], run.nets[kind]) for run in runs if kind in run.nets]
+    if not pairs:
+        return None
+    return interval([fmean(r["top1"] for r in found) - fmean(r["top1"] for r in other) for found, other in pairs])
+
+
+def verdict(runs: Sequence[Run]) -> tuple[str, str]:
+    """What runs of one experiment show about found and uniform net: a word for it, and a sentence."""
+    found = minus(runs, "uniform")
+    if found is None:
+        return "alone", "The net was trained; there is no uniform net beside it to compare it with."
+    mean, low, high = found
+    side = "above" if mean >= 0 else "below"
+    told = f"The found net is {abs(mean):.2f} points {side} the uniform net of the same budget"
+    if len(runs) == 1:
+        more = "On small runs the noise of a training is over a point: repeat with other values of --seed"
+        return "open", f"{told}, in one run. {more}; this page then counts the runs that lie beside it."
+    told += f": {mean:+.2f} [{low:+.2f}, {high:+.2f}] over {len(runs)} seeds, with the 95 % interval."
+    if low > 0:
+        return "better", told
+    return ("worse", told) if high < 0 else ("open", f"{told} That is within the noise: they are not told apart.")
+
+
+def facts(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of text: what was asked for, expected by the gates, found, and the uniform net's. Empty where not known."""
+    found, uniform = metrics["found"], metrics.get("uniform", {})
+    limits = {row["metric"]: row["limit"] for row in metrics["budget"]}
+    expected = metrics.get("search", {}).get("expected", {})
+    rows = []
+    for metric, text in (("macs", "MACs"), ("params", "parameters"), ("ms", "latency")):
+        asked = [limits.get(metric), expected.get(metric) if metric in limits else None]
+        values = [*asked, found.get(metric), uniform.get(metric)]
+        if any(v is not None for v in values):
+            rows.append([text, *("" if v is None else show(metric, v) for v in values)])
+    if "measured_ms" in found:
+        rows.append(["measured", "", "", *(show("ms", net["measured_ms"]) for net in (found, uniform))])
+    tops = (f"{net['top1']:.2f} %" if "top1" in net else "" for net in (found, uniform))
+    return [*rows, ["top-1", "", "", *tops]]
