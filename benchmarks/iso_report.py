@@ -84,7 +84,9 @@ def results_table(tables: Sequence[Table]) -> str:
             cells = [net, setup.budget, data, row["search_seeds"], *tops, whole]
             lines.append([*cells, *map(difference, (row["found_minus_uniform"], row["found_minus_random"]))])
     heads = ["space", "budget", "images", "searches", "found", "uniform", "random", "widest net"]
-    return markdown([*heads, "found - uniform", "found - random"], lines)
+    heads += ["found - uniform", "found - random"]
+    told = [k for k in range(len(heads)) if any(line[k] is not None for line in lines)]
+    return markdown([heads[k] for k in told], [[line[k] for k in told] for line in lines])
 
 
 def draw(table: Table) -> Path:

@@ -1,6 +1,7 @@
 """What a search came to: figures from the rows of its history, signs of collapse, runs set beside each other."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from dnas.supernet import Supernet
 from dnas.train import Recipe
 from dnas.units import UserError, show
 
+METRICS = ("macs", "params", "ms")
 MAX_BYTES = 1_000_000  # of a config.json or metrics.json
 
 
@@ -120,8 +122,8 @@ def layers_told(net: Supernet, latency: LatencyTable | None, archs: Mapping[str,
     rows: dict[str, dict[str, Any]] = {}
     for metric, all_sites in sites.items():
         by_layer: dict[str, list[Site]] = {}
-        for site in all_sites:
-            by_layer.setdefault(layer_of(site.name), []).append(site)
+        for site in all_sites:  # those of a network of timm's are a module's, one for each pair of its widths
+            by_layer.setdefault(layer_of(site.name.partition(":")[0]), []).append(site)
         for layer, own in by_layer.items():
             table = CostTable.measured(net.space, own, latency) if metric == "ms" and latency else None
             table = table or CostTable.build(net.space, metric, own)
@@ -160,6 +162,8 @@ def read_run(folder: str | Path) -> Run:
         run = Run(Path(folder), config["args"], metrics)
         check("config.args", run.args, dict)
         check("metrics.budget", metrics["budget"], BUDGET)
+        for row in metrics["budget"]:
+            check("metrics.budget.metric", row["metric"], METRICS)
         check("metrics.random", metrics.get("random", []), list)
         for kind, rows in run.nets.items():
             for row in rows:
@@ -195,14 +199,17 @@ def grouped(runs: Sequence[Run]) -> list[list[Run]]:
 
 def beside(run: Run) -> list[Run]:
     """``run``, and the complete runs in folders beside it that differ in the seed only."""
-    others = []
-    for folder in sorted(run.folder.absolute().parent.iterdir()):
-        if folder == run.folder.absolute() or not (folder / "metrics.json").is_file():
-            continue
-        try:
-            others.append(read_run(folder))
-        except UserError:  # whatever else lies there is not of this experiment
-            continue
+    here, others = run.folder.absolute(), []
+    try:
+        folders = sorted(folder for folder in here.parent.iterdir() if folder != here)
+    except OSError:  # a folder that may not be listed
+        folders = []
+    for folder in folders:
+        if os.path.isfile(folder / "metrics.json"):
+            try:
+                others.append(read_run(folder))
+            except UserError:  # whatever else lies there is not of this experiment
+                continue
     return grouped([run, *others])[0]
 
 
@@ -240,7 +247,8 @@ def verdict(runs: Sequence[Run]) -> tuple[str, str]:
     told = f"The found net is {abs(mean):.2f} points {side} the uniform net of the same budget"
     if len(runs) == 1:
         more = "On small runs the noise of a training is over a point: repeat with other values of --seed"
-        return "open", f"{told}, in one run. {more}; this page then counts the runs that lie beside it."
+        more += ". Their pages count this run if they lie beside it; tools/compare.py counts all."
+        return "open", f"{told}, in one run. {more}"
     told += f": {mean:+.2f} [{low:+.2f}, {high:+.2f}] over {len(runs)} seeds, with the 95 % interval."
     if low > 0:
         return "better", told

@@ -20,6 +20,7 @@ VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", FOUND: "found", UNIFORM: 
 OF_KIND = {"found": FOUND, "uniform": UNIFORM}  # of nets; all others are muted
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # names of folders are no formulas
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
@@ -122,7 +123,7 @@ def course(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> st
 def gates(rows: Sequence[Mapping[str, Any]], decisions: Sequence[Mapping[str, Any]]) -> str:
     """Heat map over the search: of a width its expectation over the widest, of the rest the chance of what was found.
 
-    A layer that went has no colour from there on.
+    A layer that was dropped goes dark; a block that was chosen goes bright.
     """
     shots = [row for row in rows if "gates" in row]
     shown = [d for d in decisions if d["found"] is not None and len(d["options"]) > 1]
@@ -155,7 +156,7 @@ def gates(rows: Sequence[Mapping[str, Any]], decisions: Sequence[Mapping[str, An
 
 def layers(rows: Sequence[Mapping[str, Any]]) -> str:
     """What every layer costs in the widest, the found and the uniform net: MACs, and milliseconds if there are any."""
-    metrics = [metric for metric in ("macs", "ms") if metric in rows[-1]]
+    metrics = [metric for metric in ("macs", "ms") if any(metric in row for row in rows)]
     names = [row["name"] for row in rows if any(row.get(metric, {}).get("widest") for metric in metrics)]
     by_name = {row["name"]: row for row in rows}
     at = np.arange(len(names))

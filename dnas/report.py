@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -12,7 +13,7 @@ from markupsafe import Markup
 
 from dnas import pictures
 from dnas.arch import DROP
-from dnas.outcome import Run, beside, facts, grouped, layer_of, minus, read_run, top1s, verdict
+from dnas.outcome import METRICS, Run, beside, facts, grouped, layer_of, minus, read_run, top1s, verdict
 from dnas.runs import write_whole
 from dnas.units import show
 
@@ -42,7 +43,7 @@ def write_report(folder: Path) -> None:
         lines = []
         for one in runs:
             tops = [f"{values[0]:.2f} %" for kind, values in top1s([one]).items() if kind != "random"]
-            lines.append([one.folder.name, str(one.args["seed"]), *tops])
+            lines.append([one.folder.name, str(one.args.get("seed", "")), *tops])
         tables.append(("Runs that differ in the seed", ["run", "seed", "found", "uniform"], lines))
     info = config.get("provenance", {})
     told = [f"{key} {info[key]}" for key in ("dnas", "torch", "timm", "python") if key in info]
@@ -55,9 +56,15 @@ def write_report(folder: Path) -> None:
         tables=tables,
         pictures=_pictures(runs, rows),
         network=network(metrics.get("decisions", [])),
-        command=f"{' '.join(config.get('argv', []))}",
+        command=again(config.get("argv", [])),
         told=", ".join([*told, str(info.get("device", ""))]),
     )
+
+
+def again(argv: Sequence[str]) -> str:
+    """The words of a command line as they are typed, without ``--output``, which is there by now."""
+    kept = [w for k, w in enumerate(argv) if w != "--output" and argv[k - 1 : k] != ["--output"]]
+    return shlex.join(w for w in kept if not w.startswith("--output="))
 
 
 def _pictures(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> list[Picture]:
@@ -72,9 +79,10 @@ def _pictures(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> list[Pi
         note += " Found minus random nets: {:+.2f} [{:+.2f}, {:+.2f}].".format(*difference)
     add("Accuracy", note, pictures.top1(top1s(runs)))
     if metrics.get("layers"):
-        add("What every layer costs", "Grey is the widest net of the space.", pictures.layers(metrics["layers"]))
+        note = "Grey is the widest net of the space. Milliseconds, if any, are the latency table's as it was measured."
+        add("What every layer costs", note, pictures.layers(metrics["layers"]))
     if any("gates" in row for row in rows):
-        text = "Where a line ends, its layer or block was cut off, or its choice was made."
+        text = "Dark is narrow or unlikely: a layer that was dropped goes dark, a block that was chosen goes bright."
         add("How it was decided", text, pictures.gates(rows, metrics["decisions"]))
     if any("expected" in row for row in rows):
         figures = metrics["search"]
@@ -82,8 +90,8 @@ def _pictures(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> list[Pi
         text = f"{figures['steps']} steps in {figures['seconds']:.0f} s; an image took {figures['relative_cost']:.2f} "
         text += f"times what it takes to train the widest net. A step went from {first:.0f} to {last:.0f} ms."
         add("The search", text, pictures.course(rows, run.limits))
-    if "measured_ms" in metrics["found"]:
-        nets = {kind: (metrics[kind]["ms"], metrics[kind]["measured_ms"]) for kind in ("found", "uniform")}
+    if {"predicted_ms", "measured_ms"} <= metrics["found"].keys():
+        nets = {kind: (metrics[kind]["predicted_ms"], metrics[kind]["measured_ms"]) for kind in ("found", "uniform")}
         add("Latency", "On the dotted line, the table tells what is measured.", pictures.predicted(nets))
     return found
 
@@ -124,7 +132,7 @@ def experiments(runs: Sequence[Run]) -> list[dict[str, Any]]:
     table = []
     for group in grouped(runs):
         found = [row for run in group for row in run.nets["found"]]
-        costs = {m: fmean(r[m] for r in found) if m in found[0] else None for m in ("macs", "params", "ms")}
+        costs = {m: fmean(r[m] for r in found) if all(m in r for r in found) else None for m in METRICS}
         tops, more = top1s(group), len(group) - 1
         difference = minus(group, "uniform")
         table.append({
@@ -155,7 +163,7 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str
     table = []
     for row in rows:
         budget = ", ".join(show(metric, limit) for metric, limit in row["budget"].items())
-        costs = ["" if row[m] is None else show(m, row[m]) for m in ("macs", "params", "ms")]
+        costs = ["" if row[m] is None else show(m, row[m]) for m in METRICS]
         tops = [spread(row[kind]) for kind in ("found", "uniform", "random")]
         table.append([row["run"], str(row["seeds"]), budget, *costs, *tops, difference(row["minus_uniform"] or [])])
     told = [k for k in range(len(HEADS)) if any(row[k] for row in table)]
@@ -176,7 +184,7 @@ def write_comparison(path: Path, runs: Sequence[Run]) -> None:
             drawn.append((f"Top-1 against {text}", "", Markup(pictures.pareto(metric, points))))
     _page(
         path,
-        title=f"{len(runs)} runs",
+        title=f"{sum(map(len, groups))} runs",
         word=("open", f"{len(groups)} experiment{'s' * (len(groups) > 1)}"),
         sentence="Runs that differ in the seed only are one experiment: mean and standard deviation of its trainings; "
         "differences paired by run, with the 95 % interval.",

@@ -324,7 +324,7 @@ def test_the_report_says_what_was_planted_and_leaves_the_rest(tmp_path, monkeypa
     assert (minus["| late-skip"], minus["| half-length"], minus["| default"]) == ("-1.20", "-1.40", "-")
     # Seconds of a search over those of its own nets' trainings, not of the random nets', which ran on a slower day.
     assert named["| default"][7] == "3.0 |"
-    told = "| `prunet` | 10% | digits, 1437, 8 px | 2 | 58.50 | 54.50 | 54.50 | - | **+4.00 [+1.46, +6.54]** |"
+    told = "| `prunet` | 10% | digits, 1437, 8 px | 2 | 58.50 | 54.50 | 54.50 | **+4.00 [+1.46, +6.54]** |"
     assert told in front.read_text() and front.read_text().count("\n| `") == 1
     pictures = {path.name: path.read_bytes() for path in here.glob("*.svg")}
     assert set(pictures) == {"digits.svg", "prunet.svg"}

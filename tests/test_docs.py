@@ -1,8 +1,8 @@
-"""Every command and every piece of Python in README, CONTRIBUTING and docs/ is run.
+"""The commands and the Python of README, CONTRIBUTING and docs/ are run, but for those that set up what runs this.
 
-A search of the text ends before training (``--dry-run``): its space, its budget, its folders are those of the text.
-Where it names an ``--output``, a small one is run all the way into that, so that what the text says next can be run.
-Retraining and profiles are made short by flags that are appended: of two, the last one counts.
+Make's targets are run dry. A search of the text ends before training (``--dry-run``): its space, budget and folders are
+those of the text. Where it names an ``--output``, a small one is run all the way into that, so that what the text says
+next can be run. Retraining and profiles are made short by flags that are appended: of two, the last one counts.
 """
 
 import glob
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from code_blocks import blocks_of
+from code_blocks import FENCE, blocks_of
 from commands import call, compare_tool, export_tool, profile_tool, retrain_tool, search_tool
 from image_files import tree, write_folder, write_tar
 from tables import HEADER, rows_of
@@ -119,7 +119,7 @@ def test_python(path, place):
 
 def test_links_lead_somewhere():
     for path in [*TEXTS, ROOT / "benchmarks" / "README.md", ROOT / "latency_tables" / "README.md"]:
-        for link in re.findall(r"\]\(([^)#]+)", path.read_text()):
+        for link in re.findall(r"\]\(([^)#]+)", FENCE.sub("", path.read_text())):
             assert link.startswith("https://") or (path.parent / link).exists(), f"{path.name}: {link}"
 
 

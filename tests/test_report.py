@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,14 @@ from commands import call, check_refused, compare_tool, search_tool
 from playwright.sync_api import sync_playwright
 from tables import HEADER, costs_of, rows_of, stairs
 
+from dnas.checkpoint import Stopped
+from dnas.cost import CostTable
 from dnas.latency import table_of
 from dnas.macro import MacroSupernet
 from dnas.outcome import Run, beside, grouped, interval, layers_told, read_run, verdict
-from dnas.pictures import POINTS, _curve
-from dnas.report import experiments, network, write_report
+from dnas.pictures import POINTS, _curve, layers
+from dnas.report import again, experiments, network, write_report
+from dnas.timm_net import TimmBase, TimmSupernet
 from supernets import SUPERNETS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -141,6 +145,26 @@ def test_layers_of_milliseconds_add_up():
     assert {row["name"] for row in rows} > {"stage0/0", "conv_stem", "run"}
     for name, arch in archs.items():
         assert sum(row["ms"][name] for row in rows) == pytest.approx(cost.of(arch))
+    named = {"widest": "dear", "found": "cheap", "uniform": "cheap"}
+    drawn = layers([
+        {"name": row["name"]} | {m: {net: row[m][which] for net, which in named.items()} for m in row if m != "name"}
+        for row in rows
+    ])  # fmt: skip
+    assert ">MACs<" in drawn and ">ms<" in drawn and ">run<" in drawn
+
+
+def test_layers_of_a_network_of_timms_are_its_modules():
+    """Behind a concatenation a convolution has many widths, and is one layer all the same."""
+    net = TimmSupernet(TimmBase("densenet121", 10, img_size=32, kwargs={"growth_rate": 16, "block_config": [2, 2]}))
+    for metric in ("macs", "params"):
+        table = CostTable.build(net.space, metric)
+        archs = dict(zip(("cheap", "dear"), table.extremes(), strict=True))
+        rows = layers_told(net, None, archs)
+        for name, arch in archs.items():
+            assert sum(row[metric][name] for row in rows) == table.of(arch)
+    names = [row["name"] for row in rows]
+    assert len(set(names)) == len(names) and "features.denseblock1.denselayer2.conv1" in names
+    assert not any(":" in name for name in names)
 
 
 def test_history_has_the_gates_a_hundred_times_at_most(runs):
@@ -156,6 +180,10 @@ def test_history_has_the_gates_a_hundred_times_at_most(runs):
                 assert len(value) == len(options) and sum(value) == pytest.approx(1, abs=1e-4)
             else:
                 assert options[0] <= value <= options[-1]
+
+
+def journal_rows(folder):
+    return len((folder / "history.jsonl").read_text().splitlines())
 
 
 def planted(seed, found, uniform, **args):
@@ -232,6 +260,15 @@ def test_compare_refuses_what_is_no_run(runs, change, quoted, monkeypatch, capsy
     check_refused(call(compare_tool, monkeypatch, tmp_path), capsys, quoted)
 
 
+def test_compare_leaves_out_what_is_no_run(runs, monkeypatch, capsys, tmp_path):
+    copies = [shutil.copytree(runs[0], tmp_path / name) for name in ("a", "b", "c")]
+    (copies[1] / "metrics.json").unlink()
+    assert call(compare_tool, monkeypatch, *copies) == 0
+    said = capsys.readouterr().out
+    assert f"left out: '{copies[1]}' is no complete run" in said and f"{copies[2]} repeats the seed" in said
+    assert said.count("left out") == 2
+
+
 def test_compare_refuses_wrong_paths(runs, monkeypatch, capsys, tmp_path):
     check_refused(call(compare_tool, monkeypatch, tmp_path), capsys, "is no complete run folder")
     for flag, path in (("--out", "x.pdf"), ("--out", "none/x.html"), ("--json", "none/x.json")):
@@ -245,12 +282,56 @@ def test_a_report_can_be_written_again(runs):
     assert (runs[1] / "report.html").read_bytes() == before
 
 
-def test_tensorboard_has_the_history(monkeypatch, tmp_path):
+def test_a_run_that_is_stopped_at_its_report_is_complete(runs, monkeypatch, tmp_path):
+    run = tmp_path / "run"
+
+    def stopped(folder):
+        raise Stopped(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search_tool, "write_report", stopped)
+        assert call(search_tool, patch, *FLAGS, "--seed", 0, "--output", run) == 128 + signal.SIGTERM
+    assert not (run / "report.html").exists()
+    assert call(search_tool, monkeypatch, "--resume", run) == 0
+    assert {p.name for p in run.iterdir()} == {p.name for p in runs[0].iterdir()}
+    assert (run / "model.safetensors").read_bytes() == (runs[0] / "model.safetensors").read_bytes()
+
+
+def test_the_command_of_a_page_can_be_typed():
+    assert (
+        again(["--data-dir", "my images", "--output", "a", "--budget", "40%"]) == "--data-dir 'my images' --budget 40%"
+    )
+    assert again(["--output=a", "--amp"]) == "--amp"
+
+
+@pytest.mark.parametrize("of_a_sweep", [False, True])
+def test_tensorboard_has_the_history(of_a_sweep, monkeypatch, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert call(search_tool, monkeypatch, *FLAGS, "--log", "tensorboard", "--output", tmp_path / "run") == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
-    seen = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    run, flags = tmp_path / "run", list(FLAGS)
+    if of_a_sweep:  # whose warm-up was before
+        flags[flags.index("--budget") :] = ["--sweep", "40%,60%"]
+        run = run / "40pc"
+    else:  # one that was killed and has lost what it had logged
+        real, left = search_tool.find, [1]
+
+        def killed(plan, goal, journal, begun, plain_ms):
+            if left.pop():
+                monkeypatch.setattr(journal, "stop", lambda: signal.SIGTERM if journal_rows(goal.folder) > 9 else 0)
+            return real(plan, goal, journal, begun, plain_ms)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(search_tool, "find", killed)
+            flags += ["--log", "tensorboard", "--output", tmp_path / "run"]
+            assert call(search_tool, patch, *flags) == 128 + signal.SIGTERM
+        for path in (run / "tensorboard").iterdir():
+            path.unlink()
+        flags = ["--resume", tmp_path / "run"]
+    if of_a_sweep:
+        flags += ["--log", "tensorboard", "--output", tmp_path / "run"]
+    assert call(search_tool, monkeypatch, *flags) == 0
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    seen = EventAccumulator(str(run / "tensorboard"))
     seen.Reload()
     losses = seen.Scalars("loss")
     assert [event.step for event in losses] == [row["step"] for row in rows]

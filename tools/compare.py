@@ -9,7 +9,7 @@ from pathlib import Path
 from cli import OneLineParser, console, run
 from rich.table import Table
 
-from dnas.outcome import read_run
+from dnas.outcome import grouped, read_run
 from dnas.report import as_text, experiments, write_comparison
 from dnas.runs import write_json
 from dnas.units import UserError
@@ -40,7 +40,20 @@ def main() -> None:
             raise UserError(f"{flag} {path!r} is no file in a folder that exists")
     if args.out and not args.out.endswith(".html"):
         raise UserError(f"--out {args.out!r} does not end in .html")
-    runs = [read_run(folder) for folder in folders_of(args.runs)]
+    runs, wrong = [], []
+    for folder in folders_of(args.runs):
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            wrong.append(error)
+    if not runs:
+        raise wrong[0]
+    for error in wrong:
+        console.print(f"left out: {error}", soft_wrap=True)
+    counted = [run for group in grouped(runs) for run in group]
+    for run_ in runs:
+        if run_ not in counted:
+            console.print(f"left out: {run_.folder} repeats the seed of a run like it", soft_wrap=True)
     rows = experiments(runs)
     heads, cells = as_text(rows)
     table = Table(*heads)

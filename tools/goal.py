@@ -173,14 +173,17 @@ def in_time(plan: Plan, goal: Goal, find: Callable[[dict[str, CostTable]], Arch]
 
 
 @contextmanager
-def scalars(plan: Plan, goal: Goal, step: int) -> Iterator[Callable[[dict], None]]:
-    """``log(row)`` for the rows of a history from ``step`` on: to TensorBoard, if it was asked for."""
+def scalars(plan: Plan, goal: Goal, rows: Sequence[dict]) -> Iterator[Callable[[dict], None]]:
+    """``log(row)`` for the rows of a history after these: to TensorBoard, if it was asked for.
+
+    What is there already is written anew: of what a process that was killed had logged, some may not be on disk.
+    """
     if plan.args.log is None or rank() > 0:
         yield lambda row: None
         return
     from torch.utils.tensorboard import SummaryWriter  # which imports a package that few need
 
-    with SummaryWriter(str(goal.folder / "tensorboard"), purge_step=step) as writer:
+    with SummaryWriter(str(goal.folder / "tensorboard"), purge_step=0) as writer:
 
         def log(row: dict) -> None:
             for name, value in row.items():
@@ -189,9 +192,12 @@ def scalars(plan: Plan, goal: Goal, step: int) -> Iterator[Callable[[dict], None
                     if name != "step" and isinstance(number, (int, float)):
                         writer.add_scalar(tag, number, row["step"])
 
+        for row in rows:
+            log(row)
         yield log
 
 
+FIGURES, DETAILS = ("budget", "search", "warnings"), ("decisions", "layers")  # of metrics.json, known after a search
 Begun = tuple[SearchState, list[dict], float]  # a search; its rows and its seconds so far
 
 
@@ -207,7 +213,7 @@ def search_stage(
             rows, seconds = read_rows(path, saved["rows"]), saved["seconds"]
     write_rows(path, rows)
     started, count = time.perf_counter() - seconds, len(rows)
-    with open(path, "a") as history, scalars(plan, goal, count) as log, stop.between_steps():
+    with open(path, "a") as history, scalars(plan, goal, rows) as log, stop.between_steps():
 
         def on_row(row: dict) -> None:
             nonlocal count
@@ -239,10 +245,12 @@ def search_stage(
     for k in range(plan.args.num_random):
         arch = random_arch(net.space, tables, goal.budgets, seed=1000 * plan.args.seed + k)
         nets[f"random {k}"] = arch, tables
-    rows_of = {
-        name: {"arch": dict(arch), "costs": {metric: table.of(arch) for metric, table in own.items()}}
-        for name, (arch, own) in nets.items()
-    }
+    rows_of = {}
+    for name, (arch, own) in nets.items():
+        costs = {metric: table.of(arch) for metric, table in own.items()}
+        if "ms" in costs:  # by a table that may have been scaled to what such nets measured; and before that
+            costs["predicted_ms"] = plan.tables["ms"].of(arch)
+        rows_of[name] = {"arch": dict(arch), "costs": costs}
     widest = plan.tables["macs"].extremes()[1]
     return {
         "budget": document["budget"],
@@ -263,7 +271,7 @@ def find(plan: Plan, goal: Goal, journal: Journal, begun: Callable[[bool], Begun
         journal.finish("search", search_stage(plan, goal, journal, begun, plain_ms))
     with of_this_run():
         searched, space = journal.done["search"], plan.net.space
-        told = {key: searched[key] for key in ("budget", "search", "warnings", "decisions", "layers")}
+        first, last = ({key: searched[key] for key in keys if key in searched} for keys in (FIGURES, DETAILS))
         nets = {what: (space.complete(net["arch"]), dict(net["costs"])) for what, net in searched["nets"].items()}
     for what, (arch, costs) in nets.items():
         if what not in journal.done:
@@ -279,11 +287,11 @@ def find(plan: Plan, goal: Goal, journal: Journal, begun: Callable[[bool], Begun
         for what, ms in zip(("found", "uniform"), measured_ms(plan, models), strict=True):
             trained[what]["measured_ms"] = ms
     return {
-        **{key: told[key] for key in ("budget", "search", "warnings")},
+        **first,
         "found": trained.pop("found"),
         "uniform": trained.pop("uniform"),
         "random": [*trained.values()],
-        **{key: told[key] for key in ("decisions", "layers")},
+        **last,
     }
 
 

@@ -6,7 +6,6 @@ python tools/retrain.py --resume runs/my-run-retrained
 """
 
 import argparse
-import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -45,9 +44,9 @@ def inherit_data(args: argparse.Namespace, source: Path) -> None:
     if not config.is_file():
         raise UserError(f"{config} is not there to say which data: --data-dir or --dataset is needed")
     try:
-        saved = json.loads(config.read_text())["args"]
+        saved = read_json(config, MAX_BYTES)["args"]
         args.data_dir, args.dataset = str(saved["data_dir"]), str(saved["dataset"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         raise UserError(f"{config} does not tell the data of the run: --data-dir or --dataset is needed") from None
 
 

@@ -220,15 +220,15 @@ def main() -> None:
     console.quiet = rank() > 0
     for goal in mine:
         own = goal if rank() == 0 else replace(goal, folder=new_folder(goal.folder))
-        with run_folder(own.folder, keep_if=(LAST, BEFORE)):
+        with run_folder(own.folder, keep_if=(LAST, BEFORE, "metrics.json")):
             if not (own.folder / "config.json").exists():
                 write_json(own.folder / "config.json", config)
             journal = Journal(own.folder, plan.device, args.checkpoint_every, stop.asked)
             if not (own.folder / "metrics.json").exists():
                 write_json(own.folder / "metrics.json", find(plan, own, journal, begun, plain_ms))
-            journal.close()
             if rank() == 0:
                 write_report(own.folder)
+            journal.close()
         print_table(goal.folder, goal.name, read_json(own.folder / "metrics.json", MAX_BYTES))
 
 
