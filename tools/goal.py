@@ -271,7 +271,8 @@ def find(plan: Plan, goal: Goal, journal: Journal, begun: Callable[[bool], Begun
         journal.finish("search", search_stage(plan, goal, journal, begun, plain_ms))
     with of_this_run():
         searched, space = journal.done["search"], plan.net.space
-        first, last = ({key: searched[key] for key in keys if key in searched} for keys in (FIGURES, DETAILS))
+        first = {key: searched[key] for key in FIGURES}
+        last = {key: searched[key] for key in DETAILS if key in searched}  # checkpoints of older versions lack them
         nets = {what: (space.complete(net["arch"]), dict(net["costs"])) for what, net in searched["nets"].items()}
     for what, (arch, costs) in nets.items():
         if what not in journal.done:
