@@ -115,6 +115,12 @@ def test_output_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
 
 
+def test_a_dry_run_leaves_the_folder_of_its_search_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(search_tool, monkeypatch, "--supernet", "toy", "--budget", "50%", "--img-size", 8, "--dry-run") == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["toy-50pc-0-dry"]
+
+
 @pytest.mark.parametrize(
     ("supernet", "percent"),
     [(name, percent) for name in ("prunet", "mobilenet_v2") for percent in (10, 20, 30, 40, 50, 60, 70, 80, 90)]

@@ -149,7 +149,9 @@ def introduce(plan: Plan) -> None:
         console.print(f"channels that stay: {', '.join(stays[:3])}{more}", soft_wrap=True)
     reach = " to ".join(show("macs", table.of(arch)) for arch in table.extremes())
     images = f"{plan.data.num_train} images of {plan.data.img_size} px"
-    console.print(f"{net.name} on {plan.data.name}, {images}: {net.space.num_archs():.0e} nets of {reach}")
+    console.print(
+        f"{net.name} on {plan.data.name}, {images}: {net.space.num_archs():.0e} nets of {reach}", soft_wrap=True
+    )
 
 
 def estimate(plan: Plan, goals: list[Goal], plain_ms: float) -> float:
@@ -173,7 +175,10 @@ def main() -> None:
         raise UserError(f"--sweep {args.sweep!r}: budgets of one kind are expected, each once")
     latency = open_table(args, [b for budgets in asked for b in budgets])  # which may say what the space is
     default = "-".join(texts).replace("%", "pc").replace(",", "-")
-    output = args.output or f"runs/{args.model or args.supernet or 'prunet'}-{default}-{args.seed}"
+    default += (
+        f"-{args.seed}" + "-dry" * args.dry_run
+    )  # a search comes after its dry run, and needs a folder of its own
+    output = args.output or f"runs/{args.model or args.supernet or 'prunet'}-{default}"
     name = args.name or "dnas_" + re.sub("[^a-z0-9]", "_", Path(output).name.lower())[:58]
     parts = min(world_size(), len(asked))
     check_shares(args.batch_size, parts)
