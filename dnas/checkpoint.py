@@ -24,6 +24,7 @@ from dnas.runs import write_whole
 from dnas.units import UserError
 
 LAST, BEFORE = "checkpoint.pt", "checkpoint.before.pt"
+WORTH_KEEPING = (LAST, BEFORE, "metrics.json")  # a run folder with one of these can go on, or is complete
 FORMAT = 1
 
 

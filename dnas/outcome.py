@@ -2,8 +2,9 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -17,14 +18,13 @@ from dnas.cost import CostTable
 from dnas.deployed import parts_of
 from dnas.latency import LatencyTable
 from dnas.plain import check, read_json
-from dnas.runs import peak_memory_mb
+from dnas.runs import MAX_BYTES, peak_memory_mb
 from dnas.schema import BUDGET
 from dnas.supernet import Supernet
 from dnas.train import Recipe
 from dnas.units import UserError, show
 
 METRICS = ("macs", "params", "ms")
-MAX_BYTES = 1_000_000  # of a config.json or metrics.json
 
 
 def search_figures(
@@ -116,17 +116,20 @@ def decisions_told(space: Space, found: Arch, uniform: Arch) -> list[dict[str, A
 
 def layers_told(net: Supernet, latency: LatencyTable | None, archs: Mapping[str, Arch]) -> list[dict[str, Any]]:
     """What every layer costs in these networks, for metrics.json: ``{"name", "macs": {net: cost}, ...}`` in order."""
-    sites: dict[str, list[Site]] = {"macs": [*net.space.sites], "params": [*net.space.sites]}
+    space = net.space
+    priced: dict[str, tuple[Sequence[Site], Callable[[list[Site]], CostTable]]] = {
+        metric: (space.sites, partial(CostTable.build, space, metric)) for metric in ("macs", "params")
+    }
     if latency:
-        sites["ms"] = [part.site for part in parts_of(net)]
+        parts = [part.site for part in parts_of(net)]
+        priced["ms"] = parts, lambda sites: CostTable.measured(space, sites, latency)
     rows: dict[str, dict[str, Any]] = {}
-    for metric, all_sites in sites.items():
+    for metric, (sites, table_of) in priced.items():
         by_layer: dict[str, list[Site]] = {}
-        for site in all_sites:  # those of a network of timm's are a module's, one for each pair of its widths
+        for site in sites:  # those of a network of timm's are a module's, one for each pair of its widths
             by_layer.setdefault(layer_of(site.name.partition(":")[0]), []).append(site)
         for layer, own in by_layer.items():
-            table = CostTable.measured(net.space, own, latency) if metric == "ms" and latency else None
-            table = table or CostTable.build(net.space, metric, own)
+            table = table_of(own)
             rows.setdefault(layer, {"name": layer})[metric] = {name: table.of(arch) for name, arch in archs.items()}
     return [*rows.values()]
 

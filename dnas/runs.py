@@ -24,6 +24,8 @@ from dnas.units import UserError
 if sys.platform != "win32":
     import fcntl
 
+MAX_BYTES = 1_000_000  # of a config.json or metrics.json
+
 
 def check_new_folder(path: str | Path) -> Path:
     """``path``, which must not exist yet (or be empty) and must be writable. Creates nothing. Raises UserError."""

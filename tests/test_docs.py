@@ -107,9 +107,6 @@ def test_command(number, place, monkeypatch):
 def test_python(path, place):
     """All pieces of a text, one after the other, in a process of their own."""
     program = "\n".join(PROGRAMS[path])
-    for package in ("onnx", "onnxruntime"):
-        if package in program:
-            pytest.importorskip(package)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program], cwd=place, env=env, capture_output=True, text=True

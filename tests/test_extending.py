@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def search_all_the_way(net, budget="50%", img_size=8):
-    """Search, derive; the exported net has the MACs that the cost table says. Returns (arch, tables)."""
+    """Search, derive; the exported net has the MACs that the cost table says. Returns (arch, history)."""
     data = load_data("digits", img_size=img_size, in_chans=net.outline.in_chans)
     tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
     budgets, rows = resolve_budgets(tables, parse_budget(budget)), []
@@ -47,7 +47,8 @@ def test_a_new_space_as_documented(tmp_path):
     random_seed(0)
     net = MacroSupernet(kernels(num_classes=10, img_size=8, width_mult=0.5))
     arch, _ = search_all_the_way(net)
-    assert arch["stage0/0/block"] in ("ir-k3", "ir-k5", "ir-k7")
+    chosen = {name for name, answer in arch.items() if str(answer).startswith("ir-k")}
+    assert chosen >= {"stage0/0/block", "stage2/0/block"}
 
 
 # Numbers that convolutions and linear layers write: what moves through memory, roughly.
@@ -125,9 +126,8 @@ def test_a_new_gate(monkeypatch):
     monkeypatch.setitem(dnas.supernet.DISTRIBUTIONS, SoftmaxWidth, lambda gates: [g.probabilities() for g in gates])
     random_seed(0)
     net = MacroSupernet(SUPERNETS["mobilenet_v2"](num_classes=10, img_size=8, width_mult=0.25))
-    blocks = [
-        b for layer in net.layers for b in layer.blocks.values() if isinstance(b, GatedBlock) and b.gate is not None
-    ]
+    blocks = [b for layer in net.layers for b in layer.blocks.values()]
+    blocks = [b for b in blocks if isinstance(b, GatedBlock) and b.gate is not None]
     own = [d for d in net.space.decisions if d.name in {b.mid for b in blocks}]
     assert len(own) > 3
     for block in blocks:

@@ -72,6 +72,7 @@ def test_cutting_ends_with_the_first_net_in_the_budget(lab):
 
 @pytest.mark.parametrize("method", peers.PEERS)
 def test_a_peer_keeps_the_budget(lab, method):
+    # Meant: peers are an extra of their own, pip install -e '.[peers]'; no other test needs them.
     pytest.importorskip(peers.PEERS[method][0].split(".")[0])
     row = peers.searched(lab, method, 0)
     assert row["kind"] == "net", row

@@ -254,9 +254,6 @@ TARGETS = {
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_more_work_takes_longer(target):
-    if target.runtime == "onnxruntime":
-        pytest.importorskip("onnx")
-        pytest.importorskip("onnxruntime")
     calls = [
         ready(
             nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU()),

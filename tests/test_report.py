@@ -282,6 +282,17 @@ def test_a_report_can_be_written_again(runs):
     assert (runs[1] / "report.html").read_bytes() == before
 
 
+def test_latency_is_drawn_where_it_was_measured(runs, tmp_path):
+    run = Path(shutil.copytree(runs[0], tmp_path / "run"))
+    metrics = json.loads((run / "metrics.json").read_text())
+    for net, (told, measured) in {"found": (1.5, 2.0), "uniform": (3.0, 2.5)}.items():
+        metrics[net] |= {"ms": measured, "predicted_ms": told, "measured_ms": measured}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    write_report(run)
+    text, before = ((folder / "report.html").read_text() for folder in (run, runs[0]))
+    assert 'id="predicted"' in text and "<td>2ms</td>" in text and 'id="predicted"' not in before
+
+
 def test_a_run_that_is_stopped_at_its_report_is_complete(runs, monkeypatch, tmp_path):
     run = tmp_path / "run"
 
@@ -298,9 +309,8 @@ def test_a_run_that_is_stopped_at_its_report_is_complete(runs, monkeypatch, tmp_
 
 
 def test_the_command_of_a_page_can_be_typed():
-    assert (
-        again(["--data-dir", "my images", "--output", "a", "--budget", "40%"]) == "--data-dir 'my images' --budget 40%"
-    )
+    argv = ["--data-dir", "my images", "--output", "a", "--budget", "40%"]
+    assert again(argv) == "--data-dir 'my images' --budget 40%"
     assert again(["--output=a", "--amp"]) == "--amp"
 
 

@@ -26,9 +26,8 @@ from dnas.data import Data, load_data
 from dnas.distributed import processes, rank
 from dnas.latency import LatencyTable, check_use, read_table
 from dnas.macro import Macro
-from dnas.outcome import MAX_BYTES
 from dnas.plain import read_json
-from dnas.runs import check_new_folder, provenance
+from dnas.runs import MAX_BYTES, check_new_folder, provenance
 from dnas.timm_net import TimmBase
 from dnas.train import AMP_DTYPES, Recipe, check_recipe
 from dnas.units import UserError

@@ -27,11 +27,10 @@ from cli import (
 )
 from timm.utils import random_seed
 
-from dnas.checkpoint import BEFORE, LAST, Journal
+from dnas.checkpoint import WORTH_KEEPING, Journal
 from dnas.export import build_net, read_arch, save_weights, verify_export, write_export
-from dnas.outcome import MAX_BYTES
 from dnas.plain import read_json
-from dnas.runs import provenance, run_folder, write_json
+from dnas.runs import MAX_BYTES, provenance, run_folder, write_json
 from dnas.train import train_from_scratch
 from dnas.units import UserError, show
 
@@ -84,7 +83,7 @@ def main() -> None:
     steps = recipe.epochs * len(data.train_batches(recipe.batch_size, seed=args.seed))
     costs = {metric: document[metric] for metric in ("macs", "params")}
     config = {"argv": argv, "args": vars(args), "recipe": asdict(recipe), "provenance": provenance(device)}
-    with run_folder(folder, keep_if=(LAST, BEFORE)):
+    with run_folder(folder, keep_if=WORTH_KEEPING):
         if not args.resume:
             write_json(folder / "config.json", config)
         journal = Journal(folder, device, args.checkpoint_every, stop.asked)

@@ -34,7 +34,7 @@ from cli import (
 from goal import Begun, Goal, Plan, dry_run, find, print_table, run_search, search_steps
 from timm.utils import random_seed
 
-from dnas.checkpoint import BEFORE, LAST, Journal
+from dnas.checkpoint import WORTH_KEEPING, Journal
 from dnas.cost import CostTable, resolve_budgets
 from dnas.data import Data
 from dnas.deployed import parts_of
@@ -43,10 +43,9 @@ from dnas.distributed import check_shares, rank, split, world_size
 from dnas.export import build_net, check_name
 from dnas.latency import LatencyTable
 from dnas.macro import MacroSupernet, size_to
-from dnas.outcome import MAX_BYTES
 from dnas.plain import read_json
 from dnas.report import write_report
-from dnas.runs import provenance, run_folder, write_json
+from dnas.runs import MAX_BYTES, provenance, run_folder, write_json
 from dnas.search import SearchConfig, SearchState, begin, check_config, check_length
 from dnas.supernet import Supernet
 from dnas.timm_net import TimmBase, TimmSupernet
@@ -149,9 +148,8 @@ def introduce(plan: Plan) -> None:
         console.print(f"channels that stay: {', '.join(stays[:3])}{more}", soft_wrap=True)
     reach = " to ".join(show("macs", table.of(arch)) for arch in table.extremes())
     images = f"{plan.data.num_train} images of {plan.data.img_size} px"
-    console.print(
-        f"{net.name} on {plan.data.name}, {images}: {net.space.num_archs():.0e} nets of {reach}", soft_wrap=True
-    )
+    nets = f"{net.space.num_archs():.0e} nets of {reach}"
+    console.print(f"{net.name} on {plan.data.name}, {images}: {nets}", soft_wrap=True)
 
 
 def estimate(plan: Plan, goals: list[Goal], plain_ms: float) -> float:
@@ -175,9 +173,7 @@ def main() -> None:
         raise UserError(f"--sweep {args.sweep!r}: budgets of one kind are expected, each once")
     latency = open_table(args, [b for budgets in asked for b in budgets])  # which may say what the space is
     default = "-".join(texts).replace("%", "pc").replace(",", "-")
-    default += (
-        f"-{args.seed}" + "-dry" * args.dry_run
-    )  # a search comes after its dry run, and needs a folder of its own
+    default += f"-{args.seed}" + "-dry" * args.dry_run  # the search that comes after needs a folder of its own
     output = args.output or f"runs/{args.model or args.supernet or 'prunet'}-{default}"
     name = args.name or "dnas_" + re.sub("[^a-z0-9]", "_", Path(output).name.lower())[:58]
     parts = min(world_size(), len(asked))
@@ -225,7 +221,7 @@ def main() -> None:
     console.quiet = rank() > 0
     for goal in mine:
         own = goal if rank() == 0 else replace(goal, folder=new_folder(goal.folder))
-        with run_folder(own.folder, keep_if=(LAST, BEFORE, "metrics.json")):
+        with run_folder(own.folder, keep_if=WORTH_KEEPING):
             if not (own.folder / "config.json").exists():
                 write_json(own.folder / "config.json", config)
             journal = Journal(own.folder, plan.device, args.checkpoint_every, stop.asked)
