@@ -89,7 +89,8 @@ SETUPS = {
 LIKE_20 = {"layers": [2, 2, 2, 2], "channels": [16, 32, 48, 64]}  # a ResNet of 18 layers, as narrow as ResNet-20
 DILATED = {"output_stride": 8}  # timm's strides leave a map of one pixel of an image of 32
 EIGHT = replace(SGD, epochs=8, lr=0.1)
-for percent in (30, 50):
+SETUPS |= {f"digits_{percent}": replace(SETUPS["digits"], budget=f"{percent}%") for percent in (25, 50)}
+for percent in (20, 30, 50):
     budget = f"{percent}%"
     SETUPS |= {
         f"timm_resnet_{percent}": Setup(

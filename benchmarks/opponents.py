@@ -18,7 +18,7 @@ from dnas.derive import derive, random_arch
 from dnas.search import SearchConfig
 from dnas.supernet import Supernet
 from dnas.surgery import extract
-from dnas.train import cycle, make_learner, train
+from dnas.train import cycle, make_learner, subsampled, train
 
 if TYPE_CHECKING:
     from iso_flops import Lab
@@ -134,7 +134,9 @@ def _ranked(lab: "Lab", seed: int, by: str) -> tuple[Arch, int]:
     for _ in range(10 if by == "taylor" else 0):
         x, y = next(batches)
         net.zero_grad()
-        nn.functional.cross_entropy(net(x, widest), y).backward()
+        with subsampled(net, lab.setup.search):
+            loss = nn.functional.cross_entropy(net(x, widest), y)
+        loss.backward()
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d) and module.weight.grad is not None:
                 score = (module.weight * module.weight.grad).detach() ** 2

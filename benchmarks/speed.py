@@ -49,7 +49,7 @@ from dnas.runs import peak_memory_mb, provenance, write_json  # noqa: E402
 from dnas.search import SearchConfig, begin, go_on, live_tables  # noqa: E402
 from dnas.supernet import Supernet  # noqa: E402
 from dnas.timm_net import TimmBase, TimmSupernet  # noqa: E402
-from dnas.train import Recipe, autocast, cycle, make_optimizer  # noqa: E402
+from dnas.train import Recipe, autocast, cycle, make_optimizer, subsampled  # noqa: E402
 from dnas.units import Budget  # noqa: E402
 from supernets import SUPERNETS  # noqa: E402
 
@@ -105,10 +105,12 @@ def plain_step(net: Supernet, arch: Arch, data: Data, recipe: Recipe, compiled: 
         cycle(data.train_batches(recipe.batch_size, seed=0)),
     )
 
+    safe = subsampled(model, recipe)
+
     def step() -> None:
         x, y = next(batches)
         x = x.to(memory_format=torch.channels_last)
-        with autocast(device, recipe):
+        with autocast(device, recipe), safe:
             loss = nn.functional.cross_entropy(run(x).float(), y)
         optimizer.zero_grad()
         loss.backward()

@@ -60,8 +60,29 @@ def no_better_than_a_guess(loss: float, num_classes: int) -> list[str]:
     guess = math.log(num_classes)
     if loss < 0.98 * guess:
         return []
-    said = f"the search ended at a loss of {loss:.2f}, and a guess has {guess:.2f}"
+    said = f"the search ended at a loss of {loss:.2f}, which is not even 2 % below a guess's {guess:.2f}"
     return [f"{said}: its gates had nothing to go by; try another --lr or a longer --search-epochs"]
+
+
+def over_budget(expected: Mapping[str, float], limits: Mapping[str, float]) -> list[str]:
+    """What to say of gates that still expect a net over the budget when a search ends; a line for each metric.
+
+    Over is by more than 5 %, a tolerance chosen by hand.
+    """
+    return [
+        f"the gates ended at {show(metric, expected[metric])}, over the budget of {show(metric, limit)}: the net was "
+        "cut to fit when it was derived; try a longer --search-epochs, or a higher --gate-lr or --budget-weight"
+        for metric, limit in limits.items()
+        if expected[metric] > 1.05 * limit
+    ]
+
+
+def effort_told(figures: Mapping[str, Any]) -> str:
+    """What a search took, in a sentence, from the ``search`` part of metrics.json."""
+    first, last = (figures[f"{which}_step_ms"] for which in ("first", "last"))
+    image = f"an image took {figures['relative_cost']:.2f} times as long as in training the widest net"
+    steps = f"a step of weights and gates went from {first:.0f} to {last:.0f} ms"
+    return f"{figures['steps']} steps in {figures['seconds']:.0f} s; {image}; {steps}"
 
 
 def signs_of_collapse(space: Space, found: Arch, uniform: Arch, distributions: Mapping[str, Tensor]) -> list[str]:
@@ -168,6 +189,7 @@ def read_run(folder: str | Path) -> Run:
         for row in metrics["budget"]:
             check("metrics.budget.metric", row["metric"], METRICS)
         check("metrics.random", metrics.get("random", []), list)
+        check("metrics.validation_images", metrics.get("validation_images", 1), range(1, 2**63))
         for kind, rows in run.nets.items():
             for row in rows:
                 check(f"metrics.{kind}", row, dict)
@@ -249,9 +271,11 @@ def verdict(runs: Sequence[Run]) -> tuple[str, str]:
     side = "above" if mean >= 0 else "below"
     told = f"The found net is {abs(mean):.2f} points {side} the uniform net of the same budget"
     if len(runs) == 1:
-        more = "On small runs the noise of a training is over a point: repeat with other values of --seed"
+        images = runs[0].metrics.get("validation_images")
+        more = f" One of its {images} validation images is {100 / images:.2f} points." if images else ""
+        more += " On small runs the noise of a training is over a point: repeat with other values of --seed"
         more += ". Their pages count this run if they lie beside it; tools/compare.py counts all."
-        return "open", f"{told}, in one run. {more}"
+        return "open", f"{told}, in one run.{more}"
     told += f": {mean:+.2f} [{low:+.2f}, {high:+.2f}] over {len(runs)} seeds, with the 95 % interval."
     if low > 0:
         return "better", told

@@ -13,7 +13,19 @@ from markupsafe import Markup
 
 from dnas import pictures
 from dnas.arch import DROP
-from dnas.outcome import METRICS, Run, beside, facts, grouped, layer_of, minus, read_run, top1s, verdict
+from dnas.outcome import (
+    METRICS,
+    Run,
+    beside,
+    effort_told,
+    facts,
+    grouped,
+    layer_of,
+    minus,
+    read_run,
+    top1s,
+    verdict,
+)
 from dnas.runs import write_whole
 from dnas.units import show
 
@@ -85,11 +97,7 @@ def _pictures(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> list[Pi
         text = "Dark is narrow or unlikely: a layer that was dropped goes dark, a block that was chosen goes bright."
         add("How it was decided", text, pictures.gates(rows, metrics["decisions"]))
     if any("expected" in row for row in rows):
-        figures = metrics["search"]
-        first, last = (figures[f"{which}_step_ms"] for which in ("first", "last"))
-        text = f"{figures['steps']} steps in {figures['seconds']:.0f} s; an image took {figures['relative_cost']:.2f} "
-        text += f"times what it takes to train the widest net. A step went from {first:.0f} to {last:.0f} ms."
-        add("The search", text, pictures.course(rows, run.limits))
+        add("The search", f"{effort_told(metrics['search'])}.", pictures.course(rows, run.limits))
     if {"predicted_ms", "measured_ms"} <= metrics["found"].keys():
         nets = {kind: (metrics[kind]["predicted_ms"], metrics[kind]["measured_ms"]) for kind in ("found", "uniform")}
         add("Latency", "On the dotted line, the table tells what is measured.", pictures.predicted(nets))

@@ -24,7 +24,7 @@ from dnas.units import UserError
 if sys.platform != "win32":
     import fcntl
 
-MAX_BYTES = 1_000_000  # of a config.json or metrics.json
+MAX_BYTES = 10_000_000  # of a config.json, which has the names of all classes, or a metrics.json
 
 
 def check_new_folder(path: str | Path) -> Path:

@@ -30,6 +30,7 @@ from dnas.train import (
     learner_data,
     load_learner,
     make_learner,
+    subsampled,
     train,
 )
 from dnas.units import Budget, UserError
@@ -261,7 +262,7 @@ def go_on(
     Several processes (`dnas.distributed`) search together; all need the same arguments, and get the same gates.
     """
     net, learner, draws = state.net, state.learner, state.draws
-    device = next(net.parameters()).device
+    device, safe = next(net.parameters()).device, subsampled(net, recipe)
     batches, held_out = batches_of(data, recipe, config, seed)
     gate_batches, total = cycle(held_out, state.gates_taught), recipe.epochs * len(batches)
     limits = {b.metric: b.limit for b in budgets}
@@ -304,7 +305,7 @@ def go_on(
         for of_part, labels in taken:
             if recipe.channels_last:
                 of_part = of_part.to(memory_format=torch.channels_last)
-            with autocast(device, recipe), shared_statistics():
+            with autocast(device, recipe), shared_statistics(), safe:
                 logits = net(of_part, net.soft(draws, 0 if checking else config.paths)).float()
             losses.append(F.cross_entropy(logits, labels, reduction="sum") / seen)
             if losses[-1].requires_grad:  # not when all that is left is decided

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from commands import goal, retrain_tool
 from PIL import Image
 
 
@@ -15,6 +16,15 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def trusted(monkeypatch):
+    """The folders that the tools would verify, in order: a process that imports torch and timm anew each time."""
+    folders = []
+    for tool in (goal, retrain_tool):
+        monkeypatch.setattr(tool, "verify_export", folders.append)
+    return folders
 
 
 @pytest.fixture

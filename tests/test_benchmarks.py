@@ -369,3 +369,12 @@ def test_nets_of_equal_latency_are_compared_by_search(tmp_path, monkeypatch, cap
     assert table["| ms"][1:] == ["2", "62.20", "-", "100", *ratios]
     assert table["| uniform"][5] == "1.100 [1.100, 1.100]"  # none was within: the fastest
     assert table["| uniform"][2] == "56.00"
+
+
+def test_the_widest_net_is_one_for_all_budgets(tmp_path, monkeypatch):
+    monkeypatch.setattr(iso_flops, "RESULTS", tmp_path)
+    tables = [iso_flops.Table(name) for name in ("digits", "digits_25", "prunet")]
+    row = {"kind": "training", "net": "full"}
+    tables[0].rows += [row | {"seed": k, "top1": top1} for k, top1 in enumerate((80.0, 90.0))]
+    tops = [iso_report.widest_top1(iso_flops.SETUPS[table.path.stem], tables) for table in tables]
+    assert tops == [85.0, 85.0, None]

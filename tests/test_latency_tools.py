@@ -195,7 +195,7 @@ def test_a_table_is_not_overwritten(table, monkeypatch, capsys):
     assert table.read_bytes() == before
 
 
-def test_a_search_for_milliseconds(planned, tmp_path, monkeypatch, capsys):
+def test_a_search_for_milliseconds(planned, tmp_path, trusted, monkeypatch, capsys):
     """The space comes from the table; networks take 1.2 x what it says, and are found by what they take."""
     costs = costs_of(toy_net(), planned_ms)
 
@@ -279,7 +279,7 @@ def test_tables_that_do_not_fit(planned, tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_insisting_on_a_table_of_another_device(planned, tmp_path, monkeypatch):
+def test_insisting_on_a_table_of_another_device(planned, tmp_path, trusted, monkeypatch):
     content = json.loads(planned.read_text())
     (tmp_path / "other.json").write_text(json.dumps({**content, "device": "another device"}))
     flags = ("--budget", f"{limits()[1]}ms", "--device", "cpu", "--dry-run", "--latency-table")

@@ -7,7 +7,7 @@ from dnas.arch import Space
 from dnas.cost import CostTable
 from dnas.derive import uniform_arch
 from dnas.macro import MacroSupernet
-from dnas.outcome import signs_of_collapse
+from dnas.outcome import over_budget, signs_of_collapse
 from dnas.timm_net import TimmBase, TimmSupernet
 from dnas.units import Budget
 from supernets import SUPERNETS
@@ -66,3 +66,10 @@ def test_a_search_for_widths_that_ends_at_the_uniform_net():
     for found, count in ((uniform, 1), (near, 1), (other, 0)):
         lines = signs_of_collapse(net.space, found, uniform, sure)
         assert len(lines) == count and all("within a step of the uniform net" in line for line in lines)
+
+
+def test_gates_that_end_over_the_budget():
+    limits = {"macs": 8e6, "params": 1e5}
+    assert over_budget({"macs": 8.3e6, "params": 5e4}, limits) == []
+    (line,) = over_budget({"macs": 9e6, "params": 5e4}, limits)
+    assert "at 9MFLOPs, over the budget of 8MFLOPs" in line and "; try a longer --search-epochs" in line

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
-from commands import call, check_refused, compare_tool, search_tool
+from commands import call, check_refused, compare_tool, goal, search_tool
 from playwright.sync_api import sync_playwright
 from tables import HEADER, costs_of, rows_of, stairs
 
@@ -26,6 +26,7 @@ from supernets import SUPERNETS
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # Meant: a browser is no Python package; .ci/run installs Debian's.
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+pytestmark = pytest.mark.usefixtures("trusted")
 FLAGS = ("--supernet", "toy", "--width-mult", 1, "--search-epochs", 4, "--epochs", 1, "--img-size", 8, "-b", 96)
 FLAGS += ("--budget", "40%", "--num-random", 1)
 
@@ -35,6 +36,7 @@ def runs(tmp_path_factory):
     """Two searches that differ in the seed; the second has seen the first."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(goal, "verify_export", lambda folder: None)
         for seed in (0, 1):
             assert call(search_tool, patch, *FLAGS, "--seed", seed, "--output", folder / f"<i>{seed}&") == 0
     return [folder / "<i>0&", folder / "<i>1&"]
@@ -197,11 +199,17 @@ def planted(seed, found, uniform, **args):
 ])  # fmt: skip
 def test_verdict(differences, word):
     runs = [planted(k, 50 + d, 50) for k, d in enumerate(differences)]
-    assert verdict(runs)[0] == word
+    assert verdict(runs)[0] == word and "validation" not in verdict(runs)[1]
     if len(differences) > 1:
         ends = scipy.stats.ttest_1samp(differences, 0).confidence_interval(0.95)
         assert interval(differences)[1:] == pytest.approx((ends.low, ends.high))
         assert f"[{ends.low:+.2f}, {ends.high:+.2f}]" in verdict(runs)[1]
+
+
+def test_one_run_says_what_an_image_is_worth():
+    run = planted(0, 50, 48)
+    told = verdict([Run(run.folder, run.args, {**run.metrics, "validation_images": 40})])[1]
+    assert "One of its 40 validation images is 2.50 points." in told
 
 
 def test_runs_are_one_experiment_if_they_differ_in_the_seed_only():

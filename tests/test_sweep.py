@@ -5,6 +5,7 @@ import json
 import pytest
 from commands import call, check_refused, cli, goal, search_tool
 
+pytestmark = pytest.mark.usefixtures("trusted")
 SHORT = ("--supernet", "toy", "--width-mult", 1, "--search-epochs", 3, "--epochs", 1, "--img-size", 8, "-b", 128)
 
 

@@ -35,7 +35,13 @@ SEARCH_ERRORS = [
     (["--budget", "1MFLOPs,10Params"], "10Params"),
     ([], "--budget"),
     (["--budget", "50%", "--supernet", "resnet"], "'resnet'"),
-    (["--budget", "50%", "--nonsense", "1"], "--nonsense"),
+    (["--budget", "50%", "--nonsense", "1"], "'--nonsense' ("),
+    (["--bugdet", "50%"], "'--bugdet': did you mean --budget?"),
+    (["--budget", "50%", "--epohcs", "1"], "'--epohcs': did you mean --epochs?"),
+    (
+        ["--budget", "50%", "--search-epoch=1", "--serach-epochs=3"],
+        "'--serach-epochs': did you mean --search-epochs?",
+    ),
     (["--budget", "50%", "--epochs", "0"], "--epochs 0"),
     (["--budget", "50%", "--epochs", "many"], "'many'"),
     (["--budget", "50%", "--search-epochs", "0"], "--search-epochs 0"),
@@ -115,7 +121,7 @@ def test_output_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
 
 
-def test_a_dry_run_leaves_the_folder_of_its_search_alone(tmp_path, monkeypatch):
+def test_a_dry_run_leaves_the_folder_of_its_search_alone(tmp_path, trusted, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(search_tool, monkeypatch, "--supernet", "toy", "--budget", "50%", "--img-size", 8, "--dry-run") == 0
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["toy-50pc-0-dry"]
@@ -126,9 +132,8 @@ def test_a_dry_run_leaves_the_folder_of_its_search_alone(tmp_path, monkeypatch):
     [(name, percent) for name in ("prunet", "mobilenet_v2") for percent in (10, 20, 30, 40, 50, 60, 70, 80, 90)]
     + [("toy", percent) for percent in (10, 30, 50, 70, 80)],
 )
-def test_dry_run_reaches_every_budget(supernet, percent, tmp_path, monkeypatch, capsys):
+def test_dry_run_reaches_every_budget(supernet, percent, tmp_path, trusted, monkeypatch, capsys):
     out = tmp_path / "run"
-    monkeypatch.setattr(goal, "verify_export", lambda folder: None)  # once below is enough: it starts a process
     flags = ("--budget", f"{percent}%", "--supernet", supernet, "--dry-run", "--output", out)
     assert call(search_tool, monkeypatch, *flags) == 0, capsys.readouterr().err
     document = read_arch(out / "arch.json")
@@ -172,11 +177,13 @@ def test_a_run_ends_with_all_its_files(finished_run):
         assert {"macs", "params", "top1", "epochs"} <= set(net)
         ratios = [net[row["metric"]] / row["limit"] for row in metrics["budget"]]
         assert 0.98 <= max(ratios) <= 1.0
+    assert metrics["validation_images"] == 360
+    assert json.loads((finished_run / "config.json").read_text())["class_names"] == list("0123456789")
     history = [json.loads(line) for line in (finished_run / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history] == list(range(metrics["search"]["steps"]))
 
 
-def test_a_search_that_learned_nothing_says_so(tmp_path, monkeypatch, capsys):
+def test_a_search_that_learned_nothing_says_so(tmp_path, trusted, monkeypatch, capsys):
     flags = ("--budget", "50%", "--img-size", "8", "--width-mult", "0.25", "--search-epochs", "1", "--epochs", "1")
     assert call(search_tool, monkeypatch, *flags, "-b", "128", "--lr", "1e-9", "--output", tmp_path / "run") == 0
     out = capsys.readouterr()
@@ -196,9 +203,13 @@ def test_a_run_loads_without_dnas(finished_run):
 
 def test_retrain_and_export_from_a_run(finished_run, tmp_path, monkeypatch, capsys):
     out = tmp_path / "again"
-    flags = (finished_run, "--epochs", "1", "-b", "256", "--output", out)
+    flags = (finished_run, "--epochs", "1", "-b", "256", "--output", out, "--name", "longer")
     assert call(retrain_tool, monkeypatch, *flags) == 0
-    assert json.loads((out / "metrics.json").read_text())["found"]["epochs"] == 1
+    row = json.loads((out / "metrics.json").read_text())["found"]
+    before = json.loads((finished_run / "metrics.json").read_text())["found"]["top1"]
+    assert row["epochs"] == 1 and read_arch(out / "arch.json")["name"] == "longer"
+    assert f"top-1 {row['top1']:.2f} % ({before:.2f} % in {finished_run})" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["class_names"] == list("0123456789")
     assert (out / "model.safetensors").exists()
     assert call(export_tool, monkeypatch, finished_run, "--output", tmp_path / "named", "--name", "my_net") == 0
     assert "def my_net(" in (tmp_path / "named" / "model.py").read_text()
@@ -206,11 +217,13 @@ def test_retrain_and_export_from_a_run(finished_run, tmp_path, monkeypatch, caps
     check_refused(call(retrain_tool, monkeypatch, finished_run, "--output", out), capsys, str(out))
     wrong = call(retrain_tool, monkeypatch, finished_run, "--img-size", "24", "--output", tmp_path / "other")
     check_refused(wrong, capsys, "img_size")
+    named = call(retrain_tool, monkeypatch, finished_run, "--name", "resnet50", "--output", tmp_path / "other")
+    check_refused(named, capsys, "resnet50")
     check_refused(call(retrain_tool, monkeypatch, tmp_path, "--output", tmp_path / "o"), capsys, "arch.json")
     assert not (tmp_path / "other").exists()
 
 
-def test_a_whole_run_with_a_network_of_timms(tmp_path, monkeypatch, capsys):
+def test_a_whole_run_with_a_network_of_timms(tmp_path, trusted, monkeypatch, capsys):
     out, again = tmp_path / "run", tmp_path / "again"
     flags = ["--model", "test_resnet", "--model-kwargs", "layers=[1,2,1,1]", "--budget", "40%", "--divisor", "4"]
     flags += ["--search-epochs", "3", "--epochs", "1", "-b", "128", "--in-chans", "1", "--output", out]
@@ -221,12 +234,13 @@ def test_a_whole_run_with_a_network_of_timms(tmp_path, monkeypatch, capsys):
     assert 0.98 * metrics["budget"][0]["limit"] <= metrics["found"]["macs"] <= metrics["budget"][0]["limit"]
     assert metrics["found"]["macs"] == document["macs"]
     assert call(retrain_tool, monkeypatch, out, "--epochs", "1", "-b", "256", "--output", again) == 0
+    assert trusted == [out, out, again]  # once exported, and again with weights
     assert call(export_tool, monkeypatch, again, "--check") == 0
     too_much = (out, "--epochs", "1", "--drop-path", "0.1", "--output", tmp_path / "other")
     assert call(retrain_tool, monkeypatch, *too_much) == 0  # a ResNet takes it
 
 
-def test_retraining_takes_the_data_of_the_run(image_folder, tmp_path, monkeypatch, capsys):
+def test_retraining_takes_the_data_of_the_run(image_folder, tmp_path, trusted, monkeypatch, capsys):
     run, out = tmp_path / "run", tmp_path / "again"
     flags = ("--budget", "50%", "--data-dir", image_folder, "--img-size", "16", "--dry-run", "--output", run)
     assert call(search_tool, monkeypatch, *flags) == 0
@@ -257,12 +271,12 @@ def test_a_model_file_that_was_changed_fails_the_check(finished_run, tmp_path, m
 
 
 @pytest.mark.parametrize("where", ["search", "training"])
-def test_an_interrupted_run_leaves_no_folder_unless_a_network_was_found(where, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_no_folder_unless_a_network_was_found(where, tmp_path, trusted, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(goal, "run_search" if where == "search" else "train_arch", interrupt)
-    monkeypatch.setattr(goal, "search_figures", lambda *args: {"gate_loss": 0.0})
+    monkeypatch.setattr(goal, "search_figures", lambda *args: {"gate_loss": 0.0, "expected": {"macs": 0.0}})
     if where == "training":
         monkeypatch.setattr(goal, "run_search", lambda *args, **kwargs: None)
     out = tmp_path / "run"
@@ -278,7 +292,7 @@ def test_a_changed_arch_file_is_refused(finished_run, tmp_path, monkeypatch, cap
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tar_of_images_is_read(image_folder, tmp_path, monkeypatch):
+def test_a_tar_of_images_is_read(image_folder, tmp_path, trusted, monkeypatch):
     path = tmp_path / "images.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         tar.add(image_folder, ".")

@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import ctypes
+import difflib
 import errno
 import shutil
 import signal
@@ -364,6 +365,12 @@ class OneLineParser(argparse.ArgumentParser):
                 joined[-1] += f"={given}"
             else:
                 joined.append(given)
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for word in joined:  # before argparse misses what a misspelt flag was to give
+            name = word.partition("=")[0]
+            if len(name) > 2 and name.startswith("--") and not any(flag.startswith(name) for flag in known):
+                near = difflib.get_close_matches(name, known, 1, 0.8)
+                self.error(f"unknown argument {name!r}" + (f": did you mean {near[0]}?" if near else ""))
         return super().parse_args(joined)
 
     def error(self, message: str) -> None:  # type: ignore[override]

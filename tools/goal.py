@@ -32,9 +32,11 @@ from dnas.export import arch_document, build_net, count_macs, save_weights, veri
 from dnas.latency import LatencyTable
 from dnas.outcome import (
     decisions_told,
+    effort_told,
     facts,
     layers_told,
     no_better_than_a_guess,
+    over_budget,
     search_figures,
     signs_of_collapse,
 )
@@ -237,6 +239,7 @@ def search_stage(
         uniform, even_tables = in_time(plan, goal, lambda tables: uniform_arch(net.space, tables, goal.budgets))
     distributions = {name: p.detach() for name, p in net.probabilities().items()}
     signs = no_better_than_a_guess(figures["gate_loss"], data.num_classes)
+    signs += over_budget(figures["expected"], {b.metric: b.limit for b in goal.budgets})
     signs += signs_of_collapse(net.space, found, uniform, distributions)
     for line in signs:
         console.print(f"warning: {line}", soft_wrap=True)
@@ -289,6 +292,7 @@ def find(plan: Plan, goal: Goal, journal: Journal, begun: Callable[[bool], Begun
             trained[what]["measured_ms"] = ms
     return {
         **first,
+        "validation_images": plan.data.num_val,
         "found": trained.pop("found"),
         "uniform": trained.pop("uniform"),
         "random": [*trained.values()],
@@ -307,10 +311,8 @@ def print_table(folder: Path, name: str, metrics: dict) -> None:
     if metrics["random"]:
         tops = [row["top1"] for row in metrics["random"]]
         console.print(f"random nets at the same cost, top-1: {', '.join(f'{t:.2f}' for t in tops)} %")
-    figures = metrics["search"]
     for line in (
-        f"search: {figures['seconds']:.0f} s, an image {figures['relative_cost']:.2f} x training the widest net; "
-        f"a step went from {figures['first_step_ms']:.0f} to {figures['last_step_ms']:.0f} ms",
+        f"search: {effort_told(metrics['search'])}",
         f"files: {folder}/model.py (import it, then timm.create_model({name!r}, pretrained=True)), "
         f"model.safetensors, report.html, arch.json, metrics.json, history.jsonl, config.json",
         f"next: python tools/retrain.py {folder} --epochs 100 --output {folder}-retrained",

@@ -28,7 +28,8 @@ from cli import (
 from timm.utils import random_seed
 
 from dnas.checkpoint import WORTH_KEEPING, Journal
-from dnas.export import build_net, read_arch, save_weights, verify_export, write_export
+from dnas.export import build_net, check_name, read_arch, save_weights, verify_export, write_export
+from dnas.outcome import read_run
 from dnas.plain import read_json
 from dnas.runs import MAX_BYTES, provenance, run_folder, write_json
 from dnas.train import train_from_scratch
@@ -49,11 +50,22 @@ def inherit_data(args: argparse.Namespace, source: Path) -> None:
         raise UserError(f"{config} does not tell the data of the run: --data-dir or --dataset is needed") from None
 
 
+def before(source: Path, args: argparse.Namespace) -> str:
+    """What the run that the net is from said of it, if it is a complete one on the same data."""
+    try:
+        run = read_run(source if source.is_dir() else source.parent)
+    except UserError:
+        return ""
+    same = all(run.args.get(key) == getattr(args, key) for key in ("data_dir", "dataset"))
+    return f" ({run.metrics['found']['top1']:.2f} % in {source})" if same else ""
+
+
 def parser() -> OneLineParser:
     """All flags."""
     p = OneLineParser(description=__doc__)
     p.add_argument("run", nargs="?", help="run folder with an arch.json, or the arch.json itself")
     p.add_argument("--output", help="new run folder")
+    p.add_argument("--name", help="name of the exported model (default: the one it has)")
     add_resume_flags(p, p)
     add_data_flags(p)
     p.set_defaults(in_chans=None)
@@ -76,13 +88,15 @@ def main() -> None:
     for key in ("num_classes", "in_chans", "img_size"):
         if document[key] != getattr(data, key):
             raise UserError(f"{source} was found for {key} {document[key]}, the data has {getattr(data, key)}")
-    document |= {"mean": data.mean, "std": data.std}
+    document |= {"mean": data.mean, "std": data.std, "name": args.name or document["name"]}
+    check_name(document["name"])
     random_seed(args.seed)
     rates = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
     model = build_net(document["net"], num_classes=data.num_classes, in_chans=data.in_chans, **rates).to(device)
     steps = recipe.epochs * len(data.train_batches(recipe.batch_size, seed=args.seed))
     costs = {metric: document[metric] for metric in ("macs", "params")}
     config = {"argv": argv, "args": vars(args), "recipe": asdict(recipe), "provenance": provenance(device)}
+    config["class_names"] = data.class_names
     with run_folder(folder, keep_if=WORTH_KEEPING):
         if not args.resume:
             write_json(folder / "config.json", config)
@@ -93,12 +107,12 @@ def main() -> None:
             write_export(folder, document)
             save_weights(model, folder)
             verify_export(folder)
-            write_json(folder / "metrics.json", {"budget": document["budget"], "found": costs | row})
+            metrics = {"budget": document["budget"], "validation_images": data.num_val, "found": costs | row}
+            write_json(folder / "metrics.json", metrics)
         journal.close()
     row = read_json(folder / "metrics.json", MAX_BYTES)["found"]
-    console.print(
-        f"{document['name']}: {', '.join(show(m, cost) for m, cost in costs.items())}, top-1 {row['top1']:.2f} %"
-    )
+    reached = ", ".join(show(m, cost) for m, cost in costs.items())
+    console.print(f"{document['name']}: {reached}, top-1 {row['top1']:.2f} %{before(source, args)}", soft_wrap=True)
     console.print(f"files: {folder}/model.py, model.safetensors, arch.json, metrics.json, config.json", soft_wrap=True)
 
 

@@ -184,6 +184,7 @@ def main() -> None:
     goals = make_goals(plan, asked, Path(output), name)
     introduce(plan)
     config = {"argv": argv, "args": vars(args), "space": asdict(plan.net.outline), "provenance": plan.info}
+    config["class_names"] = plan.data.class_names
     if args.dry_run:
         for goal in goals if rank() == 0 else ():
             with run_folder(goal.folder):

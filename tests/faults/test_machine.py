@@ -13,6 +13,7 @@ import pytest
 import torch
 from commands import call, goal, retrain_tool, search_tool
 
+pytestmark = pytest.mark.usefixtures("trusted")
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 FLAGS = ("--supernet", "toy", "--width-mult", 1, "--search-epochs", 2, "--epochs", 1, "--img-size", 8, "-b", 128)
 FLAGS += ("--budget", "40%", "--checkpoint-every", 0)
