@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dnas.checkpoint import LAST, write_checkpoint
+from dnas.runs import MAX_BYTES
 
 TOY = [
     "--supernet",
@@ -55,7 +56,7 @@ CONFIGS = [
     ('{"argv": ["--budget", "50%", "--supernet", "__import__"]}', "__import__"),
     ('{"argv": ["--budget", "50%"], "x": NaN}', "does not tell"),
     ('{"argv": ' + "[" * 5000 + "]" * 5000 + "}", "does not tell"),
-    ('{"argv": ["' + "x" * 1_000_001 + '"]}', "does not tell"),
+    ('{"argv": ["' + "x" * MAX_BYTES + '"]}', "does not tell"),
 ]
 
 
