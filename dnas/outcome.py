@@ -268,8 +268,8 @@ def verdict(runs: Sequence[Run]) -> tuple[str, str]:
     if found is None:
         return "alone", "The net was trained; there is no uniform net beside it to compare it with."
     mean, low, high = found
-    side = "above" if mean >= 0 else "below"
-    told = f"The found net is {abs(mean):.2f} points {side} the uniform net of the same budget"
+    side = f"{abs(mean):.2f} points {'above' if mean > 0 else 'below'}" if round(mean, 2) else "level with"
+    told = f"The found net is {side} the uniform net of the same budget"
     if len(runs) == 1:
         images = runs[0].metrics.get("validation_images")
         more = f" One of its {images} validation images is {100 / images:.2f} points." if images else ""

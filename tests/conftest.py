@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from commands import goal, retrain_tool
+from commands import trust
 from PIL import Image
 
 
@@ -20,11 +20,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def trusted(monkeypatch):
-    """The folders that the tools would verify, in order: a process that imports torch and timm anew each time."""
-    folders = []
-    for tool in (goal, retrain_tool):
-        monkeypatch.setattr(tool, "verify_export", folders.append)
-    return folders
+    """The folders that the tools would verify, in order; see `commands.trust`."""
+    return trust(monkeypatch)
 
 
 @pytest.fixture

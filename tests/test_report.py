@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
-from commands import call, check_refused, compare_tool, goal, search_tool
+from commands import call, check_refused, compare_tool, search_tool, trust
 from playwright.sync_api import sync_playwright
 from tables import HEADER, costs_of, rows_of, stairs
 
@@ -36,7 +36,7 @@ def runs(tmp_path_factory):
     """Two searches that differ in the seed; the second has seen the first."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(goal, "verify_export", lambda folder: None)
+        trust(patch)
         for seed in (0, 1):
             assert call(search_tool, patch, *FLAGS, "--seed", seed, "--output", folder / f"<i>{seed}&") == 0
     return [folder / "<i>0&", folder / "<i>1&"]
@@ -204,6 +204,11 @@ def test_verdict(differences, word):
         ends = scipy.stats.ttest_1samp(differences, 0).confidence_interval(0.95)
         assert interval(differences)[1:] == pytest.approx((ends.low, ends.high))
         assert f"[{ends.low:+.2f}, {ends.high:+.2f}]" in verdict(runs)[1]
+
+
+@pytest.mark.parametrize("found, side", [(52.5, "2.50 points above"), (49.5, "0.50 points below"), (50, "level with")])
+def test_verdict_of_one_run(found, side):
+    assert verdict([planted(0, found, 50)])[1].startswith(f"The found net is {side} the uniform net")
 
 
 def test_one_run_says_what_an_image_is_worth():

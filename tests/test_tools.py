@@ -185,9 +185,11 @@ def test_a_run_ends_with_all_its_files(finished_run):
 
 def test_a_search_that_learned_nothing_says_so(tmp_path, trusted, monkeypatch, capsys):
     flags = ("--budget", "50%", "--img-size", "8", "--width-mult", "0.25", "--search-epochs", "1", "--epochs", "1")
-    assert call(search_tool, monkeypatch, *flags, "-b", "128", "--lr", "1e-9", "--output", tmp_path / "run") == 0
+    flags += ("-b", "128", "--lr", "1e-9", "--gate-lr", "0.001", "--output", tmp_path / "run")
+    assert call(search_tool, monkeypatch, *flags) == 0
     out = capsys.readouterr()
-    assert "warning: the search ended at a loss of 2." in " ".join((out.out + out.err).split())
+    for line in ("the search ended at a loss of 2.", "the gates ended at "):
+        assert f"warning: {line}" in " ".join((out.out + out.err).split())
     figures = json.loads((tmp_path / "run" / "metrics.json").read_text())["search"]
     history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     losses = [row["gate_loss"] for row in history if "gate_loss" in row]
