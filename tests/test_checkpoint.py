@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 def prunet():
     """The default space with up to two layers a stage."""
-    macro = SUPERNETS["prunet"](num_classes=10, img_size=8, width_mult=0.4)
+    macro = SUPERNETS["prunet"](num_classes=10, img_size=8, width_mult=0.2)
     return MacroSupernet(replace(macro, stages=tuple(replace(s, depth=min(s.depth, 2)) for s in macro.stages)))
 
 
@@ -61,13 +61,13 @@ def in_parts(folder, afters, part):
 
 
 @pytest.mark.parametrize("make, recipe", [
-    (prunet, Recipe(epochs=8, batch_size=32, smoothing=0.0)),
-    (markov, Recipe(epochs=8, batch_size=32, opt="sgd", lr=0.05, clip_grad=1.0)),
-    (resnet, Recipe(epochs=6, batch_size=32, opt="lamb")),
+    (prunet, Recipe(epochs=8, batch_size=16, smoothing=0.0)),
+    (markov, Recipe(epochs=8, batch_size=16, opt="sgd", lr=0.05, clip_grad=1.0)),
+    (resnet, Recipe(epochs=6, batch_size=16, opt="lamb")),
 ])  # fmt: skip
 def test_a_search_goes_on_to_the_bit(make, recipe, tmp_path):
     """Stopped in the warm-up, between and after cuts, each time with a net that is built anew."""
-    data, config = load_data(img_size=8).take(720), SearchConfig()
+    data, config = load_data(img_size=8).take(360), SearchConfig()
 
     def part(journal):
         torch.manual_seed(0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from forks import FORKS
 from timm.utils import random_seed
 from torch import nn
 
@@ -36,7 +37,7 @@ def _joined(number, work, folder, count):
 
 def by(count, work, folder):
     """What ``work()`` returns in each of ``count`` processes that train together."""
-    mp.spawn(_joined, (work, folder, count), nprocs=count)
+    mp.start_processes(_joined, (work, folder, count), nprocs=count, start_method=FORKS.get_start_method())
     return [torch.load(f"{folder}/{k}.pt", weights_only=False) for k in range(count)]
 
 

@@ -93,11 +93,11 @@ def test_planted_answer_is_the_best_of_its_neighbours():
 def small_search():
     """A short search of the default space on the digits, at 8 px to be quick."""
     torch.manual_seed(0)
-    data = load_data(img_size=8).take(720)
-    net = MacroSupernet(SUPERNETS["prunet"](num_classes=10, img_size=8, width_mult=0.4))
+    data = load_data(img_size=8).take(360)
+    net = MacroSupernet(SUPERNETS["prunet"](num_classes=10, img_size=8, width_mult=0.2))
     tables, rows = tables_of(net), []
     budgets = resolve_budgets(tables, parse_budget("40%"))
-    recipe = Recipe(epochs=8, batch_size=32, smoothing=0.0)
+    recipe = Recipe(epochs=8, batch_size=16, smoothing=0.0)
     search(net, tables, budgets, data, recipe, SearchConfig(), seed=0, on_row=rows.append)
     return net, tables, budgets, rows
 
@@ -107,7 +107,7 @@ def test_a_copy_of_a_search_goes_on_as_the_search_itself(until, small_search):
     """Stopped in the warm-up, in the middle of an epoch, after parts were cut off: bit for bit as without a stop."""
     done, tables, budgets, rows = small_search
     torch.manual_seed(0)
-    given = (load_data(img_size=8).take(720), Recipe(epochs=8, batch_size=32, smoothing=0.0), SearchConfig())
+    given = (load_data(img_size=8).take(360), Recipe(epochs=8, batch_size=16, smoothing=0.0), SearchConfig())
     net, seen = MacroSupernet(done.outline), []
     state = begin(net, tables, *given, seed=0)
     go_on(state, tables, () if until == 0.2 else budgets, *given, seed=0, on_row=seen.append, until=until)

@@ -6,10 +6,16 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
+from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
+from commands import cli, retrain_tool, search_tool
+from forks import FORKS
 
 from dnas.runs import run_folder
 
@@ -18,35 +24,43 @@ SEARCH = ["--supernet", "toy", "--width-mult", "1", "--search-epochs", "5", "--e
 SEARCH += ["-b", "96", "--budget", "40%", "--num-random", "1", "--name", "found", "--checkpoint-every", "0"]
 RETRAIN = ["--epochs", "6", "-b", "64", "--model-ema-decay", "0.9", "--mixup", "0.2", "--drop", "0.1"]
 RETRAIN += ["--checkpoint-every", "0"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+TOOLS = {"search": search_tool, "retrain": retrain_tool}
 
-# Calls a tool, and kills it in place of the n-th call of a function of os: those that a checkpoint is written by.
-KILLED = """
-import os, runpy, signal, sys
-name, _, at = sys.argv[1].partition(":")
-real, left = getattr(os, name), int(at)
-def call(*args, **kwargs):
-    global left
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kwargs)
-setattr(os, name, call)
-sys.argv = sys.argv[2:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+
+def forked(tool, args, said, killed_at):
+    """A tool in this process; killed in place of the n-th call of a function of os that a checkpoint is written by."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(said, os.O_WRONLY), 2)
+    if killed_at:
+        name, at = killed_at.split(":")
+        real, calls = getattr(os, name), count(1)
+
+        def call(*given, **named):
+            if next(calls) == int(at):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*given, **named)
+
+        setattr(os, name, call)
+    sys.argv = [tool, *args]
+    cli.run(TOOLS[tool].main)
 
 
 def start(tool, *args, killed_at=""):
-    command = [sys.executable, *(["-c", KILLED, killed_at] if killed_at else []), ROOT / "tools" / f"{tool}.py"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.Popen([*command, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
+    said = tempfile.NamedTemporaryFile("r")  # noqa: SIM115  its name is given away; it goes with the process
+    process = FORKS.Process(target=forked, args=(tool, [*map(str, args)], said.name, killed_at), daemon=True)
+    process.start()
+    process.said = said
+    return process
 
 
 def end(process):
     """(exit code, what it said)"""
-    said = process.communicate(timeout=300)[1].decode()
-    return process.returncode, said
+    process.join(300)
+    assert process.exitcode is not None
+    return process.exitcode, process.said.read()
 
 
 def finish(tool, run):
@@ -75,12 +89,15 @@ def check_same(run, whole):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Tool -> (its flags, what a run that was left alone ended with)."""
+    """Tool -> (its flags, what a run that was left alone ended with, in a Python with another order of sets)."""
     folder = tmp_path_factory.mktemp("whole")
     searched, retrained = folder / "search", folder / "retrain"
-    assert end(start("search", *SEARCH, "--output", searched)) == (0, "")
-    assert end(start("retrain", searched, *RETRAIN, "--output", retrained)) == (0, "")
-    return {"search": (SEARCH, searched), "retrain": ([searched, *RETRAIN], retrained)}
+    runs = {"search": (SEARCH, searched), "retrain": ([searched, *RETRAIN], retrained)}
+    for tool, (flags, run) in runs.items():
+        command = [sys.executable, ROOT / "tools" / f"{tool}.py", *flags, "--output", run]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ONE_THREAD)
+        assert (done.returncode, done.stderr) == (0, "")
+    return runs
 
 
 @pytest.mark.parametrize("tool, moments", [
@@ -100,7 +117,7 @@ def test_killed_while_a_file_is_written(tool, moments, whole, tmp_path):
 
 def wait_for(process, path, rows):
     while not (path.exists() and len(path.read_text().splitlines()) >= rows):
-        assert process.poll() is None, end(process)
+        assert process.exitcode is None, end(process)
         time.sleep(0.01)
 
 
@@ -109,7 +126,7 @@ def test_a_signal_stops_between_steps_and_a_folder_has_one_writer(whole, tmp_pat
     run = tmp_path / "run"
     process = start("search", *flags, "--output", run, "--checkpoint-every", "1000")
     wait_for(process, run / "history.jsonl", 10)
-    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
     assert end(process) == (143, f"stopped: --resume {run} goes on from here\n")
     with run_folder(run):
         code, said = end(start("search", "--resume", run))
@@ -117,7 +134,7 @@ def test_a_signal_stops_between_steps_and_a_folder_has_one_writer(whole, tmp_pat
     steps = len((run / "history.jsonl").read_text().splitlines())
     process = start("search", "--resume", run)
     wait_for(process, run / "history.jsonl", steps + 10)
-    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     assert end(process)[0] == 130
     damaged = bytearray((run / "checkpoint.pt").read_bytes())
     damaged[len(damaged) // 2] ^= 255
@@ -136,9 +153,8 @@ def test_killed_at_random_moments(tool, kills, whole, tmp_path):
         while done < kills:
             begun = (run / "config.json").exists()
             process = start(tool, *(("--resume", run) if begun else (*flags, "--output", run)))
-            try:
-                process.wait(rng.uniform(2, 14))
-            except subprocess.TimeoutExpired:
+            process.join(rng.uniform(0.5, 8))
+            if process.exitcode is None:
                 process.kill()
                 done += 1
             if end(process)[0] == 0:
