@@ -10,9 +10,6 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 SEARCH_FLAGS = --budget $(BUDGET) --search-epochs 20 --epochs 18 $(ARGS)
 
 PY = $(VENV)/bin/python
-# Threads that wait let others run: on a busy machine spinning ones make every step several times slower.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .DEFAULT_GOAL := help
 .PHONY: help search test test-faults lint format check wheel clean
 

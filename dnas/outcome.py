@@ -60,7 +60,8 @@ def no_better_than_a_guess(loss: float, num_classes: int) -> list[str]:
     guess = math.log(num_classes)
     if loss < 0.98 * guess:
         return []
-    said = f"the search ended at a loss of {loss:.2f}, which is not even 2 % below a guess's {guess:.2f}"
+    than = "worse than" if loss > guess else "not even 2 % below"
+    said = f"the search ended at a loss of {loss:.2f}, which is {than} a guess's {guess:.2f}"
     return [f"{said}: its gates had nothing to go by; try another --lr or a longer --search-epochs"]
 
 
@@ -272,9 +273,9 @@ def verdict(runs: Sequence[Run]) -> tuple[str, str]:
     told = f"The found net is {side} the uniform net of the same budget"
     if len(runs) == 1:
         images = runs[0].metrics.get("validation_images")
-        more = f" One of its {images} validation images is {100 / images:.2f} points." if images else ""
+        more = f" One validation image of {images} is {100 / images:.2f} points." if images else ""
         more += " On small runs the noise of a training is over a point: repeat with other values of --seed"
-        more += ". Their pages count this run if they lie beside it; tools/compare.py counts all."
+        more += ". The page of a run counts those beside it; tools/compare.py counts any."
         return "open", f"{told}, in one run.{more}"
     told += f": {mean:+.2f} [{low:+.2f}, {high:+.2f}] over {len(runs)} seeds, with the 95 % interval."
     if low > 0:
@@ -283,17 +284,17 @@ def verdict(runs: Sequence[Run]) -> tuple[str, str]:
 
 
 def facts(metrics: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of text: what was asked for, expected by the gates, found, and the uniform net's. Empty where not known."""
+    """Rows of text: found, the uniform net's, what was asked for, expected by the gates. Empty where not known."""
     found, uniform = metrics["found"], metrics.get("uniform", {})
     limits = {row["metric"]: row["limit"] for row in metrics["budget"]}
     expected = metrics.get("search", {}).get("expected", {})
     rows = []
     for metric, text in (("macs", "MACs"), ("params", "parameters"), ("ms", "latency")):
         asked = [limits.get(metric), expected.get(metric) if metric in limits else None]
-        values = [*asked, found.get(metric), uniform.get(metric)]
+        values = [found.get(metric), uniform.get(metric), *asked]
         if any(v is not None for v in values):
             rows.append([text, *("" if v is None else show(metric, v) for v in values)])
     if "measured_ms" in found:
-        rows.append(["measured", "", "", *(show("ms", net["measured_ms"]) for net in (found, uniform))])
+        rows.append(["measured", *(show("ms", net["measured_ms"]) for net in (found, uniform)), "", ""])
     tops = (f"{net['top1']:.2f} %" if "top1" in net else "" for net in (found, uniform))
-    return [*rows, ["top-1", "", "", *tops]]
+    return [*rows, ["top-1", *tops, "", ""]]

@@ -49,7 +49,7 @@ def write_report(folder: Path) -> None:
     history = folder / "history.jsonl"
     rows = [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
     word, sentence = verdict(runs)
-    heads = ["", "budget", "expected", "found", "uniform"]
+    heads = ["", "found", "uniform", "budget", "expected"]
     tables = [("", heads, facts(metrics))]
     if len(runs) > 1:
         lines = []

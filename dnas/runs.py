@@ -32,7 +32,9 @@ def check_new_folder(path: str | Path) -> Path:
     folder = Path(path)
     try:
         if folder.exists() and (not folder.is_dir() or {*folder.iterdir()} - {*_half_written(folder)}):
-            raise UserError(f"--output {str(path)!r} exists already: expected a new or an empty folder")
+            raise UserError(
+                f"--output {str(path)!r} exists already: expected a new or an empty folder, or --resume of that run"
+            )
         parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         if not parent.is_dir():
             raise UserError(f"--output {str(path)!r} lies in {str(parent)!r}, which is no folder")

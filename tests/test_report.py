@@ -214,7 +214,7 @@ def test_verdict_of_one_run(found, side):
 def test_one_run_says_what_an_image_is_worth():
     run = planted(0, 50, 48)
     told = verdict([Run(run.folder, run.args, {**run.metrics, "validation_images": 40})])[1]
-    assert "One of its 40 validation images is 2.50 points." in told
+    assert "One validation image of 40 is 2.50 points." in told
 
 
 def test_runs_are_one_experiment_if_they_differ_in_the_seed_only():

@@ -1,12 +1,18 @@
 """The command lines: a table of wrong inputs, a dry run, and one small run from budget to trained model."""
 
 import json
+import os
 import platform
+import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import call, check_refused, cli, export_tool, goal, retrain_tool, search_tool
@@ -17,6 +23,7 @@ from dnas.macro import space_of
 from dnas.outcome import no_better_than_a_guess
 from supernets import SUPERNETS
 
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
 
@@ -273,9 +280,11 @@ def test_a_model_file_that_was_changed_fails_the_check(finished_run, tmp_path, m
 
 
 @pytest.mark.parametrize("where", ["search", "training"])
-def test_an_interrupted_run_leaves_no_folder_unless_a_network_was_found(where, tmp_path, trusted, monkeypatch):
+def test_an_interrupted_run_leaves_no_folder_unless_a_network_was_found(where, tmp_path, trusted, monkeypatch, capsys):
     def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
+        if where == "search":
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(goal, "run_search" if where == "search" else "train_arch", interrupt)
     monkeypatch.setattr(goal, "search_figures", lambda *args: {"gate_loss": 0.0, "expected": {"macs": 0.0}})
@@ -284,6 +293,39 @@ def test_an_interrupted_run_leaves_no_folder_unless_a_network_was_found(where, t
     out = tmp_path / "run"
     assert call(search_tool, monkeypatch, "--budget", "50%", "--img-size", "16", "--output", out) == 130
     assert out.exists() == (where == "training")
+    told = f"stopped: --resume {out} goes on from here\n" if out.exists() else "interrupted\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_dry_run_can_be_asked_for_again(tmp_path, trusted, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        assert call(search_tool, monkeypatch, "--budget", "50%", "--supernet", "toy", "--dry-run") == 0
+    names = [f"toy-50pc-0-dry{end}" for end in ("", "-2", "-3")]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == names
+    assert [folder.name for folder in trusted] == names
+
+
+def test_a_log_has_a_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=count(step=25).__next__))  # seconds
+    with cli.progress_bar("searching", 9) as advance:
+        for _ in range(9):
+            advance("1M alive")
+    assert capsys.readouterr().out.splitlines() == [f"searching 1M alive: {k} of 9" for k in (3, 6, 9)]
+
+
+def test_threads_that_wait_let_others_run(monkeypatch):
+    for given, told in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)):
+        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        runpy.run_module("before_torch")
+        assert os.environ.get("GOMP_SPINCOUNT") == told
+    for name in ("search", "retrain", "profile_latency"):
+        lines = (ROOT / "tools" / f"{name}.py").read_text().splitlines()
+        loads = [k for k, line in enumerate(lines) if re.match(r"(import|from) (torch|cli|goal|timm|dnas)\b", line)]
+        assert lines.index("import before_torch  # noqa: F401") < loads[0]
 
 
 def test_a_changed_arch_file_is_refused(finished_run, tmp_path, monkeypatch, capsys):

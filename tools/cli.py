@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from timm.utils import ParseKwargs
 
-from dnas.checkpoint import Journal, Stopped, of_this_run
+from dnas.checkpoint import WORTH_KEEPING, Journal, Stopped, of_this_run
 from dnas.data import Data, load_data
 from dnas.distributed import processes, rank
 from dnas.latency import LatencyTable, check_use, read_table
@@ -35,6 +36,7 @@ from dnas.units import UserError
 from supernets import SUPERNETS
 
 console = Console(highlight=False)
+EVERY_S = 60.0  # between two lines on progress in a log
 Trained = TypeVar("Trained")
 # fvcore scripts its helpers when it is imported, which newer torch deprecates: nothing that a user could mend.
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
@@ -104,7 +106,11 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dataset", default="", help="'digits' (embedded; the default) or one of timm's torch/... names"
     )
-    group.add_argument("--img-size", type=int, help="image side in pixels (default: 32 for digits, else the data's)")
+    group.add_argument(
+        "--img-size",
+        type=int,
+        help="image side in pixels (default: 32 for digits, 224 for a folder, as they are in a .tar.gz)",
+    )
     group.add_argument("--in-chans", type=int, default=3, help="image channels (default 3)")
     group.add_argument("--num-classes", type=int, help="checked against the data")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -170,7 +176,8 @@ def flags_of(parser: "OneLineParser") -> tuple[argparse.Namespace, list[str]]:
         raise UserError(f"--resume {args.resume!r}: {config} does not tell the flags of a run") from None
     found = parser.parse_args(argv)
     if found.resume is not None or getattr(found, "dry_run", False):
-        raise UserError(f"--resume {args.resume!r}: {config} is of no run that can go on")
+        what = "a dry run" if getattr(found, "dry_run", False) else "no run"
+        raise UserError(f"--resume {args.resume!r}: {config} is of {what}: one that was stopped is expected")
     if (getattr(found, "sweep", None) is not None) != (config != configs[0]):
         raise UserError(
             f"--resume {args.resume!r} is one budget of a sweep: --resume {str(folder.parent)!r} is expected"
@@ -183,8 +190,11 @@ def in_steps(train: Callable[..., Trained], journal: Journal, text: str, steps: 
     """``train(on_step=, saved=)`` with a progress bar, from where the journal knows it was stopped."""
     saved = journal.under_way(text)
     with progress_bar(f"training {text}", steps) as advance, stop.between_steps():
-        with of_this_run():
-            advance(steps=saved["learner"]["update"] if saved else 0)
+        if saved:
+            with of_this_run():
+                done = saved["learner"]["update"]
+            advance(steps=done)
+            console.print(f"the training of {text} goes on at step {done} of {steps}")
 
         def on_step(state: Callable[[], dict]) -> None:
             advance()
@@ -245,13 +255,20 @@ def open_table(args, budgets) -> tuple[LatencyTable | None, torch.device | None]
 
 @contextmanager
 def progress_bar(text: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar with the time that remains, silent where the output is no terminal: ``advance(note, steps, total)``."""
+    """A bar with the time that remains: ``advance(note, steps, total)``. A line a minute where there is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(text, total=total)
-        yield lambda note="", steps=1, total=None: bar.update(
-            task, advance=steps, total=total, description=f"{text} {note}".rstrip()
-        )
+        bar.add_task(text, total=total)
+        task, told = bar.tasks[0], time.monotonic()
+
+        def advance(note: str = "", steps: int = 1, total: int | None = None) -> None:
+            nonlocal told
+            bar.update(task.id, advance=steps, total=total, description=f"{text} {note}".rstrip())
+            if bar.disable and time.monotonic() - told >= EVERY_S:
+                told = time.monotonic()
+                console.print(f"{task.description}: {task.completed:.0f} of {task.total:.0f}", soft_wrap=True)
+
+        yield advance
 
 
 def new_folder(path: str) -> Path:
@@ -275,10 +292,11 @@ def keep_freed_memory(most: int = 2**30) -> None:
 
 
 class Stop:
-    """What SIGTERM and Ctrl-C do: `Stopped`, at once, or where a journal has a checkpoint to write first."""
+    """What SIGTERM, Ctrl-C and a terminal that hangs up do: `Stopped`, at once, or when a journal has written."""
 
     def __init__(self) -> None:
         self._signal, self._waits = 0, False
+        self._folder: Path | None = None
 
     def asked(self) -> int:
         """The number of the signal that has come; 0 if none has."""
@@ -296,9 +314,11 @@ class Stop:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Inside, signals come here."""
-        kinds = (signal.SIGTERM, signal.SIGINT)
+        kinds = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+            kinds.append(signal.SIGHUP)
         before = [signal.signal(kind, self._take) for kind in kinds]
-        self._signal = 0
+        self._signal, self._folder = 0, None
         try:
             yield
         finally:
@@ -307,8 +327,15 @@ class Stop:
 
     def _take(self, number: int, frame: object) -> None:
         if self._signal or not self._waits:
-            raise Stopped(number)
+            folder = self._folder
+            can_go_on = folder and any((folder / name).exists() for name in WORTH_KEEPING)
+            raise Stopped(number, folder if can_go_on else None)
         self._signal = number
+
+    def journal(self, folder: Path, device: torch.device, every_s: float) -> Journal:
+        """The journal of the run in ``folder``: what stops this process from here on says how to go on, if it can."""
+        self._folder = folder
+        return Journal(folder, device, every_s, self.asked)
 
 
 stop = Stop()
@@ -329,7 +356,7 @@ def what_failed(error: Exception) -> str:
 def run(main: Callable[[], None]) -> None:
     """Call ``main``. A user's mistake is one line on stderr and exit code 2, and so is a machine that fails, with 1.
 
-    SIGTERM ends with 143 and Ctrl-C with 130.
+    SIGTERM ends with 143, Ctrl-C with 130 and a terminal that hangs up with 129.
     """
     keep_freed_memory()
     try:

@@ -213,6 +213,7 @@ def search_stage(
         if saved := journal.under_way("search"):
             load_search(state, saved["search"])
             rows, seconds = read_rows(path, saved["rows"]), saved["seconds"]
+            console.print(f"the search goes on at step {len(rows)}")
     write_rows(path, rows)
     started, count = time.perf_counter() - seconds, len(rows)
     with open(path, "a") as history, scalars(plan, goal, rows) as log, stop.between_steps():
@@ -303,7 +304,7 @@ def find(plan: Plan, goal: Goal, journal: Journal, begun: Callable[[bool], Begun
 def print_table(folder: Path, name: str, metrics: dict) -> None:
     """What the run came to, and what to do next."""
     table = Table(title=str(folder), title_justify="left", show_header=True)
-    for column in ("", "budget", "expected", "found", "uniform"):
+    for column in ("", "found", "uniform", "budget", "expected"):
         table.add_column(column, justify="left" if not column else "right")
     for row in facts(metrics):
         table.add_row(*row)

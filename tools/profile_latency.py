@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import before_torch  # noqa: F401
 import numpy as np
 import torch
 from cli import OneLineParser, add_space_flags, console, device_of, new_folder, outline_of, progress_bar, run

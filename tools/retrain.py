@@ -10,6 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import before_torch  # noqa: F401
 from cli import (
     OneLineParser,
     add_data_flags,
@@ -27,7 +28,7 @@ from cli import (
 )
 from timm.utils import random_seed
 
-from dnas.checkpoint import WORTH_KEEPING, Journal
+from dnas.checkpoint import WORTH_KEEPING
 from dnas.export import build_net, check_name, read_arch, save_weights, verify_export, write_export
 from dnas.outcome import read_run
 from dnas.plain import read_json
@@ -100,7 +101,7 @@ def main() -> None:
     with run_folder(folder, keep_if=WORTH_KEEPING):
         if not args.resume:
             write_json(folder / "config.json", config)
-        journal = Journal(folder, device, args.checkpoint_every, stop.asked)
+        journal = stop.journal(folder, device, args.checkpoint_every)
         if not (folder / "metrics.json").exists():
             train = partial(train_from_scratch, model, data, recipe, seed=args.seed)
             row = in_steps(train, journal, document["name"], steps)[1]

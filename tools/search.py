@@ -10,8 +10,10 @@ import re
 import time
 from dataclasses import asdict, fields, replace
 from functools import cache
+from itertools import count
 from pathlib import Path
 
+import before_torch  # noqa: F401
 import torch
 from cli import (
     ModelKwargs,
@@ -34,7 +36,7 @@ from cli import (
 from goal import Begun, Goal, Plan, dry_run, find, print_table, run_search, search_steps
 from timm.utils import random_seed
 
-from dnas.checkpoint import WORTH_KEEPING, Journal
+from dnas.checkpoint import WORTH_KEEPING
 from dnas.cost import CostTable, resolve_budgets
 from dnas.data import Data
 from dnas.deployed import parts_of
@@ -130,7 +132,11 @@ def make_goals(plan: Plan, asked: list[tuple[Budget, ...]], folder: Path, name: 
     """The budgets in order, each shown to be within reach of this grid of widths by its uniform net."""
     goals = []
     for given in asked:
-        budgets = resolve_budgets(plan.tables, given)
+        try:
+            budgets = resolve_budgets(plan.tables, given)
+        except UserError as error:
+            flags = "--divisor" if plan.args.model else "--width-mult and --divisor"
+            raise UserError(f"{error} ({flags} make it another one)") from None
         uniform = uniform_arch(plan.net.space, plan.tables, budgets)
         text = "" if len(asked) == 1 else str(given[0]).replace("%", "pc")
         own = f"{name}_{re.sub('[^a-z0-9]', '_', text.lower())}" if text else name
@@ -175,6 +181,8 @@ def main() -> None:
     default = "-".join(texts).replace("%", "pc").replace(",", "-")
     default += f"-{args.seed}" + "-dry" * args.dry_run  # the search that comes after needs a folder of its own
     output = args.output or f"runs/{args.model or args.supernet or 'prunet'}-{default}"
+    if args.dry_run and not args.output:  # a question that is asked again
+        output = next(path for k in count(1) if not Path(path := output + f"-{k}" * (k > 1)).exists())
     name = args.name or "dnas_" + re.sub("[^a-z0-9]", "_", Path(output).name.lower())[:58]
     parts = min(world_size(), len(asked))
     check_shares(args.batch_size, parts)
@@ -225,7 +233,7 @@ def main() -> None:
         with run_folder(own.folder, keep_if=WORTH_KEEPING):
             if not (own.folder / "config.json").exists():
                 write_json(own.folder / "config.json", config)
-            journal = Journal(own.folder, plan.device, args.checkpoint_every, stop.asked)
+            journal = stop.journal(own.folder, plan.device, args.checkpoint_every)
             if not (own.folder / "metrics.json").exists():
                 write_json(own.folder / "metrics.json", find(plan, own, journal, begun, plain_ms))
             if rank() == 0:

@@ -136,6 +136,10 @@ def test_a_signal_stops_between_steps_and_a_folder_has_one_writer(whole, tmp_pat
     wait_for(process, run / "history.jsonl", steps + 10)
     os.kill(process.pid, signal.SIGINT)
     assert end(process)[0] == 130
+    process = start("search", "--resume", run)
+    time.sleep(2)
+    os.kill(process.pid, signal.SIGHUP)  # its terminal is gone
+    assert end(process)[0] == 129
     damaged = bytearray((run / "checkpoint.pt").read_bytes())
     damaged[len(damaged) // 2] ^= 255
     (run / "checkpoint.pt").write_bytes(damaged)
