@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,11 @@ from dnas.train import (
 from dnas.units import Budget, UserError
 
 
+def _told(default: Any, text: str) -> Any:
+    """A field of a dataclass with a text for ``--help``."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class SearchConfig:
     """Everything about a search beyond the weights' `Recipe`. Times are shares of the whole search, in [0, 1].
@@ -43,23 +48,23 @@ class SearchConfig:
     ``gate_lr`` 0 means: such that a logit can travel 20 over all gate steps, within [0.01, 0.3].
     """
 
-    gate_fraction: float = 0.3  # of the training images, held out for the gates; 0: the gates see the weights' images
-    gate_every: int = 2  # weight steps to a gate step
-    gate_lr: float = 0.0
-    paths: int = 2  # candidate blocks mixed in a gate step
-    weights_on: str = "hard"  # nets that the weights learn on: "hard", "soft" or "sandwich"
-    entropy: float = 0.0  # weight of the gates' mean entropy at the end of the search; it grows from 0
-    budget_weight: float = 20.0
-    warmup: float = 0.2  # weights only, nets drawn evenly
-    budget_from: float = 0.2  # the target leaves the starting cost ...
-    budget_by: float = 0.7  # ... and has reached the budget
-    block_from: float = 0.25  # the threshold on blocks rises from 0 ...
-    block_by: float = 0.8  # ... to 1/2
-    skip_at: float = 0.2  # layers get their skip; the threshold on them rises from 0 to 1/2 from here to the end
-    skip_from: float = 0.9  # the coefficient that they begin with
-    temperature: float = 0.3  # at the end; 1 until the budget is reached half-way
-    width_below: float = 0.2  # a group of channels goes when its marginal has been below that ...
-    patience: int = 5  # ... for so many gate steps in a row
+    gate_fraction: float = _told(0.3, "of the training images, held out for the gates; 0: they see the weights' images")
+    gate_every: int = _told(2, "weight steps to a gate step")
+    gate_lr: float = _told(0.0, "learning rate of the gates; 0: by the number of their steps")
+    paths: int = _told(2, "candidate blocks mixed in a gate step")
+    weights_on: str = _told("hard", "nets that the weights learn on: hard, soft or sandwich")
+    entropy: float = _told(0.0, "weight of the gates' mean entropy at the end of the search; it grows from 0")
+    budget_weight: float = _told(20.0, "weight of the distance to the budget in the gates' loss")
+    warmup: float = _told(0.2, "weights only, nets drawn evenly, until then")
+    budget_from: float = _told(0.2, "the target leaves the starting cost ...")
+    budget_by: float = _told(0.7, "... and has reached the budget")
+    block_from: float = _told(0.25, "the threshold on blocks rises from 0 ...")
+    block_by: float = _told(0.8, "... to 1/2")
+    skip_at: float = _told(0.2, "layers get their skip; the threshold on them rises from 0 to 1/2 from here to the end")
+    skip_from: float = _told(0.9, "the coefficient that they begin with")
+    temperature: float = _told(0.3, "at the end; 1 until the budget is reached half-way")
+    width_below: float = _told(0.2, "a group of channels goes when its marginal has been below that ...")
+    patience: int = _told(5, "... for so many gate steps in a row")
 
 
 WEIGHTS_ON = ("hard", "soft", "sandwich")

@@ -77,7 +77,8 @@ def parser() -> OneLineParser:
     p.add_argument("--search-epochs", type=int, default=20, help="epochs of the search (default 20)")
     p.add_argument("--num-random", type=int, default=0, help="also train this many random nets at the same cost")
     p.add_argument(
-        "--output", help="run folder (default runs/<supernet>-<budget>-<seed>); of a sweep, with one in it a budget"
+        "--output",
+        help="run folder (default runs/<supernet or model>-<budget>-<seed>); of a sweep, with one in it a budget",
     )
     p.add_argument("--name", help="name of the exported model (default: dnas_ and the run folder's name)")
     p.add_argument("--log", choices=["tensorboard"], help="also write the search's history to RUN/tensorboard")
@@ -88,7 +89,10 @@ def parser() -> OneLineParser:
     for field in fields(SearchConfig):
         default = getattr(SearchConfig(), field.name)
         group.add_argument(
-            f"--{field.name.replace('_', '-')}", type=type(default), default=default, help=f"({default})"
+            f"--{field.name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            help=f"{field.metadata['help']} (default {default})",
         )
     return p
 
