@@ -19,6 +19,8 @@ help:  ## list the targets
 search: $(VENV)/.installed  ## set up, then search on the embedded data (BUDGET, ARGS)
 	$(PY) tools/search.py $(SEARCH_FLAGS)
 
+# Several run at once: threads that wait are to let others run.
+test test-faults: export OMP_WAIT_POLICY ?= PASSIVE
 test: $(VENV)/.installed  ## set up, then run the tests (PYTEST_ARGS)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
