@@ -10,6 +10,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 SEARCH_FLAGS = --budget $(BUDGET) --search-epochs 20 --epochs 18 $(ARGS)
 
 PY = $(VENV)/bin/python
+
 .DEFAULT_GOAL := help
 .PHONY: help search test test-faults lint format check wheel clean
 

@@ -38,6 +38,8 @@ SEARCH_ERRORS = [
     (["--budget", "1.2ms"], "--latency-table"),
     (["--budget", "0%"], "'0%'"),
     (["--budget", "1kFLOPs"], "1kFLOPs"),
+    (["--budget", "1kFLOPs"], "(--width-mult and --divisor for another one)"),
+    (["--budget", "1kFLOPs", "--model", "test_resnet"], "(--divisor for another one)"),
     (["--budget", "1TFLOPs", "--width-mult", "0.25"], "1TFLOPs"),
     (["--budget", "1MFLOPs,10Params"], "10Params"),
     ([], "--budget"),
@@ -202,6 +204,8 @@ def test_a_search_that_learned_nothing_says_so(tmp_path, trusted, monkeypatch, c
     losses = [row["gate_loss"] for row in history if "gate_loss" in row]
     assert figures["gate_loss"] == pytest.approx(losses[-1], abs=1e-4) and len(losses) < 20
     assert no_better_than_a_guess(2.2, 10) == []
+    assert "not even 2 % below a guess's 2.30" in no_better_than_a_guess(2.29, 10)[0]
+    assert "worse than a guess's 2.30" in no_better_than_a_guess(2.4, 10)[0]
 
 
 def test_a_run_loads_without_dnas(finished_run):

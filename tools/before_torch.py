@@ -1,7 +1,7 @@
 """What the environment has to say before torch is imported: OpenMP's threads that wait soon let others run.
 
-By default they spin. On two cores that two other trainings kept busy a training step then took over 9 s; it took 1.5 s
-like this, and 1.1 s with ``OMP_WAIT_POLICY=PASSIVE``. Alone it took 0.33, 0.37 and 0.55 s (prunet, 64 images of 32 px).
+By default they spin for long: where other processes keep the cores busy, every step becomes several times slower.
+``OMP_WAIT_POLICY=PASSIVE`` helps there a little more, but makes steps slower where there is nothing else to run.
 """
 
 import os

@@ -140,7 +140,7 @@ def make_goals(plan: Plan, asked: list[tuple[Budget, ...]], folder: Path, name: 
             budgets = resolve_budgets(plan.tables, given)
         except UserError as error:
             flags = "--divisor" if plan.args.model else "--width-mult and --divisor"
-            raise UserError(f"{error} ({flags} make it another one)") from None
+            raise UserError(f"{error} ({flags} for another one)") from None
         uniform = uniform_arch(plan.net.space, plan.tables, budgets)
         text = "" if len(asked) == 1 else str(given[0]).replace("%", "pc")
         own = f"{name}_{re.sub('[^a-z0-9]', '_', text.lower())}" if text else name
