@@ -16,10 +16,10 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -33,118 +33,22 @@ sys.path.insert(0, str(ROOT))
 import iso_stats as stats  # noqa: E402
 import opponents  # noqa: E402
 import torch  # noqa: E402
+from iso_setups import RESULTS, SETUPS, Lab, Setup, open_lab  # noqa: E402
 from timm.utils import random_seed  # noqa: E402
 from variants import VARIANTS, Variant, baseline_of  # noqa: E402
 
-from dnas.arch import Arch  # noqa: E402
-from dnas.cost import CostTable, resolve_budgets  # noqa: E402
-from dnas.data import Data, load_data  # noqa: E402
-from dnas.derive import derive, random_arch, uniform_arch  # noqa: E402
-from dnas.export import build_net  # noqa: E402
-from dnas.macro import Macro, MacroSupernet  # noqa: E402
-from dnas.runs import provenance, write_json  # noqa: E402
-from dnas.search import search  # noqa: E402
-from dnas.supernet import Supernet  # noqa: E402
-from dnas.timm_net import TimmBase, TimmSupernet  # noqa: E402
-from dnas.train import Recipe, train_from_scratch  # noqa: E402
-from dnas.units import Budget, UserError, parse_budget  # noqa: E402
-from supernets import SUPERNETS  # noqa: E402
+from dnas.export.model_file import build_net  # noqa: E402
+from dnas.methods.baselines import random_arch, uniform_arch  # noqa: E402
+from dnas.methods.derive import derive  # noqa: E402
+from dnas.methods.search import search  # noqa: E402
+from dnas.nets.supernet import Supernet  # noqa: E402
+from dnas.runtime.run_folder import provenance, write_json  # noqa: E402
+from dnas.spec.space import Arch  # noqa: E402
+from dnas.spec.validation import UserError  # noqa: E402
+from dnas.training.from_scratch import train_from_scratch  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
 TRAININGS = 3  # of each found net; search k has the training seeds 3k, 3k + 1, 3k + 2
 JUDGED = 30  # random nets that a supernet judges
-
-
-@dataclass(frozen=True)
-class Setup:
-    """All that two nets must have in common to be compared.
-
-    ``num_train`` images, evenly over the classes; ``search`` is the recipe of a supernet's weights; ``seeds`` trainings
-    of each random net. ``most_layers`` a stage: two processor cores cannot train a few hundred deep nets.
-    """
-
-    supernet: str  # of `SUPERNETS`, or a network of timm's
-    width_mult: float
-    divisor: int
-    budget: str
-    data: str
-    num_train: int
-    img_size: int
-    recipe: Recipe
-    search: Recipe
-    seeds: int
-    most_layers: int = 4
-    kwargs: Mapping[str, Any] = field(default_factory=dict)  # of timm's network
-
-
-ADAMW = Recipe(epochs=12)
-SEARCH = Recipe(epochs=24)
-SGD = Recipe(epochs=6, opt="sgd", lr=0.3, weight_decay=1e-3, warmup_epochs=1)
-SETUPS = {
-    "digits": Setup("prunet", 0.35, 2, "10%", "digits", 1437, 8, ADAMW, SEARCH, 3),
-    "digits_by_4": Setup("prunet", 0.35, 4, "10%", "digits", 1437, 8, ADAMW, SEARCH, 3),  # for runtimes that want it
-    "mobilenet_v2": Setup("mobilenet_v2", 0.5, 2, "10%", "cifar10", 5000, 12, SGD, SEARCH, 8, most_layers=1),
-    "prunet": Setup("prunet", 0.35, 4, "10%", "cifar10", 5000, 12, SGD, SEARCH, 9, most_layers=2),
-}
-LIKE_20 = {"layers": [2, 2, 2, 2], "channels": [16, 32, 48, 64]}  # a ResNet of 18 layers, as narrow as ResNet-20
-DILATED = {"output_stride": 8}  # timm's strides leave a map of one pixel of an image of 32
-EIGHT = replace(SGD, epochs=8, lr=0.1)
-SETUPS |= {f"digits_{percent}": replace(SETUPS["digits"], budget=f"{percent}%") for percent in (25, 50)}
-for percent in (20, 30, 50):
-    budget = f"{percent}%"
-    SETUPS |= {
-        f"timm_resnet_{percent}": Setup(
-            "resnet18", 1, 2, budget, "cifar10", 5000, 32, EIGHT, SEARCH, 2, kwargs=LIKE_20
-        ),
-        f"timm_mobilenet_{percent}": Setup(
-            "mobilenetv2_035", 1, 4, budget, "cifar10", 5000, 32, EIGHT, SEARCH, 2, kwargs=DILATED
-        ),
-    }
-
-
-@dataclass(frozen=True)
-class Lab:
-    """A set-up made ready in one process. ``net`` is a supernet that nobody trains: it tells the space."""
-
-    setup: Setup
-    data: Data
-    net: Supernet
-    tables: dict[str, CostTable]
-    budgets: tuple[Budget, ...]
-    device: torch.device
-
-    def supernet(self, bipath: bool = True) -> Supernet:
-        """A fresh supernet of the set-up, on its device."""
-        return supernet_of(self.net.outline, bipath).to(self.device)
-
-
-def supernet_of(outline: Macro | TimmBase, bipath: bool = True) -> Supernet:
-    """The supernet of a description, with or without pairs of inner widths."""
-    if isinstance(outline, TimmBase):
-        return TimmSupernet(outline)
-    return MacroSupernet(replace(outline, bipath=outline.bipath and bipath))
-
-
-def open_lab(setup: Setup, data_dir: str, device: str) -> Lab:
-    """Load the data and build the space. UserError if the data is not there."""
-    if setup.data == "digits":
-        data = load_data("digits", img_size=setup.img_size, device=device)
-    elif data_dir:
-        data = load_data("", data_dir, img_size=setup.img_size, device=device)
-    else:
-        raise UserError("this set-up needs --data-dir (or DNAS_CIFAR10): a folder or .tar.gz of CIFAR-10's images")
-    fixed = {"num_classes": data.num_classes, "img_size": setup.img_size, "divisor": setup.divisor}
-    outline: Macro | TimmBase
-    if setup.supernet in SUPERNETS:
-        macro = SUPERNETS[setup.supernet](**fixed, width_mult=setup.width_mult)
-        stages = tuple(replace(s, depth=min(s.depth, setup.most_layers)) for s in macro.stages)
-        outline = replace(macro, stages=stages)
-    else:
-        outline = TimmBase(setup.supernet, **fixed, kwargs=setup.kwargs)
-    net = supernet_of(outline)
-    tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
-    budgets = resolve_budgets(tables, parse_budget(setup.budget))
-    return Lab(setup, data.take(setup.num_train), net, tables, budgets, torch.device(device))
 
 
 def run_search(lab: Lab, variant: str, seed: int) -> dict:
@@ -168,7 +72,7 @@ def searched(lab: Lab, how: Variant, seed: int) -> tuple[Supernet, dict]:
     rows: list[dict] = []
     if recipe.channels_last:
         net = net.to(memory_format=torch.channels_last)
-    with mock.patch("dnas.gates.without_scale", lambda factor: factor) if how.scale else nullcontext():
+    with mock.patch("dnas.nets.markov_gate.without_scale", lambda factor: factor) if how.scale else nullcontext():
         search(net, lab.tables, lab.budgets, lab.data, recipe, how.config, seed=seed, on_row=rows.append)
     images = sum(recipe.batch_size + row.get("images", 0) for row in rows)
     return net, {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}

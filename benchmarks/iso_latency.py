@@ -7,8 +7,8 @@ python benchmarks/iso_latency.py digits --latency-table digits.json --search 5
 python benchmarks/iso_latency.py digits --report
 
 For each seed: a search for the set-up's FLOPs; its net is measured; a search for that many milliseconds, and the
-uniform net of as many, both by what networks measure (`dnas.profile.calibrated`). All three are measured once more,
-side by side, with nothing else running, and trained with three seeds.
+uniform net of as many, both by what networks measure (`dnas.latency.profile.calibrated`). All three are measured once
+more, side by side, with nothing else running, and trained with three seeds.
 What ends is a row in results/latency_<setup>.jsonl, and is not done again.
 """
 
@@ -30,19 +30,22 @@ import iso_stats as stats  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from cli import keep_freed_memory  # noqa: E402
-from iso_flops import SETUPS, Lab, Table, net_row, own_seeds, run_search, searched, train_all, work  # noqa: E402
+from iso_flops import Table, net_row, own_seeds, run_search, searched, train_all, work  # noqa: E402
+from iso_setups import SETUPS, Lab  # noqa: E402
 from variants import VARIANTS  # noqa: E402
 
-from dnas.arch import Arch  # noqa: E402
-from dnas.cost import CostTable  # noqa: E402
-from dnas.deployed import parts_of  # noqa: E402
-from dnas.derive import Likelihood, derive, gate_likelihood, uniform_arch  # noqa: E402
-from dnas.export import build_net  # noqa: E402
-from dnas.latency import LatencyTable, check_use, read_table  # noqa: E402
-from dnas.profile import calibrated, time_nets  # noqa: E402
-from dnas.runs import provenance  # noqa: E402
-from dnas.timing import Pace, check_target, target_of  # noqa: E402
-from dnas.units import Budget, UserError  # noqa: E402
+from dnas.export.model_file import build_net  # noqa: E402
+from dnas.latency.measured_parts import parts_of  # noqa: E402
+from dnas.latency.profile import calibrated, time_nets  # noqa: E402
+from dnas.latency.timing import Pace, check_target, target_of  # noqa: E402
+from dnas.methods.baselines import uniform_arch  # noqa: E402
+from dnas.methods.derive import Likelihood, derive, gate_likelihood  # noqa: E402
+from dnas.runtime.run_folder import provenance  # noqa: E402
+from dnas.spec.budget import Budget  # noqa: E402
+from dnas.spec.cost import CostTable  # noqa: E402
+from dnas.spec.latency_table import LatencyTable, check_use, read_table  # noqa: E402
+from dnas.spec.space import Arch  # noqa: E402
+from dnas.spec.validation import UserError  # noqa: E402
 
 METHODS = ("macs", "ms", "uniform")
 

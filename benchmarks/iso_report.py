@@ -13,7 +13,8 @@ from statistics import fmean
 
 import iso_stats as stats
 import matplotlib
-from iso_flops import SETUPS, Setup, Table, judge_method, summarise
+from iso_flops import Table, judge_method, summarise
+from iso_setups import SETUPS, Setup
 from variants import baseline_of
 
 matplotlib.use("Agg")

@@ -10,7 +10,7 @@ from statistics import fmean, median, variance
 
 import scipy.stats
 
-from dnas.outcome import interval
+from dnas.report.metrics import interval
 
 Scores = Mapping[str, Mapping[int, float]]
 Interval = tuple[float, float, float]  # mean, and the ends of its 95 % interval

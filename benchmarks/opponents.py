@@ -13,15 +13,18 @@ import torch
 from timm.utils import random_seed
 from torch import Tensor, nn
 
-from dnas.arch import KEEP, Arch
-from dnas.derive import derive, random_arch
-from dnas.search import SearchConfig
-from dnas.supernet import Supernet
-from dnas.surgery import extract
-from dnas.train import cycle, make_learner, subsampled, train
+from dnas.methods.baselines import random_arch
+from dnas.methods.derive import derive
+from dnas.methods.search import SearchConfig
+from dnas.nets.shrink import extract
+from dnas.nets.supernet import Supernet
+from dnas.spec.space import KEEP, Arch
+from dnas.training.loop import cycle, make_learner, train
+from dnas.training.onednn import subsampled
 
 if TYPE_CHECKING:
-    from iso_flops import Lab
+    from iso_setups import Lab
+
 
 POPULATION, GENERATIONS = 40, 10
 

@@ -36,16 +36,17 @@ import iso_flops as lab_of  # noqa: E402
 import iso_stats as stats  # noqa: E402
 import opponents  # noqa: E402
 import torch  # noqa: E402
-from iso_flops import SETUPS, Lab, Table, net_row, own_seeds, run_search, train_all, work  # noqa: E402
+from iso_flops import Table, net_row, own_seeds, run_search, train_all, work  # noqa: E402
+from iso_setups import SETUPS, Lab  # noqa: E402
 from speed import forget_peak  # noqa: E402
 from timm.utils import random_seed  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from dnas.arch import Arch  # noqa: E402
-from dnas.runs import peak_memory_mb, provenance  # noqa: E402
-from dnas.search import SearchConfig  # noqa: E402
-from dnas.train import cycle  # noqa: E402
-from dnas.units import UserError  # noqa: E402
+from dnas.methods.search import SearchConfig  # noqa: E402
+from dnas.runtime.run_folder import peak_memory_mb, provenance  # noqa: E402
+from dnas.spec.space import Arch  # noqa: E402
+from dnas.spec.validation import UserError  # noqa: E402
+from dnas.training.loop import cycle  # noqa: E402
 
 STEPS = 400  # of Torch-Pruning from the whole network to none
 Found = tuple[Arch, int]  # a net, and the training images that it took; one that is only looked at counts a third

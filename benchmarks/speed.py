@@ -39,18 +39,20 @@ from cli import keep_freed_memory  # noqa: E402
 from timm.utils import random_seed  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from dnas import macro as macro_of  # noqa: E402
-from dnas.arch import Arch  # noqa: E402
-from dnas.cost import CostTable  # noqa: E402
-from dnas.data import Data, load_data  # noqa: E402
-from dnas.export import build_net  # noqa: E402
-from dnas.macro import Candidate, Macro, MacroSupernet, Stage, width_grid  # noqa: E402
-from dnas.runs import peak_memory_mb, provenance, write_json  # noqa: E402
-from dnas.search import SearchConfig, begin, go_on, live_tables  # noqa: E402
-from dnas.supernet import Supernet  # noqa: E402
-from dnas.timm_net import TimmBase, TimmSupernet  # noqa: E402
-from dnas.train import Recipe, autocast, cycle, make_optimizer, subsampled  # noqa: E402
-from dnas.units import Budget  # noqa: E402
+from dnas.export.model_file import build_net  # noqa: E402
+from dnas.methods.search import SearchConfig, begin, go_on, live_tables  # noqa: E402
+from dnas.nets import macro as macro_of  # noqa: E402
+from dnas.nets.macro import Candidate, Macro, MacroSupernet, Stage, width_grid  # noqa: E402
+from dnas.nets.supernet import Supernet  # noqa: E402
+from dnas.nets.timm_net import TimmBase, TimmSupernet  # noqa: E402
+from dnas.runtime.run_folder import peak_memory_mb, provenance, write_json  # noqa: E402
+from dnas.spec.budget import Budget  # noqa: E402
+from dnas.spec.cost import CostTable  # noqa: E402
+from dnas.spec.space import Arch  # noqa: E402
+from dnas.training.data import Data, load_data  # noqa: E402
+from dnas.training.loop import cycle  # noqa: E402
+from dnas.training.onednn import subsampled  # noqa: E402
+from dnas.training.recipe import Recipe, autocast, make_optimizer  # noqa: E402
 from supernets import SUPERNETS  # noqa: E402
 
 NETS = ("prunet", "mobilenet_v2", "resnet18", "mobilenetv2_100")

@@ -24,14 +24,19 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 from timm.utils import random_seed  # noqa: E402
 
-from dnas import narrowed  # noqa: E402
-from dnas.cost import CostTable, resolve_budgets  # noqa: E402
-from dnas.derive import random_arch, uniform_arch  # noqa: E402
-from dnas.export import arch_document, build_net, verify_export, write_export  # noqa: E402
-from dnas.runs import provenance  # noqa: E402
-from dnas.surgery import plain_state  # noqa: E402
-from dnas.timm_net import TimmBase, TimmSupernet  # noqa: E402
-from dnas.units import parse_budget  # noqa: E402
+from dnas.export.model_file import (  # noqa: E402
+    arch_document,
+    build_net,
+    narrowed,  # noqa: E402
+    verify_export,
+    write_export,
+)
+from dnas.methods.baselines import random_arch, uniform_arch  # noqa: E402
+from dnas.nets.shrink import plain_state  # noqa: E402
+from dnas.nets.timm_net import TimmBase, TimmSupernet  # noqa: E402
+from dnas.runtime.run_folder import provenance  # noqa: E402
+from dnas.spec.budget import parse_budget  # noqa: E402
+from dnas.spec.cost import CostTable, resolve_budgets  # noqa: E402
 
 ROWS = Path(__file__).parent / "results" / "timm_models.jsonl"
 TABLE = ROOT / "docs" / "timm-models.md"

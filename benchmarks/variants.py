@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from dnas.derive import Likelihood, gate_likelihood
-from dnas.prunode import PairGate
-from dnas.search import SearchConfig
-from dnas.supernet import Supernet
+from dnas.methods.derive import Likelihood, gate_likelihood
+from dnas.methods.search import SearchConfig
+from dnas.nets.bipath_block import PairGate
+from dnas.nets.supernet import Supernet
 
 
 def likeliest_width(net: Supernet) -> Likelihood:

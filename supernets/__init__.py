@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from dnas.macro import Macro
+from dnas.nets.macro import Macro
 from supernets.mobilenet_v2 import mobilenet_v2
 from supernets.prunet import prunet
 from supernets.toy import toy

@@ -2,7 +2,7 @@
 
 import math
 
-from dnas import export
+from dnas.export import model_file
 
 IMG, IN_CHANS, CLASSES = 32, 3, 10
 
@@ -64,4 +64,4 @@ DATA = {"img_size": IMG, "in_chans": 3, "num_classes": CLASSES, "mean": [0.5, 0.
 def document(**changes):
     known = {"supernet": "prunet", "answers": {"stem": 13, "block": "ir-k3"}, "provenance": {"seed": 1, "git": None}}
     data = {key: changes.pop(key, value) for key, value in DATA.items()}
-    return export.arch_document(**{"name": "dnas_test_net", "net": NET, "data": data, **known, **changes})
+    return model_file.arch_document(**{"name": "dnas_test_net", "net": NET, "data": data, **known, **changes})

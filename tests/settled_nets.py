@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from dnas.export import build_net
-from dnas.macro import Candidate, Macro, MacroSupernet, Stage, net_of
-from dnas.surgery import plain_state
+from dnas.export.model_file import build_net
+from dnas.nets.macro import Candidate, Macro, MacroSupernet, Stage, net_of
+from dnas.nets.shrink import plain_state
 from supernets import SUPERNETS
 
 CLASSES = 5

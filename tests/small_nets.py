@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dnas.macro import Candidate, Macro, MacroSupernet, Stage
-from dnas.prunode import PairGate
-from dnas.stochastic import SkipGate
+from dnas.nets.bipath_block import PairGate
+from dnas.nets.layer_choice import SkipGate
+from dnas.nets.macro import Candidate, Macro, MacroSupernet, Stage
 
 CLASSES, IMG = 4, 12
 FEW = {"move_above": 2.0, "block_below": 0.0, "layer_below": 0.0, "width_below": 0.0, "patience": 1}  # nothing happens

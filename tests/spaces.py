@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from dnas.cost import CostTable
-from dnas.derive import enumerate_archs
-from dnas.macro import Candidate, Macro, Stage, space_of
+from dnas.methods.derive import enumerate_archs
+from dnas.nets.macro import Candidate, Macro, Stage, space_of
+from dnas.spec.cost import CostTable
 from supernets import SUPERNETS
 
 METRICS = ("macs", "params")

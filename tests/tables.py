@@ -3,9 +3,9 @@
 import math
 from itertools import product
 
-from dnas.cost import CostTable
-from dnas.deployed import parts_of
-from dnas.latency import table_of
+from dnas.latency.measured_parts import parts_of
+from dnas.spec.cost import CostTable
+from dnas.spec.latency_table import table_of
 
 HEADER = {
     **{"schema": 2, "device": "a device", "driver": "none", "runtime": "eager", "dtype": "float32", "batch": 1},

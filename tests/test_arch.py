@@ -11,10 +11,10 @@ import sys
 
 import pytest
 
-from dnas.arch import DROP, KEEP, Arch, Decision, Site, Space
-from dnas.derive import enumerate_archs
-from dnas.macro import Candidate, Macro, Stage, space_of
-from dnas.units import UserError
+from dnas.methods.derive import enumerate_archs
+from dnas.nets.macro import Candidate, Macro, Stage, space_of
+from dnas.spec.space import DROP, KEEP, Arch, Decision, Site, Space
+from dnas.spec.validation import UserError
 
 IN_LAYER = (("keep", KEEP),)
 IN_A = (*IN_LAYER, ("block", "a"))
@@ -214,7 +214,7 @@ def test_digest_is_twelve_digits_of_sha256_of_the_sorted_answers():
 
 
 def test_digest_does_not_depend_on_the_process():
-    code = f"from dnas.arch import Arch; print(Arch({FULL!r}).digest)"
+    code = f"from dnas.spec.space import Arch; print(Arch({FULL!r}).digest)"
     for seed in ("0", "1"):
         env = os.environ | {"PYTHONHASHSEED": seed}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)

@@ -21,7 +21,7 @@ import iso_report  # noqa: E402
 import iso_stats as stats  # noqa: E402
 import variants  # noqa: E402
 
-from dnas.prunode import PairGate  # noqa: E402
+from dnas.nets.bipath_block import PairGate  # noqa: E402
 
 NOISE, SPREAD = 0.7, 1.1
 

@@ -2,9 +2,10 @@
 
 import pytest
 
-from dnas.cost import CostTable, resolve_budgets
-from dnas.macro import space_of
-from dnas.units import Budget, UserError, parse_budget, show
+from dnas.nets.macro import space_of
+from dnas.spec.budget import Budget, parse_budget, show
+from dnas.spec.cost import CostTable, resolve_budgets
+from dnas.spec.validation import UserError
 from supernets import SUPERNETS
 
 METRICS = ("macs", "params")

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dnas.resize import remove_channels
-from dnas.tracing import trace
+from dnas.nets.resize import remove_channels
+from dnas.nets.tracing import trace
 
 IMAGE = (3, 8, 8)
 

@@ -10,15 +10,17 @@ import pytest
 import torch
 from timm.utils import random_seed
 
-from dnas.checkpoint import BEFORE, FORMAT, LAST, Journal, Stopped, read_checkpoint, write_checkpoint
-from dnas.cost import CostTable, resolve_budgets
-from dnas.data import load_data
-from dnas.export import build_net
-from dnas.macro import MacroSupernet
-from dnas.search import SearchConfig, begin, go_on, load_search, search_data
-from dnas.timm_net import TimmBase, TimmSupernet
-from dnas.train import Recipe, train_from_scratch
-from dnas.units import UserError, parse_budget
+from dnas.export.model_file import build_net
+from dnas.methods.search import SearchConfig, begin, go_on, load_search, search_data
+from dnas.nets.macro import MacroSupernet
+from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.runtime.checkpoint import BEFORE, FORMAT, LAST, Journal, Stopped, read_checkpoint, write_checkpoint
+from dnas.spec.budget import parse_budget
+from dnas.spec.cost import CostTable, resolve_budgets
+from dnas.spec.validation import UserError
+from dnas.training.data import load_data
+from dnas.training.from_scratch import train_from_scratch
+from dnas.training.recipe import Recipe
 from supernets import SUPERNETS
 
 CPU = torch.device("cpu")

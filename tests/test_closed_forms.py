@@ -11,8 +11,8 @@ from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidua
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dnas.arch import Arch, Decision, Site, Space
-from dnas.cost import CLOSED_FORMS, CostTable
+from dnas.spec.cost import CLOSED_FORMS, CostTable
+from dnas.spec.space import Arch, Decision, Site, Space
 
 METRICS = ("macs", "params")
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from dnas.arch import DROP, KEEP, Decision, Site, Space
-from dnas.cost import CLOSED_FORMS, CostTable
-from dnas.derive import enumerate_archs
-from dnas.macro import Candidate, Macro, Stage, fit_strides, space_of
+from dnas.methods.derive import enumerate_archs
+from dnas.nets.macro import Candidate, Macro, Stage, fit_strides, space_of
+from dnas.spec.cost import CLOSED_FORMS, CostTable
+from dnas.spec.space import DROP, KEEP, Decision, Site, Space
 from supernets import SUPERNETS
 
 METRICS = ("macs", "params")

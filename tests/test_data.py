@@ -1,4 +1,4 @@
-"""dnas/data.py against scikit-learn, numpy and pixels that the tests wrote themselves."""
+"""dnas/training/data.py against scikit-learn, numpy and pixels that the tests wrote themselves."""
 
 import os
 import random
@@ -18,7 +18,7 @@ from image_files import (
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedShuffleSplit
 
-from dnas.data import Batches, in_memory, load_data
+from dnas.training.data import Batches, in_memory, load_data
 
 # timm leaves closing its image files to the garbage collector, and Python 3.12 dislikes a DataLoader that forks.
 pytestmark = [

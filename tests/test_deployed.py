@@ -8,11 +8,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dnas.deployed import RUN, parts_of
-from dnas.export import build_net, count_macs_torch
-from dnas.macro import MacroSupernet
-from dnas.timm_net import TimmBase, TimmSupernet
-from dnas.units import UserError
+from dnas.export.model_file import build_net, count_macs_torch
+from dnas.latency.measured_parts import RUN, parts_of
+from dnas.nets.macro import MacroSupernet
+from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.spec.validation import UserError
 from supernets import SUPERNETS
 
 FAMILIES = ["resnet18", "lcnet_050", "test_convnext", "test_nfnet", "test_byobnet"]

@@ -8,11 +8,13 @@ import pytest
 import torch
 from spaces import LARGE, METRICS, SMALL, Brute, assert_in_band, large, tables_of, widest_cost
 
-from dnas.arch import DROP, KEEP, Decision, Site, Space
-from dnas.derive import BAND, derive, gate_likelihood, in_band, random_arch, uniform_arch
-from dnas.macro import MacroSupernet
-from dnas.surgery import cut_width, remove_block
-from dnas.units import Budget, UserError, show
+from dnas.methods.baselines import random_arch, uniform_arch
+from dnas.methods.derive import BAND, derive, gate_likelihood, in_band
+from dnas.nets.macro import MacroSupernet
+from dnas.nets.shrink import cut_width, remove_block
+from dnas.spec.budget import Budget, show
+from dnas.spec.space import DROP, KEEP, Decision, Site, Space
+from dnas.spec.validation import UserError
 from supernets import SUPERNETS
 
 

@@ -15,14 +15,17 @@ from forks import FORKS
 from timm.utils import random_seed
 from torch import nn
 
-from dnas.cost import CostTable
-from dnas.data import load_data
-from dnas.derive import derive, gate_likelihood
-from dnas.distributed import average_gradients, from_first, mean, rank, share_of, shared_statistics, world_size
-from dnas.macro import MacroSupernet
-from dnas.search import SearchConfig, search
-from dnas.train import Recipe, evaluate, train_from_scratch
-from dnas.units import Budget, UserError
+from dnas.methods.derive import derive, gate_likelihood
+from dnas.methods.search import SearchConfig, search
+from dnas.nets.macro import MacroSupernet
+from dnas.runtime.distributed import average_gradients, from_first, mean, rank, share_of, shared_statistics, world_size
+from dnas.spec.budget import Budget
+from dnas.spec.cost import CostTable
+from dnas.spec.validation import UserError
+from dnas.training.data import load_data
+from dnas.training.from_scratch import train_from_scratch
+from dnas.training.loop import evaluate
+from dnas.training.recipe import Recipe
 from supernets import SUPERNETS
 
 ROOT = Path(__file__).parents[1]
@@ -130,9 +133,9 @@ def test_two_processes_find_what_one_finds(tmp_path):
 def test_shares_of_a_batch(monkeypatch):
     for ranks, count, batch, sizes in ((1, 12, 4, [4]), (2, 12, 4, [2, 2]), (3, 7, 9, [2, 2, 2]), (4, 8, 4, [1] * 4)):
         seen = []
-        monkeypatch.setattr("dnas.distributed.world_size", lambda n=ranks: n)
+        monkeypatch.setattr("dnas.runtime.distributed.world_size", lambda n=ranks: n)
         for k in range(ranks):
-            monkeypatch.setattr("dnas.distributed.rank", lambda k=k: k)
+            monkeypatch.setattr("dnas.runtime.distributed.rank", lambda k=k: k)
             own, places = share_of(count, batch)
             seen.append(places)
             assert own == sizes[k] and all(places[i] // min(batch, count) == i // own for i in range(len(places)))

@@ -18,8 +18,8 @@ from documents import (
 )
 from torch import nn
 
-from dnas import export, native, schema
-from dnas.units import UserError
+from dnas.export import arch_schema, model_file, native
+from dnas.spec.validation import UserError
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +28,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "new"
     macs, params = closed_form(NET)
     budget = [{"metric": "macs", "limit": 1.02 * macs, "reached": macs}, {"metric": "ms", "limit": 2, "reached": 1.5}]
-    export.write_export(folder, document(budget=budget))
-    model = export.build_net(NET, num_classes=CLASSES)
+    model_file.write_export(folder, document(budget=budget))
+    model = model_file.build_net(NET, num_classes=CLASSES)
     model(torch.randn(8, 3, IMG, IMG))
-    export.save_weights(model, folder)
+    model_file.save_weights(model, folder)
     x = torch.linspace(-2, 2, 2 * 3 * IMG * IMG).view(2, 3, IMG, IMG)
     with torch.no_grad():
         safetensors.torch.save_file({"x": x, "logits": model.eval()(x)}, folder / "expected.safetensors")
@@ -39,8 +39,8 @@ def folder(tmp_path_factory):
 
 
 def test_arch_json_reads_as_it_was_written(folder):
-    written = export.read_arch(folder / "arch.json")
-    assert tuple(written) == tuple(schema.ARCH)
+    written = model_file.read_arch(folder / "arch.json")
+    assert tuple(written) == tuple(arch_schema.ARCH)
     assert (written["macs"], written["params"]) == closed_form(NET)
     assert written["net"] == NET
     assert written["widths"] == {name: [n_in, n_out] for name, n_in, n_out, *_ in layers(NET)}
@@ -160,7 +160,7 @@ def test_model_py_works_where_there_is_only_torch_and_timm(folder, tmp_path):
 
 
 def test_verify_export(folder):
-    figures = export.verify_export(folder)
+    figures = model_file.verify_export(folder)
     macs, params = closed_form(NET)
     assert (figures["macs"], figures["params"], figures["counted_by"]) == (macs, params, "fvcore")
     assert figures["outputs"] == [1, CLASSES] and figures["weights"] and figures["packages"] == ["timm", "torch"]
@@ -176,16 +176,16 @@ def test_verify_export_finds_another_net_and_a_need_of_dnas(folder, tmp_path, ol
     assert old in source
     (tmp_path / "model.py").write_text(source.replace(old, new))
     with pytest.raises(RuntimeError, match=said):
-        export.verify_export(tmp_path)
+        model_file.verify_export(tmp_path)
 
 
 def test_writing_is_whole_or_not_at_all(folder, tmp_path, monkeypatch):
     wrong = {**document(), "macs": 1}
     with pytest.raises(UserError, match="macs"):
-        export.write_export(tmp_path / "never", wrong)
+        model_file.write_export(tmp_path / "never", wrong)
     assert not (tmp_path / "never").exists()
 
-    export.write_export(tmp_path, document())
+    model_file.write_export(tmp_path, document())
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
     def full_disk(descriptor):
@@ -193,8 +193,8 @@ def test_writing_is_whole_or_not_at_all(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full_disk)
     for write in (
-        lambda: export.write_export(tmp_path, document(supernet="other")),
-        lambda: export.save_weights(nn.Linear(2, 2), tmp_path),
+        lambda: model_file.write_export(tmp_path, document(supernet="other")),
+        lambda: model_file.save_weights(nn.Linear(2, 2), tmp_path),
     ):
         with pytest.raises(OSError, match="no space left"):
             write()

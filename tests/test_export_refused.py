@@ -15,8 +15,8 @@ from documents import (
     document,
 )
 
-from dnas import export, schema
-from dnas.units import UserError
+from dnas.export import arch_schema, model_file
+from dnas.spec.validation import UserError
 
 # Wrong inputs. A path leads to the entry that is replaced; DELETE removes it.
 
@@ -100,14 +100,14 @@ BAD_NETS = [
 def test_a_wrong_net_is_refused(path, value):
     net = changed(NET, path, value) if path else value
     with pytest.raises(UserError) as caught:
-        export.check_net(net)
+        model_file.check_net(net)
     message = str(caught.value)
     assert message.startswith("net") and "\n" not in message and len(message) < 300
-    if len(path) == 4 and value is not DELETE and path[-1] in schema.ROW and path != (*SECOND, "out"):
+    if len(path) == 4 and value is not DELETE and path[-1] in arch_schema.ROW and path != (*SECOND, "out"):
         assert f"net.stages[{path[1]}][{path[2]}].{path[3]}" in message
     for use in (
-        lambda: export.build_net(net, num_classes=2),
-        lambda: export.model_source("dnas_test_net", net, **DATA),
+        lambda: model_file.build_net(net, num_classes=2),
+        lambda: model_file.model_source("dnas_test_net", net, **DATA),
         lambda: document(net=net),
     ):
         with pytest.raises(UserError):
@@ -124,20 +124,20 @@ BAD_NAMES = [
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_wrong_name_is_refused(name):
-    for use in (export.check_name, lambda n: export.model_source(n, NET, **DATA), lambda n: document(name=n)):
+    for use in (model_file.check_name, lambda n: model_file.model_source(n, NET, **DATA), lambda n: document(name=n)):
         with pytest.raises(UserError, match="name is ") as caught:
             use(name)
         assert "\n" not in str(caught.value)
 
 
 def test_a_name_of_ours_may_be_used_again(tmp_path, monkeypatch):
-    export.write_export(tmp_path, document(name="dnas_again"))
+    model_file.write_export(tmp_path, document(name="dnas_again"))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "model", raising=False)
     importlib.import_module("model")
     monkeypatch.delitem(sys.modules, "model")
     assert timm.is_model("dnas_again")
-    export.check_name("dnas_again")
+    model_file.check_name("dnas_again")
 
 
 BAD_DATA = [
@@ -163,7 +163,7 @@ BAD_DATA = [
 @pytest.mark.parametrize(("key", "value"), BAD_DATA)
 def test_wrong_data_is_refused(key, value):
     with pytest.raises(UserError):
-        export.model_source("dnas_test_net", NET, **{**DATA, key: value})
+        model_file.model_source("dnas_test_net", NET, **{**DATA, key: value})
     with pytest.raises(UserError):
         document(**{key: value})
 
@@ -217,10 +217,10 @@ def test_a_wrong_arch_file_is_refused(path, value, tmp_path, good_document):
     wrong = changed(good_document, path, value) if path else value
     (tmp_path / "arch.json").write_text(json.dumps(wrong))
     with pytest.raises(UserError) as caught:
-        export.read_arch(tmp_path / "arch.json")
+        model_file.read_arch(tmp_path / "arch.json")
     assert "arch.json: " in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError):
-        export.write_export(tmp_path / "out", wrong)
+        model_file.write_export(tmp_path / "out", wrong)
     assert not (tmp_path / "out").exists()
 
 
@@ -243,7 +243,7 @@ def good_document():
         lambda text: text.replace('"seed": 1', '"seed": ' + "1" * 5000),
         lambda text: text.replace('"seed": 1', '"seed": ' + "[" * 100_000),
         lambda text: text.replace("0.25,", "Infinity,"),
-        lambda text: text + " " * export.MAX_BYTES,
+        lambda text: text + " " * model_file.MAX_BYTES,
         lambda text: "\xff\xfe" + text,
     ],
 )
@@ -252,14 +252,14 @@ def test_what_is_no_arch_file_is_refused(edit, tmp_path, good_document):
     assert edit(text) != text
     (tmp_path / "arch.json").write_bytes(edit(text).encode("latin-1"))
     with pytest.raises(UserError, match="arch.json: ") as caught:
-        export.read_arch(tmp_path / "arch.json")
+        model_file.read_arch(tmp_path / "arch.json")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["none.json", "."])
 def test_an_arch_file_that_cannot_be_read_is_refused(path, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        export.read_arch(tmp_path / path)
+        model_file.read_arch(tmp_path / path)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, {1, 2}, torch.zeros(1), object()])

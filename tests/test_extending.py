@@ -9,17 +9,18 @@ from code_blocks import blocks_of
 from timm.utils import random_seed
 from torch import nn
 
-import dnas.supernet
-from dnas.cost import CLOSED_FORMS, CostTable, resolve_budgets
-from dnas.data import load_data
-from dnas.derive import derive, gate_likelihood, random_arch, uniform_arch
-from dnas.export import build_net, count_macs
-from dnas.gates import draw_index
-from dnas.macro import MacroSupernet
-from dnas.prunode import GatedBlock
-from dnas.search import SearchConfig, search
-from dnas.train import Recipe
-from dnas.units import parse_budget
+import dnas.nets.supernet
+from dnas.export.model_file import build_net, count_macs
+from dnas.methods.baselines import random_arch, uniform_arch
+from dnas.methods.derive import derive, gate_likelihood
+from dnas.methods.search import SearchConfig, search
+from dnas.nets.bipath_block import GatedBlock
+from dnas.nets.macro import MacroSupernet
+from dnas.nets.markov_gate import draw_index
+from dnas.spec.budget import parse_budget
+from dnas.spec.cost import CLOSED_FORMS, CostTable, resolve_budgets
+from dnas.training.data import load_data
+from dnas.training.recipe import Recipe
 from supernets import SUPERNETS
 
 ROOT = Path(__file__).parents[1]
@@ -123,7 +124,9 @@ class SoftmaxWidth(nn.Module):
 
 
 def test_a_new_gate(monkeypatch):
-    monkeypatch.setitem(dnas.supernet.DISTRIBUTIONS, SoftmaxWidth, lambda gates: [g.probabilities() for g in gates])
+    monkeypatch.setitem(
+        dnas.nets.supernet.DISTRIBUTIONS, SoftmaxWidth, lambda gates: [g.probabilities() for g in gates]
+    )
     random_seed(0)
     net = MacroSupernet(SUPERNETS["mobilenet_v2"](num_classes=10, img_size=8, width_mult=0.25))
     blocks = [b for layer in net.layers for b in layer.blocks.values()]

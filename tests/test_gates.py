@@ -7,10 +7,10 @@ import torch
 from draws import assert_frequencies, frequencies, generator
 from torch.nn import functional as F
 
-from dnas.arch import DROP, KEEP
-from dnas.gates import MarkovGate, chain_distribution, draw_index, gumbel_softmax, marginals
-from dnas.prunode import PairGate
-from dnas.stochastic import ChoiceGate, SkipGate
+from dnas.nets.bipath_block import PairGate
+from dnas.nets.layer_choice import ChoiceGate, SkipGate
+from dnas.nets.markov_gate import MarkovGate, chain_distribution, draw_index, gumbel_softmax, marginals
+from dnas.spec.space import DROP, KEEP
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -10,18 +10,20 @@ import torch
 from scipy.interpolate import RegularGridInterpolator
 from tables import HEADER, costs_of, row, rows_of, stairs
 
-from dnas.arch import Decision, Site, Space
-from dnas.cost import CostTable, resolve_budgets
-from dnas.data import load_data
-from dnas.deployed import parts_of
-from dnas.derive import derive, enumerate_archs, gate_likelihood, random_arch, uniform_arch
-from dnas.gates import MarkovGate
-from dnas.latency import check_use, read_table, table_of, table_text, units_of
-from dnas.macro import Candidate, Macro, MacroSupernet, Stage
-from dnas.objective import budget_penalty
-from dnas.search import SearchConfig, search
-from dnas.train import Recipe
-from dnas.units import Budget, UserError, parse_budget
+from dnas.latency.measured_parts import parts_of
+from dnas.methods.baselines import random_arch, uniform_arch
+from dnas.methods.budget_loss import budget_penalty
+from dnas.methods.derive import derive, enumerate_archs, gate_likelihood
+from dnas.methods.search import SearchConfig, search
+from dnas.nets.macro import Candidate, Macro, MacroSupernet, Stage
+from dnas.nets.markov_gate import MarkovGate
+from dnas.spec.budget import Budget, parse_budget
+from dnas.spec.cost import CostTable, resolve_budgets
+from dnas.spec.latency_table import check_use, read_table, table_of, table_text, units_of
+from dnas.spec.space import Decision, Site, Space
+from dnas.spec.validation import UserError
+from dnas.training.data import load_data
+from dnas.training.recipe import Recipe
 from supernets.toy import toy
 
 RNG = np.random.default_rng(0)
@@ -257,7 +259,7 @@ def test_gates_stop_at_an_edge_if_the_steps_are_in_the_expectation_and_not_if_th
     assert float(table.expected({"w": torch.from_numpy(p)})) == pytest.approx(2, rel=0.05)
 
     def of_expected_width(p):
-        """What `dnas.cost` does not do: the latency of the expected width, between its neighbours on the grid."""
+        """What `dnas.spec.cost` does not do: the latency of the expected width, between its neighbours on the grid."""
         grid, width = torch.tensor(options).double(), p @ torch.tensor(options).double()
         k = int(torch.searchsorted(grid, width.detach()).clamp(1, len(options) - 1))
         share = (width - options[k - 1]) / (options[k] - options[k - 1])

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import call, check_refused, goal, profile_tool, search_tool
+from commands import call, check_refused, profile_tool, search_tool, workflow
 from tables import costs_of, row, rows_of
 
-from dnas.deployed import parts_of
-from dnas.latency import read_table, table_text
-from dnas.macro import MacroSupernet
-from dnas.profile import calibrated, spread_archs
-from dnas.timm_net import TimmBase, TimmSupernet
+from dnas.latency.measured_parts import parts_of
+from dnas.latency.profile import calibrated, spread_archs
+from dnas.nets.macro import MacroSupernet
+from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.spec.latency_table import read_table, table_text
 from supernets import SUPERNETS
 from supernets.toy import toy
 
@@ -203,7 +203,7 @@ def test_a_search_for_milliseconds(planned, tmp_path, trusted, monkeypatch, caps
         assert measure(find(table)) > 0
         return calibrated(table, limit, find, lambda arch: 1.2 * costs.of(arch))
 
-    monkeypatch.setattr(goal, "calibrated", on_a_slower_device)
+    monkeypatch.setattr(workflow, "calibrated", on_a_slower_device)
     limit, out = limits()[1], tmp_path / "run"
     flags = ("--budget", f"{limit}ms", "--latency-table", planned, "--search-epochs", "2", "--epochs", "1", "-b", "128")
     assert call(search_tool, monkeypatch, *flags, "--device", "cpu", "--output", out) == 0

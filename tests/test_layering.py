@@ -1,4 +1,4 @@
-"""The import order of the house, read from the sources with ``ast``; nothing is imported, so it always runs."""
+"""The import order of the package, read from the sources with ``ast``; nothing is imported, so it always runs."""
 
 import ast
 from pathlib import Path
@@ -7,56 +7,40 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A dnas module imports only dnas modules that stand before it here.
-ORDER = [
-    "units",
-    "arch",
-    "plain",
-    "latency",
-    "cost",
-    "gates",
-    "prunode",
-    "stochastic",
-    "channels",
-    "tracing",
-    "resize",
-    "supernet",
-    "macro",
-    "narrowed",
-    "timm_net",
-    "surgery",
-    "archive",
-    "distributed",
-    "runs",
-    "checkpoint",
-    "data",
-    "native",
-    "train",
-    "objective",
-    "derive",
-    "search",
-    "schema",
-    "export",
-    "deployed",
-    "timing",
-    "profile",
-    "outcome",
-    "pictures",
-    "report",
-]
+# A file of dnas imports only files that stand before it here: rooms in order, and files in order inside a room.
+ROOMS = {
+    "spec": ["validation", "budget", "space", "latency_table", "cost"],
+    "runtime": ["distributed", "run_folder", "checkpoint", "signals", "progress"],
+    "training": ["tar_images", "data", "recipe", "onednn", "loop", "from_scratch"],
+    "nets": [
+        *("markov_gate", "bipath_block", "layer_choice", "channels", "tracing", "resize", "supernet", "macro"),
+        *("timm_net", "shrink"),
+    ],
+    "methods": ["budget_loss", "derive", "baselines", "search"],
+    "export": ["native", "narrowed", "arch_schema", "model_file"],
+    "latency": ["measured_parts", "timing", "profile"],
+    "report": ["metrics", "diagnosis", "plots", "pages"],
+    "workflow": [],  # a file, not a room
+    "cli": ["flags", "process", "search", "retrain", "export", "profile", "compare"],
+}
+ORDER = [f"{room}.{file}" for room, files in ROOMS.items() for file in files or [""]]
+ORDER = [name.rstrip(".") for name in ORDER]
+MOST_ENTRIES = 12  # of dnas/: somebody who opens it sees the way through
 
-# Packages that a package never imports, whatever the module. Those named here are the ones that are checked.
+# Packages that a package never imports. The command line is where the search spaces of supernets/ are named.
 NEVER = {
     "dnas": {"supernets", "tools", "benchmarks", "tests"},
+    "dnas.cli": {"tools", "benchmarks", "tests"},
     "supernets": {"tools", "benchmarks", "tests"},
     "tools": {"benchmarks", "tests"},
+    "benchmarks": {"tests"},
 }
 
 MAX_LINES = 420
 
 
 def imports(source: str, package: str) -> list[tuple[int, str]]:
-    """Line and absolute dotted name of whatever a module of ``package`` imports, inside functions too.
+    """Line and absolute dotted name of whatever a file of ``package`` imports, inside functions too.
 
     ``from a import b`` gives ``a.b``: b may be a module as well as a name in one. ``from . import b`` is resolved
     against the package; with more dots than the package is deep, the name starts with dots.
@@ -66,7 +50,8 @@ def imports(source: str, package: str) -> list[tuple[int, str]]:
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            start = {0: "", 1: package}.get(node.level, "." * node.level)
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level]
+            start = "" if not node.level else ".".join(above) if above else "." * node.level
             base = ".".join(part for part in (start, node.module) if part)
             found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
@@ -77,44 +62,51 @@ def imports(source: str, package: str) -> list[tuple[int, str]]:
     return found
 
 
+def place_of(name: str) -> str | None:
+    """The entry of `ORDER` that a dotted name below dnas is in: ``spec.cost.CostTable`` is in ``spec.cost``."""
+    parts = name.split(".")
+    return next((place for n in (2, 1) if (place := ".".join(parts[:n])) in ORDER), None)
+
+
 def complaint(package: str, module: str, name: str) -> str | None:
-    """What is wrong with ``package/module.py`` importing ``name``; None if nothing is."""
+    """What is wrong with the file ``module`` of ``package`` importing ``name``; None if nothing is."""
     if name.startswith("."):
         return "a relative import leaves the package"
     top, _, rest = name.partition(".")
-    if top in NEVER[package]:
+    if top in NEVER.get(package, NEVER[package.partition(".")[0]]):
         return f"{package} never imports {top}"
-    if package != "dnas" or top != "dnas" or module == "__init__" or module not in ORDER:
+    own = ".".join([*package.split(".")[1:], module])
+    if package.partition(".")[0] != "dnas" or top != "dnas" or own not in ORDER or rest == "__version__":
         return None
-    target = rest.partition(".")[0]
-    if target == "__version__":
-        return None
-    if target not in ORDER:
-        return f"name a module of dnas, not dnas itself ({name})"
-    if ORDER.index(target) >= ORDER.index(module):
-        return f"dnas.{module} does not stand below dnas.{target}"
+    target = place_of(rest)
+    if target is None:
+        return f"name a file of dnas, not a package ({name})"
+    if ORDER.index(target) >= ORDER.index(own):
+        return f"dnas.{own} does not stand below dnas.{target}"
     return None
 
 
 def violations(files: dict[str, str]) -> list[str]:
-    """All that is wrong with these sources, given by their path from the root (``dnas/units.py``)."""
+    """All that is wrong with these sources, given by their path from the root (``dnas/spec/budget.py``)."""
     wrong = []
     for path, source in files.items():
-        package, *folders, file = path.split("/")
-        module = file.removesuffix(".py")
-        if folders:
-            wrong.append(f"{path}: a sub-package")
+        *folders, file = path.split("/")
+        package, module = ".".join(folders), file.removesuffix(".py")
+        deepest = 2 if folders[0] == "dnas" else 1
+        if len(folders) > deepest or (len(folders) == 2 and folders[1] not in ROOMS):
+            wrong.append(f"{path}: a package that is not in the list")
         if (lines := len(source.splitlines())) > MAX_LINES:
             wrong.append(f"{path}: {lines} lines, at most {MAX_LINES}")
-        if package == "dnas" and not folders and module not in [*ORDER, "__init__"]:
+        place = ".".join([*folders[1:], module])
+        if folders[0] == "dnas" and len(folders) <= 2 and module != "__init__" and place not in ORDER:
             wrong.append(f"{path}: has no place in the order")
-        for line, name in imports(source, ".".join([package, *folders])):
+        for line, name in imports(source, package):
             if text := complaint(package, module, name):
                 wrong.append(f"{path}:{line}: {text}")
     return wrong
 
 
-def test_the_house_is_in_order():
+def test_the_package_is_in_order():
     files = {
         path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
         for package in NEVER
@@ -124,65 +116,94 @@ def test_the_house_is_in_order():
     assert violations(files) == []
 
 
+def test_every_place_of_the_order_is_a_file():
+    there = {p.relative_to(ROOT / "dnas").with_suffix("").as_posix() for p in (ROOT / "dnas").rglob("*.py")}
+    assert {place.replace(".", "/") for place in ORDER} <= there
+    entries = [p.name for p in (ROOT / "dnas").iterdir() if p.name != "__pycache__"]
+    assert len(entries) <= MOST_ENTRIES, sorted(entries)
+
+
+def test_benchmarks_import_each_other_in_one_direction():
+    """No circle among them; they are single files beside each other."""
+
+    names = {path.stem: path.read_text() for path in (ROOT / "benchmarks").glob("*.py")}
+    edges = {
+        name: {n.split(".")[0] for _, n in imports(text, "") if n.split(".")[0] in names}
+        for name, text in names.items()
+    }
+    while leaves := [name for name, targets in edges.items() if not targets & edges.keys()]:
+        for name in leaves:
+            del edges[name]
+    assert not edges
+
+
 ALLOWED = {
-    "dnas/__init__.py": "from dnas.search import search\nfrom . import report\nimport dnas.units\n",
-    "dnas/units.py": "import math\nfrom collections import abc\nfrom importlib import import_module\n",
-    "dnas/arch.py": "from dnas import __version__, units\nfrom dnas.units import Budget\n",
-    "dnas/cost.py": "from . import arch, units\nfrom .arch import Space\nimport dnas.latency as lat\n",
-    "dnas/search.py": "def f():\n    from .derive import derive\n    import timm.data, torch\n",
-    "dnas/report.py": "import supernets_of_others\nfrom tools_of_others import x\nimport dnasty\n",
+    "dnas/__init__.py": "from dnas.methods.search import search\nfrom .report import pages\nimport dnas.spec.budget\n",
+    "dnas/spec/__init__.py": "",
+    "dnas/spec/validation.py": "import math\nfrom collections import abc\nfrom importlib import import_module\n",
+    "dnas/spec/budget.py": "from dnas import __version__\nfrom dnas.spec import validation\n",
+    "dnas/spec/cost.py": "from . import space, budget\nfrom .space import Space\nimport dnas.spec.latency_table as t\n",
+    "dnas/methods/search.py": "def f():\n    from .derive import derive\n    import timm.data, torch\n",
+    "dnas/report/pages.py": "import supernets_of_others\nfrom tools_of_others import x\nimport dnasty\n",
+    "dnas/cli/search.py": "from dnas.workflow import find\nfrom supernets import SUPERNETS\n",
     "supernets/__init__.py": "from supernets.toy import build\nfrom . import prunet\n",
-    "supernets/toy.py": "import dnas\nfrom dnas import Supernet\nfrom dnas.report import page\n",
-    "tools/search.py": "from dnas import search\nfrom supernets import SUPERNETS\n",
+    "supernets/toy.py": "import dnas\nfrom dnas import Supernet\nfrom dnas.report.pages import page\n",
+    "tools/search.py": "from dnas.cli import search\nfrom supernets import SUPERNETS\n",
 }
 
 
 def test_what_is_allowed_passes():
     assert violations(ALLOWED) == []
-    assert violations({"dnas/units.py": "#\n" * MAX_LINES}) == []
+    assert violations({"dnas/spec/budget.py": "#\n" * MAX_LINES}) == []
+
+
+BUDGET, COST, LOOP = "dnas/spec/budget.py", "dnas/spec/cost.py", "dnas/training/loop.py"
 
 
 @pytest.mark.parametrize(
     ("path", "source", "expected"),
     [
-        # A module below, in every way it can be imported.
-        ("dnas/units.py", "import dnas.arch", "dnas.units does not stand below dnas.arch"),
-        ("dnas/units.py", "import os, dnas.arch as a", "dnas.units does not stand below dnas.arch"),
-        ("dnas/cost.py", "from dnas import units, gates", "dnas.cost does not stand below dnas.gates"),
-        ("dnas/cost.py", "from dnas.gates import MarkovGate", "dnas.cost does not stand below dnas.gates"),
-        ("dnas/cost.py", "from . import gates", "dnas.cost does not stand below dnas.gates"),
-        ("dnas/cost.py", "from .gates import MarkovGate", "dnas.cost does not stand below dnas.gates"),
-        ("dnas/cost.py", "import importlib\nimportlib.import_module('dnas.gates')", "dnas.cost does not stand below"),
-        ("dnas/cost.py", "import_module('.gates', 'dnas')", "dnas.cost does not stand below dnas.gates"),
-        ("dnas/cost.py", "__import__('dnas.gates')", "dnas.cost does not stand below dnas.gates"),
+        # A file below, in every way it can be imported; in the same room and in another.
+        (BUDGET, "import dnas.spec.space", "dnas.spec.budget does not stand below dnas.spec.space"),
+        (BUDGET, "import os, dnas.spec.space as a", "dnas.spec.budget does not stand below dnas.spec.space"),
+        (COST, "from dnas.nets import macro", "dnas.spec.cost does not stand below dnas.nets.macro"),
+        (COST, "from dnas.nets.macro import Macro", "dnas.spec.cost does not stand below dnas.nets.macro"),
+        (COST, "from ..nets import macro", "dnas.spec.cost does not stand below dnas.nets.macro"),
+        (COST, "import importlib\nimportlib.import_module('dnas.nets.macro')", "dnas.spec.cost does not stand below"),
+        (COST, "__import__('dnas.nets.macro')", "dnas.spec.cost does not stand below dnas.nets.macro"),
         # Hidden in a function, a class, a branch.
-        ("dnas/train.py", "def f():\n    from .objective import Run", "dnas.train does not stand below dnas.objective"),
-        ("dnas/train.py", "class A:\n    def f(self):\n        import dnas.search", "dnas.train does not stand below"),
-        ("dnas/train.py", "if TYPE_CHECKING:\n    from dnas.export import x", "dnas.train does not stand below"),
-        ("dnas/train.py", "try:\n    from . import report\nexcept ImportError:\n    pass", "dnas.train does not stand"),
-        # Itself; dnas as a whole, through which anything could come; a module that has no place.
-        ("dnas/train.py", "from dnas.train import x", "dnas.train does not stand below dnas.train"),
-        ("dnas/train.py", "import dnas", "name a module of dnas"),
-        ("dnas/train.py", "from dnas import *", "name a module of dnas"),
-        ("dnas/train.py", "from . import Supernet", "name a module of dnas"),
-        ("dnas/train.py", "from dnas.utils import x", "name a module of dnas"),
+        (LOOP, "def f():\n    from .from_scratch import Run", "dnas.training.loop does not stand below"),
+        (LOOP, "class A:\n    def f(self):\n        import dnas.methods.search", "dnas.training.loop does not stand"),
+        (LOOP, "if TYPE_CHECKING:\n    from dnas.export.native import x", "dnas.training.loop does not stand below"),
+        (LOOP, "try:\n    from ..report import pages\nexcept ImportError:\n    pass", "dnas.training.loop does not"),
+        (LOOP, "from dnas.workflow import x", "dnas.training.loop does not stand below dnas.workflow"),
+        # Itself; a whole package, through which anything could come; a file that has no place.
+        (LOOP, "from dnas.training.loop import x", "does not stand below dnas.training.loop"),
+        (LOOP, "import dnas", "name a file of dnas"),
+        (LOOP, "from dnas import *", "name a file of dnas"),
+        (LOOP, "from . import Supernet", "name a file of dnas"),
+        (LOOP, "import dnas.spec", "name a file of dnas"),
+        (LOOP, "from dnas.spec.utils import x", "name a file of dnas"),
+        ("dnas/spec/utils.py", "", "has no place in the order"),
         ("dnas/utils.py", "", "has no place in the order"),
         # The packages above.
-        ("dnas/search.py", "import supernets", "dnas never imports supernets"),
-        ("dnas/search.py", "def f():\n    from supernets.toy import build", "dnas never imports supernets"),
-        ("dnas/search.py", "from tools import search", "dnas never imports tools"),
+        ("dnas/methods/search.py", "import supernets", "dnas.methods never imports supernets"),
+        ("dnas/methods/search.py", "def f():\n    from supernets.toy import build", "never imports supernets"),
+        ("dnas/methods/search.py", "from tools import search", "dnas.methods never imports tools"),
         ("dnas/__init__.py", "import tools.search", "dnas never imports tools"),
-        ("dnas/search.py", "from ..supernets import toy", "a relative import leaves the package"),
+        ("dnas/cli/search.py", "import tools.search", "dnas.cli never imports tools"),
+        ("dnas/methods/search.py", "from ...supernets import toy", "a relative import leaves the package"),
         ("supernets/toy.py", "from tools.search import main", "supernets never imports tools"),
         ("supernets/toy.py", "def f():\n    import tools", "supernets never imports tools"),
         ("tools/search.py", "import tests.helpers", "tools never imports tests"),
         # Shape.
-        ("dnas/units.py", "#\n" * (MAX_LINES + 1), "421 lines, at most 420"),
+        (BUDGET, "#\n" * (MAX_LINES + 1), "421 lines, at most 420"),
         ("supernets/toy.py", "#\n" * (MAX_LINES + 1), "421 lines, at most 420"),
         ("tools/search.py", "#\n" * (MAX_LINES + 1), "421 lines, at most 420"),
-        ("dnas/gates/markov.py", "", "a sub-package"),
-        ("supernets/prunet/__init__.py", "", "a sub-package"),
-        ("tools/deep/search.py", "", "a sub-package"),
+        ("dnas/gates/__init__.py", "", "a package that is not in the list"),
+        ("dnas/nets/gates/__init__.py", "", "a package that is not in the list"),
+        ("supernets/prunet/__init__.py", "", "a package that is not in the list"),
+        ("tools/deep/search.py", "", "a package that is not in the list"),
     ],
 )
 def test_a_planted_violation_is_caught(path, source, expected):

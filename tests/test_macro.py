@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from dnas.cost import CostTable
-from dnas.macro import fit_strides, round_width, size_to, space_of, width_grid
-from dnas.units import Budget
+from dnas.nets.macro import fit_strides, round_width, size_to, space_of, width_grid
+from dnas.spec.budget import Budget
+from dnas.spec.cost import CostTable
 from supernets import SUPERNETS
 
 

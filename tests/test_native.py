@@ -1,4 +1,4 @@
-"""Networks that `dnas.native` builds against their rows, against closed forms and against timm's own."""
+"""Networks that `dnas.model_file.native` builds against their rows, against closed forms and against timm's own."""
 
 import copy
 import math
@@ -17,7 +17,7 @@ from documents import (
 )
 from torch import nn
 
-from dnas import export, native
+from dnas.export import model_file, native
 
 
 def random_net(seed):
@@ -74,8 +74,8 @@ def test_the_random_nets_have_everything():
 
 @pytest.mark.parametrize("net", NETS)
 def test_the_built_net_is_the_rows(net):
-    export.check_net(net)
-    model = export.build_net(net, num_classes=CLASSES)
+    model_file.check_net(net)
+    model = model_file.build_net(net, num_classes=CLASSES)
     assert type(model) is timm.models.EfficientNet
     found = {
         name: (
@@ -105,10 +105,10 @@ def test_the_built_net_is_the_rows(net):
     macs, params = closed_form(net)
     model.blocks[0].eval()
     modes = [m.training for m in model.modules()]
-    assert export.count_macs(model, IN_CHANS, IMG) == macs
-    assert export.count_macs_torch(model, IN_CHANS, IMG) == macs
+    assert model_file.count_macs(model, IN_CHANS, IMG) == macs
+    assert model_file.count_macs_torch(model, IN_CHANS, IMG) == macs
     assert [m.training for m in model.modules()] == modes and model.training and not model.blocks[0].training
-    assert export.count_params(model) == sum(p.numel() for p in model.parameters()) == params
+    assert model_file.count_params(model) == sum(p.numel() for p in model.parameters()) == params
     model.eval()
     x = torch.randn(2, IN_CHANS, IMG, IMG)
     assert model(x).shape == (2, CLASSES)
@@ -123,7 +123,7 @@ def test_the_built_net_is_the_rows(net):
 
 @pytest.mark.parametrize("net", NETS[4:7])
 def test_the_built_net_is_a_good_citizen(net):
-    model = export.build_net(net, num_classes=CLASSES).eval()
+    model = model_file.build_net(net, num_classes=CLASSES).eval()
     x = torch.randn(2, IN_CHANS, IMG, IMG)
     with torch.no_grad():
         expected = model(x)
@@ -139,7 +139,7 @@ def test_the_built_net_is_a_good_citizen(net):
 def test_a_narrowed_block_has_the_variance_of_a_fresh_one(kind):
     row = {"kind": kind, "kernel": 3, "stride": 1, "mid": 9, "out": 512, "se": 500, "skip": True}
     net = {"act": "relu", "stem": {"width": 512, "stride": 2}, "stages": [[row]], "head": 8}
-    block = export.build_net(net, num_classes=2).blocks[0][0]
+    block = model_file.build_net(net, num_classes=2).blocks[0][0]
     convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
     assert len(convs) == (5 if kind == "ir" else 4)
     for conv in convs:
@@ -209,14 +209,16 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_nets_written_as_rows_are_timms_bit_for_bit(name):
-    theirs, ours = timm.create_model(name).eval(), export.build_net(PUBLISHED[name], num_classes=1000).eval()
+    theirs, ours = timm.create_model(name).eval(), model_file.build_net(PUBLISHED[name], num_classes=1000).eval()
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(ours(x), theirs(x))
-    assert closed_form(PUBLISHED[name], 224, 1000)[1] == export.count_params(ours)
+    assert closed_form(PUBLISHED[name], 224, 1000)[1] == model_file.count_params(ours)
     if name == "mobilenetv2_100":
-        assert export.count_params(ours) == 3_504_872
-        macs = {count(m, 3, 224) for m in (ours, theirs) for count in (export.count_macs, export.count_macs_torch)}
+        assert model_file.count_params(ours) == 3_504_872
+        macs = {
+            count(m, 3, 224) for m in (ours, theirs) for count in (model_file.count_macs, model_file.count_macs_torch)
+        }
         assert macs == {closed_form(PUBLISHED[name], 224, 1000)[0]}
         assert round(macs.pop() / 1e6, 2) == 300.77

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dnas.objective import budget_penalty, ramp, target
+from dnas.methods.budget_loss import budget_penalty, ramp, target
 
 
 def test_ramp_is_linear_between_two_flat_ends():

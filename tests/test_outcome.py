@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from dnas.arch import Space
-from dnas.cost import CostTable
-from dnas.derive import uniform_arch
-from dnas.macro import MacroSupernet
-from dnas.outcome import over_budget, signs_of_collapse
-from dnas.timm_net import TimmBase, TimmSupernet
-from dnas.units import Budget
+from dnas.methods.baselines import uniform_arch
+from dnas.nets.macro import MacroSupernet
+from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.report.diagnosis import over_budget, signs_of_collapse
+from dnas.spec.budget import Budget
+from dnas.spec.cost import CostTable
+from dnas.spec.space import Space
 from supernets import SUPERNETS
 
 NET = MacroSupernet(SUPERNETS["prunet"](num_classes=10, img_size=8, width_mult=0.4))

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import iso_flops  # noqa: E402
 import peers  # noqa: E402
 
-from dnas.export import build_net, count_macs  # noqa: E402
-from dnas.units import UserError  # noqa: E402
+from dnas.export.model_file import build_net, count_macs  # noqa: E402
+from dnas.spec.validation import UserError  # noqa: E402
 
 
 @pytest.fixture(scope="module")

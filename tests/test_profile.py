@@ -9,18 +9,19 @@ from scipy.stats import kendalltau
 from tables import HEADER, costs_of
 from torch import nn
 
-from dnas import profile as profiling
-from dnas import timing
-from dnas.cost import CostTable
-from dnas.deployed import parts_of
-from dnas.derive import uniform_arch
-from dnas.export import build_net
-from dnas.latency import table_of
-from dnas.macro import MacroSupernet
-from dnas.profile import calibrated, check_figures, fit_scale, kendall_tau, row_of, spread_archs, time_nets
-from dnas.timing import Pace, Target, check_target, ready, time_calls
-from dnas.timm_net import TimmBase, TimmSupernet
-from dnas.units import Budget, UserError
+from dnas.export.model_file import build_net
+from dnas.latency import profile as profiling
+from dnas.latency import timing
+from dnas.latency.measured_parts import parts_of
+from dnas.latency.profile import calibrated, check_figures, fit_scale, kendall_tau, row_of, spread_archs, time_nets
+from dnas.latency.timing import Pace, Target, check_target, ready, time_calls
+from dnas.methods.baselines import uniform_arch
+from dnas.nets.macro import MacroSupernet
+from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.spec.budget import Budget
+from dnas.spec.cost import CostTable
+from dnas.spec.latency_table import table_of
+from dnas.spec.validation import UserError
 from supernets import SUPERNETS
 
 CPU = Target(torch.device("cpu"))

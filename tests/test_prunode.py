@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from dnas.prunode import PairGate
+from dnas.nets.bipath_block import PairGate
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 31, 32])

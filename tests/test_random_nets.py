@@ -8,8 +8,9 @@ import pytest
 import scipy.stats
 from spaces import Brute, assert_in_band, large, widest_cost
 
-from dnas.derive import BAND, random_arch
-from dnas.units import Budget
+from dnas.methods.baselines import random_arch
+from dnas.methods.derive import BAND
+from dnas.spec.budget import Budget
 
 
 @pytest.mark.parametrize("name, width_mult", [("mobilenet_v2", 0.5), ("prunet", 0.5)])

@@ -13,14 +13,14 @@ from commands import call, check_refused, compare_tool, search_tool, trust
 from playwright.sync_api import sync_playwright
 from tables import HEADER, costs_of, rows_of, stairs
 
-from dnas.checkpoint import Stopped
-from dnas.cost import CostTable
-from dnas.latency import table_of
-from dnas.macro import MacroSupernet
-from dnas.outcome import Run, beside, grouped, interval, layers_told, read_run, verdict
-from dnas.pictures import POINTS, _curve, layers
-from dnas.report import again, experiments, network, write_report
-from dnas.timm_net import TimmBase, TimmSupernet
+from dnas.nets.macro import MacroSupernet
+from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.report.metrics import Run, beside, grouped, interval, layers_told, read_run, verdict
+from dnas.report.pages import again, experiments, network, write_report
+from dnas.report.plots import POINTS, _curve, layers
+from dnas.runtime.checkpoint import Stopped
+from dnas.spec.cost import CostTable
+from dnas.spec.latency_table import table_of
 from supernets import SUPERNETS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -10,12 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dnas.cost import CostTable, resolve_budgets
-from dnas.data import Data, load_data
-from dnas.derive import derive, enumerate_archs, gate_likelihood
-from dnas.gates import MarkovGate
-from dnas.macro import Candidate, MacroSupernet
-from dnas.search import (
+from dnas.methods.derive import derive, enumerate_archs, gate_likelihood
+from dnas.methods.search import (
     SearchConfig,
     batches_of,
     begin,
@@ -27,10 +23,16 @@ from dnas.search import (
     mean_entropy,
     search,
 )
-from dnas.surgery import cut_width
-from dnas.timm_net import TimmBase, TimmSupernet
-from dnas.train import Recipe, autocast, cycle, make_learner
-from dnas.units import Budget, UserError, parse_budget
+from dnas.nets.macro import Candidate, MacroSupernet
+from dnas.nets.markov_gate import MarkovGate
+from dnas.nets.shrink import cut_width
+from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.spec.budget import Budget, parse_budget
+from dnas.spec.cost import CostTable, resolve_budgets
+from dnas.spec.validation import UserError
+from dnas.training.data import Data, load_data
+from dnas.training.loop import cycle, make_learner
+from dnas.training.recipe import Recipe, autocast
 from supernets import SUPERNETS
 from supernets.toy import BEST, plant, planted_data, toy
 

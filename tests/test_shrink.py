@@ -18,15 +18,15 @@ from small_nets import (
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from dnas.arch import KEEP
-from dnas.cost import CostTable
-from dnas.export import build_net
-from dnas.gates import MarkovGate
-from dnas.macro import net_of
-from dnas.prunode import PairGate
-from dnas.resize import resize_module
-from dnas.stochastic import ChoiceGate, SkipGate
-from dnas.surgery import plain_state, shrink
+from dnas.export.model_file import build_net
+from dnas.nets.bipath_block import PairGate
+from dnas.nets.layer_choice import ChoiceGate, SkipGate
+from dnas.nets.macro import net_of
+from dnas.nets.markov_gate import MarkovGate
+from dnas.nets.resize import resize_module
+from dnas.nets.shrink import plain_state, shrink
+from dnas.spec.cost import CostTable
+from dnas.spec.space import KEEP
 
 
 def gates_of(net, kind):

@@ -23,12 +23,12 @@ from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidua
 from torch import nn
 from torch.nn import functional as F
 
-from dnas.arch import DROP, KEEP
-from dnas.gates import MarkovGate
-from dnas.macro import Candidate, Macro, MacroSupernet, Stage
-from dnas.prunode import GatedBlock, PairGate, Prunode
-from dnas.stochastic import ChoiceGate
-from dnas.surgery import move_pair
+from dnas.nets.bipath_block import GatedBlock, PairGate, Prunode
+from dnas.nets.layer_choice import ChoiceGate
+from dnas.nets.macro import Candidate, Macro, MacroSupernet, Stage
+from dnas.nets.markov_gate import MarkovGate
+from dnas.nets.shrink import move_pair
+from dnas.spec.space import DROP, KEEP
 
 # The soft path of the bi-path block.
 

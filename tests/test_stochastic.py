@@ -7,9 +7,9 @@ import pytest
 import torch
 from draws import assert_frequencies, frequencies, generator
 
-from dnas.arch import DROP, KEEP
-from dnas.gates import gumbel_softmax
-from dnas.stochastic import ChoiceGate, SkipGate
+from dnas.nets.layer_choice import ChoiceGate, SkipGate
+from dnas.nets.markov_gate import gumbel_softmax
+from dnas.spec.space import DROP, KEEP
 
 # The choice among blocks
 

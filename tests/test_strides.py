@@ -11,17 +11,19 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dnas.cost import CostTable, resolve_budgets
-from dnas.data import load_data
-from dnas.search import SearchConfig, search
-from dnas.timm_net import TimmBase, TimmSupernet
-from dnas.train import Recipe, subsampled, time_step, train_from_scratch
-from dnas.units import parse_budget
+from dnas.methods.search import SearchConfig, search
+from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.spec.budget import parse_budget
+from dnas.spec.cost import CostTable, resolve_budgets
+from dnas.training.data import load_data
+from dnas.training.from_scratch import time_step, train_from_scratch
+from dnas.training.onednn import subsampled
+from dnas.training.recipe import Recipe
 
 # Without `subsampled` glibc ends this with "free(): invalid pointer" or the like, where oneDNN has AVX2 or AVX-512.
 NARROW = """
 import torch
-from dnas.train import Recipe, subsampled
+from dnas.training.loop import Recipe, subsampled
 conv = torch.nn.Conv2d(4, 16, 1, 2, bias=False).to(memory_format=torch.channels_last)
 torch.set_num_threads(1)
 for _ in range(300):

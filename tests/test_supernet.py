@@ -22,15 +22,15 @@ from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import nn
 from torch.nn import functional as F
 
-from dnas.arch import DROP, KEEP
-from dnas.cost import CostTable
-from dnas.export import build_net, count_macs, count_macs_torch, count_params
-from dnas.gates import MarkovGate
-from dnas.macro import MacroSupernet, net_of, space_of
-from dnas.prunode import PairGate, Prunode
-from dnas.stochastic import ChoiceGate, SkipGate
-from dnas.surgery import cut_width, plain_state, remove_block, remove_layer
-from dnas.timm_net import TimmBase, TimmSupernet
+from dnas.export.model_file import build_net, count_macs, count_macs_torch, count_params
+from dnas.nets.bipath_block import PairGate, Prunode
+from dnas.nets.layer_choice import ChoiceGate, SkipGate
+from dnas.nets.macro import MacroSupernet, net_of, space_of
+from dnas.nets.markov_gate import MarkovGate
+from dnas.nets.shrink import cut_width, plain_state, remove_block, remove_layer
+from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.spec.cost import CostTable
+from dnas.spec.space import DROP, KEEP
 from supernets import SUPERNETS
 
 

@@ -23,20 +23,12 @@ from small_nets import (
     weight_step,
 )
 
-from dnas.arch import DROP, KEEP
-from dnas.export import build_net, count_params
-from dnas.macro import MacroSupernet, net_of
-from dnas.prunode import PairGate, Prunode
-from dnas.stochastic import ChoiceGate
-from dnas.surgery import (
-    cut_width,
-    extract,
-    move_pair,
-    plain_state,
-    remove_block,
-    remove_layer,
-    shrink,
-)
+from dnas.export.model_file import build_net, count_params
+from dnas.nets.bipath_block import PairGate, Prunode
+from dnas.nets.layer_choice import ChoiceGate
+from dnas.nets.macro import MacroSupernet, net_of
+from dnas.nets.shrink import cut_width, extract, move_pair, plain_state, remove_block, remove_layer, shrink
+from dnas.spec.space import DROP, KEEP
 from supernets import SUPERNETS
 
 # Single cuts.

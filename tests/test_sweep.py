@@ -3,7 +3,9 @@
 import json
 
 import pytest
-from commands import call, check_refused, cli, goal, search_tool
+from commands import call, check_refused, search_tool, workflow
+
+from dnas.runtime.checkpoint import Stopped
 
 pytestmark = pytest.mark.usefixtures("trusted")
 SHORT = ("--supernet", "toy", "--width-mult", 1, "--search-epochs", 3, "--epochs", 1, "--img-size", 8, "-b", 128)
@@ -21,12 +23,12 @@ def test_each_net_of_a_sweep_is_that_of_its_budget(tmp_path, monkeypatch, capsys
     def train_arch(*given):
         trained.append(given)
         if len(trained) == 4:
-            raise cli.Stopped(15)
+            raise Stopped(15)
         return real(*given)
 
-    real = goal.train_arch
+    real = workflow.train_arch
     with monkeypatch.context() as stopped:
-        stopped.setattr(goal, "train_arch", train_arch)
+        stopped.setattr(workflow, "train_arch", train_arch)
         assert call(search_tool, stopped, *SHORT, *sweep) == 143
     assert capsys.readouterr().err == "stopped\n"
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["30pc", "50pc"]

@@ -12,11 +12,18 @@ import timm
 import torch
 from timm_checks import CHECKS
 
-from dnas import narrowed
-from dnas.export import arch_document, build_net, read_arch, save_weights, verify_export, write_export
-from dnas.surgery import plain_state
-from dnas.timm_net import TimmBase, TimmSupernet
-from dnas.units import UserError
+from dnas.export.model_file import (
+    arch_document,
+    build_net,
+    narrowed,
+    read_arch,
+    save_weights,
+    verify_export,
+    write_export,
+)
+from dnas.nets.shrink import plain_state
+from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.spec.validation import UserError
 
 DATA = {"img_size": 64, "in_chans": 3, "num_classes": 10, "mean": [0.5, 0.4, 0.25], "std": [0.25, 0.2, 1]}
 FAMILIES = [

@@ -9,16 +9,18 @@ import torch
 from timm.layers import LayerNorm, LayerNorm2d
 from torch import nn
 
-from dnas import narrowed
-from dnas.cost import CostTable, resolve_budgets
-from dnas.data import load_data
-from dnas.derive import derive, gate_likelihood, random_arch, uniform_arch
-from dnas.export import count_macs, count_params
-from dnas.search import SearchConfig, live_cost, search
-from dnas.surgery import cut_width, extract, plain_state
-from dnas.timm_net import TimmBase, TimmSupernet, _WeightedNorms, channel_grid, safe_channels
-from dnas.train import Recipe
-from dnas.units import UserError, parse_budget
+from dnas.export import narrowed
+from dnas.export.model_file import count_macs, count_params
+from dnas.methods.baselines import random_arch, uniform_arch
+from dnas.methods.derive import derive, gate_likelihood
+from dnas.methods.search import SearchConfig, live_cost, search
+from dnas.nets.shrink import cut_width, extract, plain_state
+from dnas.nets.timm_net import TimmBase, TimmSupernet, _WeightedNorms, channel_grid, safe_channels
+from dnas.spec.budget import parse_budget
+from dnas.spec.cost import CostTable, resolve_budgets
+from dnas.spec.validation import UserError
+from dnas.training.data import load_data
+from dnas.training.recipe import Recipe
 
 SIZE, CLASSES = 64, 10
 # Small ones of many families: additions, concatenations, splits, groups, depthwise, squeeze-excite, layer scale, layer

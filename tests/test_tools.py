@@ -1,10 +1,9 @@
 """The command lines: a table of wrong inputs, a dry run, and one small run from budget to trained model."""
 
+import importlib
 import json
 import os
 import platform
-import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -15,12 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from commands import call, check_refused, cli, export_tool, goal, retrain_tool, search_tool
+from commands import call, check_refused, export_tool, retrain_tool, search_tool, workflow
 
-from dnas.cost import CostTable
-from dnas.export import read_arch, verify_export, write_export
-from dnas.macro import space_of
-from dnas.outcome import no_better_than_a_guess
+import dnas.cli
+from dnas.export.model_file import read_arch, verify_export, write_export
+from dnas.nets.macro import space_of
+from dnas.report.diagnosis import no_better_than_a_guess
+from dnas.runtime import progress
+from dnas.spec.cost import CostTable
 from supernets import SUPERNETS
 
 ROOT = Path(__file__).parents[1]
@@ -290,10 +291,10 @@ def test_an_interrupted_run_leaves_no_folder_unless_a_network_was_found(where, t
             raise KeyboardInterrupt
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(goal, "run_search" if where == "search" else "train_arch", interrupt)
-    monkeypatch.setattr(goal, "search_figures", lambda *args: {"gate_loss": 0.0, "expected": {"macs": 0.0}})
+    monkeypatch.setattr(workflow, "run_search" if where == "search" else "train_arch", interrupt)
+    monkeypatch.setattr(workflow, "search_figures", lambda *args: {"gate_loss": 0.0, "expected": {"macs": 0.0}})
     if where == "training":
-        monkeypatch.setattr(goal, "run_search", lambda *args, **kwargs: None)
+        monkeypatch.setattr(workflow, "run_search", lambda *args, **kwargs: None)
     out = tmp_path / "run"
     assert call(search_tool, monkeypatch, "--budget", "50%", "--img-size", "16", "--output", out) == 130
     assert out.exists() == (where == "training")
@@ -311,8 +312,8 @@ def test_a_dry_run_can_be_asked_for_again(tmp_path, trusted, monkeypatch):
 
 
 def test_a_log_has_a_line_now_and_then(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=count(step=25).__next__))  # seconds
-    with cli.progress_bar("searching", 9) as advance:
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=count(step=25).__next__))  # seconds
+    with progress.progress_bar("searching", 9) as advance:
         for _ in range(9):
             advance("1M alive")
     assert capsys.readouterr().out.splitlines() == [f"searching 1M alive: {k} of 9" for k in (3, 6, 9)]
@@ -324,12 +325,10 @@ def test_threads_that_wait_let_others_run(monkeypatch):
             monkeypatch.delenv(name, raising=False)
         for name, value in given.items():
             monkeypatch.setenv(name, value)
-        runpy.run_module("before_torch")
+        importlib.reload(dnas.cli)
         assert os.environ.get("GOMP_SPINCOUNT") == told
-    for name in ("search", "retrain", "profile_latency"):
-        lines = (ROOT / "tools" / f"{name}.py").read_text().splitlines()
-        loads = [k for k, line in enumerate(lines) if re.match(r"(import|from) (torch|cli|goal|timm|dnas)\b", line)]
-        assert lines.index("import before_torch  # noqa: F401") < loads[0]
+    program = "import sys, dnas.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_a_changed_arch_file_is_refused(finished_run, tmp_path, monkeypatch, capsys):
@@ -352,8 +351,7 @@ def test_a_tar_of_images_is_read(image_folder, tmp_path, trusted, monkeypatch):
 
 FAULTS = """
 import resource, sys
-sys.path.insert(0, sys.argv[1])
-import cli
+from dnas.cli import process
 
 def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -362,7 +360,7 @@ def page_faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 fresh = page_faults()
-cli.keep_freed_memory()
+process.keep_freed_memory()
 page_faults()  # the first round takes the memory that the second is to find
 print(fresh, page_faults())
 """
@@ -371,7 +369,6 @@ print(fresh, page_faults())
 # Meant: other C libraries have no such setting, and `keep_freed_memory` does nothing there.
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_freed_memory_is_kept():
-    folder = Path(cli.__file__).parent
-    done = subprocess.run([sys.executable, "-c", FAULTS, folder], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     fresh, kept = map(int, done.stdout.split())
     assert kept < fresh / 10

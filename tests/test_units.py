@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from dnas.units import Budget, UserError, parse_budget, show
+from dnas.spec.budget import Budget, parse_budget, show
+from dnas.spec.validation import UserError
 
 VALID = {
     "300MFLOPs": [("macs", 300e6)],

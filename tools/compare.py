@@ -1,72 +1,7 @@
 #!/usr/bin/env python3
-"""Several runs side by side: a table, and a page with top-1 against cost. Of a sweep, its folder will do.
+"""``dnas compare``, from a checkout."""
 
-python tools/compare.py runs/* --out compared.html
-"""
-
-from pathlib import Path
-
-from cli import OneLineParser, console, run
-from rich.table import Table
-
-from dnas.outcome import grouped, read_run
-from dnas.report import as_text, experiments, write_comparison
-from dnas.runs import write_json
-from dnas.units import UserError
-
-
-def folders_of(given: list[str]) -> list[Path]:
-    """The run folders that are meant: those given, and of a sweep those in it. Raises UserError for anything else."""
-    found: list[Path] = []
-    for text in given:
-        folder = Path(text)
-        inside = sorted(path.parent for path in folder.glob("*/metrics.json"))
-        if (folder / "metrics.json").is_file() or not inside:
-            found.append(folder)  # which `read_run` will refuse if it is no run
-        else:
-            found += inside
-    return list(dict.fromkeys(found))
-
-
-def main() -> None:
-    """Read, print, write."""
-    p = OneLineParser(description=__doc__)
-    p.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or the folder of a sweep")
-    p.add_argument("--out", help="write a page with pictures to this file (.html)")
-    p.add_argument("--json", help="write the table to this file, as JSON with all figures")
-    args = p.parse_args()
-    for flag, path in (("--out", args.out), ("--json", args.json)):
-        if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
-            raise UserError(f"{flag} {path!r} is no file in a folder that exists")
-    if args.out and not args.out.endswith(".html"):
-        raise UserError(f"--out {args.out!r} does not end in .html")
-    runs, wrong = [], []
-    for folder in folders_of(args.runs):
-        try:
-            runs.append(read_run(folder))
-        except UserError as error:
-            wrong.append(error)
-    if not runs:
-        raise wrong[0]
-    for error in wrong:
-        console.print(f"left out: {error}", soft_wrap=True)
-    counted = [run for group in grouped(runs) for run in group]
-    for run_ in runs:
-        if run_ not in counted:
-            console.print(f"left out: {run_.folder} repeats the seed of a run like it", soft_wrap=True)
-    rows = experiments(runs)
-    heads, cells = as_text(rows)
-    table = Table(*heads)
-    for row in cells:
-        table.add_row(*row)
-    console.width = max(console.width, 160)  # a terminal that is narrower breaks the lines; figures stay whole
-    console.print(table)
-    if args.json:
-        write_json(Path(args.json), rows)
-    if args.out:
-        write_comparison(Path(args.out), runs)
-        console.print(f"page: {args.out}", soft_wrap=True)
-
+from dnas.cli import command
 
 if __name__ == "__main__":
-    run(main)
+    command("compare")

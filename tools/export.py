@@ -1,58 +1,7 @@
 #!/usr/bin/env python3
-"""Write a timm model file from an architecture file, or check one that is there.
+"""``dnas export``, from a checkout."""
 
-python tools/export.py runs/my-run/arch.json --output somewhere --name my_net
-python tools/export.py runs/my-run --check
-"""
-
-import shutil
-from pathlib import Path
-
-from cli import OneLineParser, console, run
-
-from dnas.export import check_name, read_arch, verify_export, write_export
-from dnas.runs import check_new_folder, run_folder
-from dnas.units import UserError, show
-
-
-def main() -> None:
-    """Read and validate arch.json, write model.py under the name asked for, see that plain timm builds it."""
-    parser = OneLineParser(description=__doc__)
-    parser.add_argument("arch", help="arch.json, or the run folder it is in")
-    parser.add_argument("--output", help="new folder for model.py, arch.json and the weights if there are some")
-    parser.add_argument("--name", help="name of the model (default: the one in the file)")
-    parser.add_argument(
-        "--check", action="store_true", help="only check the folder: does plain timm build what arch.json says?"
-    )
-    args = parser.parse_args()
-    path = Path(args.arch) / "arch.json" if Path(args.arch).is_dir() else Path(args.arch)
-    document = read_arch(path)
-    if args.check == bool(args.output):
-        raise UserError("exactly one of --output FOLDER and --check is needed")
-    if args.check and path.name != "arch.json":
-        raise UserError(f"--check looks at a run folder, or at the arch.json in one, not at {args.arch!r}")
-    try:
-        if args.check:
-            folder = path.parent
-            figures = verify_export(folder)
-        else:
-            if args.name:
-                check_name(args.name)
-                document["name"] = args.name
-            folder, weights = check_new_folder(args.output), path.with_name("model.safetensors")
-            with run_folder(folder):
-                write_export(folder, document)
-                if weights.exists():
-                    shutil.copy(weights, folder)
-                figures = verify_export(folder)
-    except RuntimeError as error:
-        raise UserError(str(error)) from None
-    console.print(
-        f"{document['name']} in {folder}: {show('macs', figures['macs'])}, "
-        f"{show('params', document['params'])}, built by plain timm",
-        soft_wrap=True,
-    )
-
+from dnas.cli import command
 
 if __name__ == "__main__":
-    run(main)
+    command("export")

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
-from commands import call, cli, export_tool, profile_tool, retrain_tool, search_tool, trust
+from commands import call, export_tool, profile_tool, retrain_tool, search_tool, trust
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dnas.checkpoint import LAST, write_checkpoint
-from dnas.runs import MAX_BYTES
+from dnas.runtime.checkpoint import LAST, write_checkpoint
+from dnas.runtime.run_folder import MAX_BYTES
+from dnas.runtime.signals import stop
 
 TOY = [
     "--supernet",
@@ -210,4 +211,4 @@ def test_tools(tool, args, tmp_path, monkeypatch, capsys):
 
 def test_stop_is_as_it_was(monkeypatch):
     """After all these calls no signal is waiting."""
-    assert cli.stop.asked() == 0
+    assert stop.asked() == 0

@@ -11,15 +11,16 @@ import sys
 import time
 
 import pytest
-from commands import cli, search_tool
+from commands import search_tool
 from documents import document
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from tables import HEADER, row
 
-from dnas.export import build_net, count_macs, read_arch
-from dnas.latency import read_table
-from dnas.units import UserError
+from dnas.cli import flags
+from dnas.export.model_file import build_net, count_macs, read_arch
+from dnas.spec.latency_table import read_table
+from dnas.spec.validation import UserError
 
 STRANGE = ["__import__('os').system('x')", "../../etc/passwd", "a\nb", "\x00", "ir", "in", "nan", "é" * 300, ""]
 leaves = st.one_of(
@@ -84,7 +85,7 @@ def load_table(path):
 def load_config(path):
     sys.argv = ["search.py", "--resume", str(path.parent)]
     try:
-        args, _ = cli.flags_of(search_tool.parser())
+        args, _ = flags.flags_of(search_tool.parser())
     except SystemExit as stop:  # argparse has said what is wrong
         raise UserError(f"exit {stop.code}") from None
     assert args.output == str(path.parent)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import cli, retrain_tool, search_tool
+from commands import process, retrain_tool, search_tool
 from forks import FORKS
 
-from dnas.runs import run_folder
+from dnas.runtime.run_folder import run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 SEARCH = ["--supernet", "toy", "--width-mult", "1", "--search-epochs", "5", "--epochs", "2", "--img-size", "8"]
@@ -45,7 +45,7 @@ def forked(tool, args, said, killed_at):
 
         setattr(os, name, call)
     sys.argv = [tool, *args]
-    cli.run(TOOLS[tool].main)
+    process.run(TOOLS[tool].main)
 
 
 def start(tool, *args, killed_at=""):

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from dnas.cost import CostTable
-from dnas.data import load_data
-from dnas.macro import MacroSupernet
-from dnas.search import SearchConfig, search
-from dnas.train import MAX_SKIPPED, Recipe, make_learner, train
-from dnas.units import Budget, UserError
+from dnas.methods.search import SearchConfig, search
+from dnas.nets.macro import MacroSupernet
+from dnas.spec.budget import Budget
+from dnas.spec.cost import CostTable
+from dnas.spec.validation import UserError
+from dnas.training.data import load_data
+from dnas.training.loop import MAX_SKIPPED, make_learner, train
+from dnas.training.recipe import Recipe
 from supernets import SUPERNETS
 
 

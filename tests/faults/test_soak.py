@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import call, goal, search_tool
+from commands import call, search_tool, workflow
 
 STATM, FILES = Path("/proc/self/statm"), Path("/proc/self/fd")
 
@@ -25,8 +25,8 @@ def test_ten_thousand_steps(tmp_path, monkeypatch, capsys):
             pages = int(STATM.read_text().split()[1])
             samples.append((row["step"], pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len([*FILES.iterdir()])))
 
-    plain = goal.append_row
-    monkeypatch.setattr(goal, "append_row", append_row)
+    plain = workflow.append_row
+    monkeypatch.setattr(workflow, "append_row", append_row)
     flags = ("--supernet", "toy", "--width-mult", 1, "--budget", "40%", "--img-size", 8, "-b", 100, "--epochs", 1)
     flags += ("--search-epochs", 1000, "--checkpoint-every", 5, "--output", tmp_path / "run")
     assert call(search_tool, monkeypatch, *flags) == 0

@@ -1,0 +1,243 @@
+"""From a budget to a trained timm model: search, derive, export, retrain from scratch, compare with the uniform net.
+
+python tools/search.py --budget 300MFLOPs
+"""
+
+import copy
+import importlib.util
+import re
+import time
+from dataclasses import asdict, fields, replace
+from functools import cache
+from itertools import count
+from pathlib import Path
+
+import torch
+from timm.utils import random_seed
+
+from dnas.cli.flags import (
+    ModelKwargs,
+    OneLineParser,
+    add_data_flags,
+    add_recipe_flags,
+    add_resume_flags,
+    add_space_flags,
+    data_of,
+    device_of,
+    flags_of,
+    new_folder,
+    open_table,
+    outline_of,
+    recipe_of,
+)
+from dnas.export.model_file import build_net, check_name
+from dnas.latency.measured_parts import parts_of
+from dnas.methods.baselines import uniform_arch
+from dnas.methods.search import SearchConfig, SearchState, begin, check_config, check_length
+from dnas.nets.macro import MacroSupernet, size_to
+from dnas.nets.supernet import Supernet
+from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.report.pages import write_report
+from dnas.runtime.checkpoint import WORTH_KEEPING
+from dnas.runtime.distributed import check_shares, rank, split, world_size
+from dnas.runtime.progress import console
+from dnas.runtime.run_folder import MAX_BYTES, provenance, run_folder, write_json
+from dnas.runtime.signals import stop
+from dnas.spec.budget import Budget, parse_budget, show
+from dnas.spec.cost import CostTable, resolve_budgets
+from dnas.spec.latency_table import LatencyTable
+from dnas.spec.validation import UserError, read_json
+from dnas.training.data import Data
+from dnas.training.from_scratch import time_step
+from dnas.workflow import Begun, Goal, Plan, dry_run, find, print_table, run_search, search_steps
+
+
+def parser() -> OneLineParser:
+    """All flags."""
+    p = OneLineParser(description=__doc__)
+    goal = p.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--budget", help="300MFLOPs (= MMACs), 5MParams, 50%%; several joined by commas hold at once")
+    goal.add_argument("--sweep", help="instead: a net for each, as 100MFLOPs,200MFLOPs, after one common warm-up")
+    add_resume_flags(p, goal)
+    add_space_flags(p)
+    p.add_argument("--latency-table", help="for a budget in ms: what tools/profile_latency.py wrote")
+    p.add_argument(
+        "--latency-for",
+        nargs="*",
+        default={},
+        action=ModelKwargs,
+        help="what it must be of: batch=32 dtype=float16 ...",
+    )
+    p.add_argument("--latency-anyway", action="store_true", help="use it, even if it is of another device or batch")
+    p.add_argument("--pretrained", action="store_true", help="with --model: the search starts from timm's weights")
+    p.add_argument("--initial-checkpoint", help="with --model: the search starts from the weights in this file")
+    p.add_argument("--search-epochs", type=int, default=20, help="epochs of the search (default 20)")
+    p.add_argument("--num-random", type=int, default=0, help="also train this many random nets at the same cost")
+    p.add_argument(
+        "--output",
+        help="run folder (default runs/<supernet or model>-<budget>-<seed>); of a sweep, with one in it a budget",
+    )
+    p.add_argument("--name", help="name of the exported model (default: dnas_ and the run folder's name)")
+    p.add_argument("--log", choices=["tensorboard"], help="also write the search's history to RUN/tensorboard")
+    p.add_argument("--dry-run", action="store_true", help="do everything but train: export and check the uniform net")
+    add_data_flags(p)
+    add_recipe_flags(p)
+    group = p.add_argument_group("search (times are shares of the whole search)")
+    for field in fields(SearchConfig):
+        default = getattr(SearchConfig(), field.name)
+        group.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            help=f"{field.metadata['help']} (default {default})",
+        )
+    return p
+
+
+def plan_supernet(args, data: Data, budgets: tuple[Budget, ...]) -> Supernet:
+    """The supernet. If made of layers, the budget is half of its widest net unless a width is given."""
+    outline = outline_of(args, {key: getattr(data, key) for key in ("num_classes", "in_chans", "img_size")})
+    if isinstance(outline, TimmBase):
+        return TimmSupernet(outline, args.pretrained, args.initial_checkpoint)
+    if args.pretrained or args.initial_checkpoint:
+        raise UserError("--pretrained and --initial-checkpoint go with --model")
+    counted = [b for b in budgets if not b.percent and b.metric != "ms"]  # a table of milliseconds is of one width
+    if args.width_mult is not None or not counted or args.latency_table:
+        return MacroSupernet(outline(width_mult=args.width_mult or 1.0))
+    return MacroSupernet(size_to(lambda width_mult: outline(width_mult=width_mult), counted))
+
+
+def make_plan(
+    args, asked: list[tuple[Budget, ...]], latency: LatencyTable | None, latency_device: torch.device | None
+) -> Plan:
+    """Everything that is known before a file is written. Raises UserError for whatever is wrong with the flags."""
+    recipe, device = recipe_of(args), device_of(args)
+    config = check_config(SearchConfig(**{field.name: getattr(args, field.name) for field in fields(SearchConfig)}))
+    if args.log and not importlib.util.find_spec("tensorboard"):
+        raise UserError(f"--log {args.log!r} needs the package tensorboard: pip install tensorboard")
+    if args.search_epochs < 1 or args.num_random < 0:
+        given = f"--search-epochs {args.search_epochs} --num-random {args.num_random}"
+        raise UserError(f"{given}: at least 1 epoch and no negative number is allowed")
+    data = data_of(args, device)
+    random_seed(args.seed)
+    net = plan_supernet(args, data, max(asked, key=lambda budgets: budgets[0].limit))
+    tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
+    if latency:
+        tables["ms"] = CostTable.measured(net.space, [part.site for part in parts_of(net)], latency)
+    search_recipe = replace(recipe, epochs=args.search_epochs, mixup=0.0, cutmix=0.0, drop=0.0, drop_path=0.0)
+    info = provenance(device)
+    return Plan(args, net, tables, data, recipe, search_recipe, config, device, info, latency, latency_device)
+
+
+def make_goals(plan: Plan, asked: list[tuple[Budget, ...]], folder: Path, name: str) -> list[Goal]:
+    """The budgets in order, each shown to be within reach of this grid of widths by its uniform net."""
+    goals = []
+    for given in asked:
+        try:
+            budgets = resolve_budgets(plan.tables, given)
+        except UserError as error:
+            flags = "--divisor" if plan.args.model else "--width-mult and --divisor"
+            raise UserError(f"{error} ({flags} for another one)") from None
+        uniform = uniform_arch(plan.net.space, plan.tables, budgets)
+        text = "" if len(asked) == 1 else str(given[0]).replace("%", "pc")
+        own = f"{name}_{re.sub('[^a-z0-9]', '_', text.lower())}" if text else name
+        check_name(own)
+        goals.append(Goal(budgets, uniform, folder / text, own))
+    return goals
+
+
+def introduce(plan: Plan) -> None:
+    """What is searched."""
+    net, table = plan.net, plan.tables["macs"]
+    stays = net.channels.fixed if isinstance(net, TimmSupernet) else ()
+    if stays:
+        more = f" and {len(stays) - 3} more" if len(stays) > 3 else ""
+        console.print(f"channels that stay: {', '.join(stays[:3])}{more}", soft_wrap=True)
+    reach = " to ".join(show("macs", table.of(arch)) for arch in table.extremes())
+    images = f"{plan.data.num_train} images of {plan.data.img_size} px"
+    nets = f"{net.space.num_archs():.0e} nets of {reach}"
+    console.print(f"{net.name} on {plan.data.name}, {images}: {nets}", soft_wrap=True)
+
+
+def estimate(plan: Plan, goals: list[Goal], plain_ms: float) -> float:
+    """Minutes. A weight step is about one step of the widest net, a gate step about two; the found nets take less."""
+    config, steps = plan.config, search_steps(plan.data, plan.search_recipe, plan.config)
+    work = steps * config.warmup
+    for goal in goals:
+        budget = goal.budgets[0]
+        share = min(1.0, budget.limit / plan.tables[budget.metric].of(plan.tables[budget.metric].extremes()[1]))
+        work += steps * (1 - config.warmup) * (1 + 2 / config.gate_every)
+        work += share * (2 + plan.args.num_random) * plan.recipe.epochs * plan.data.num_train / plan.recipe.batch_size
+    return work * plain_ms / 6e4
+
+
+def main() -> None:
+    """The whole flow, on one screen."""
+    args, argv = flags_of(parser())
+    texts = args.sweep.split(",") if args.sweep else [args.budget]
+    asked = [parse_budget(text) for text in texts]
+    if len({budgets[0].metric + "%" * budgets[0].percent for budgets in asked}) > 1 or len({*asked}) < len(asked):
+        raise UserError(f"--sweep {args.sweep!r}: budgets of one kind are expected, each once")
+    latency = open_table(args, [b for budgets in asked for b in budgets])  # which may say what the space is
+    default = "-".join(texts).replace("%", "pc").replace(",", "-")
+    default += f"-{args.seed}" + "-dry" * args.dry_run  # the search that comes after needs a folder of its own
+    output = args.output or f"runs/{args.model or args.supernet or 'prunet'}-{default}"
+    if args.dry_run and not args.output:  # a question that is asked again
+        output = next(path for k in count(1) if not Path(path := output + f"-{k}" * (k > 1)).exists())
+    name = args.name or "dnas_" + re.sub("[^a-z0-9]", "_", Path(output).name.lower())[:58]
+    parts = min(world_size(), len(asked))
+    check_shares(args.batch_size, parts)
+    if not args.resume:
+        new_folder(output)
+    plan = make_plan(args, asked, *latency)
+    goals = make_goals(plan, asked, Path(output), name)
+    introduce(plan)
+    config = {"argv": argv, "args": vars(args), "space": asdict(plan.net.outline), "provenance": plan.info}
+    config["class_names"] = plan.data.class_names
+    if args.dry_run:
+        for goal in goals if rank() == 0 else ():
+            with run_folder(goal.folder):
+                write_json(goal.folder / "config.json", config)
+                dry_run(plan, goal)
+        return
+    check_length(search_steps(plan.data, plan.search_recipe, plan.config), plan.config)
+    sizes = {"num_classes": plan.data.num_classes, "in_chans": plan.data.in_chans}
+    widest = build_net(plan.net.net_of(plan.tables["macs"].extremes()[1]), **sizes).to(plan.device)
+    plain_ms = time_step(widest, plan.data, plan.recipe)
+    del widest
+    minutes = max(1, round(estimate(plan, goals, plain_ms)))
+    console.print(f"about {minutes} min on this machine, at {plain_ms:.0f} ms a step")
+
+    layout = torch.channels_last if plan.recipe.channels_last else torch.preserve_format
+    net = plan.net.to(device=plan.device, memory_format=layout)
+
+    def new() -> SearchState:
+        return begin(net, plan.tables, plan.data, plan.search_recipe, plan.config, args.seed)
+
+    @cache
+    def warmed_up() -> Begun:
+        """What all budgets have in common: with several of them, the warm-up."""
+        started, rows, state = time.perf_counter(), [], new()
+        if len(goals) > 1 and plan.config.warmup:
+            run_search(plan, state, (), until=plan.config.warmup, on_row=rows.append)
+        return state, rows, time.perf_counter() - started
+
+    def begun(warm: bool) -> Begun:
+        state, rows, seconds = warmed_up() if warm else (new(), [], 0.0)
+        random_seed(args.seed)
+        return copy.deepcopy(state) if len(mine) > 1 else state, rows, seconds
+
+    mine = goals[split(parts) :: parts]
+    console.quiet = rank() > 0
+    for goal in mine:
+        own = goal if rank() == 0 else replace(goal, folder=new_folder(goal.folder))
+        with run_folder(own.folder, keep_if=WORTH_KEEPING):
+            if not (own.folder / "config.json").exists():
+                write_json(own.folder / "config.json", config)
+            journal = stop.journal(own.folder, plan.device, args.checkpoint_every)
+            if not (own.folder / "metrics.json").exists():
+                write_json(own.folder / "metrics.json", find(plan, own, journal, begun, plain_ms))
+            if rank() == 0:
+                write_report(own.folder)
+            journal.close()
+        print_table(goal.folder, goal.name, read_json(own.folder / "metrics.json", MAX_BYTES))

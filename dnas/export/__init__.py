@@ -1,0 +1,1 @@
+"""arch.json and model.py, and the proof that they agree."""

@@ -1,0 +1,129 @@
+"""What an ``arch.json`` may say, and a network in it: nothing that is not listed here ever reaches ``model.py``."""
+
+import builtins
+import keyword
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models import is_model, model_entrypoint
+
+from dnas.export import narrowed, native
+from dnas.nets.timm_net import check_kwargs
+from dnas.spec.validation import UserError, check, fail
+
+Floats = Sequence[float]
+
+SCHEMA = 1
+MAX_BYTES = 1_000_000
+WIDTH, CHANNELS, COUNT = range(1, 16_385), range(1, 1_025), range(1, 2**63)
+ROW = {  # one block; ds = depthwise separable (mid: its input width), ir = inverted residual, er = fused
+    "kind": ("ds", "ir", "er"),
+    "kernel": (1, 3, 5, 7),
+    "stride": (1, 2),  # 2 only in the first block of a stage
+    "mid": WIDTH,
+    "out": WIDTH,
+    "se": range(16_385),  # squeeze width in channels; 0: none
+    "skip": (True, False),
+}
+NATIVE = {
+    "act": tuple(native.ACTS),
+    "stem": {"width": WIDTH, "stride": (1, 2)},
+    "stages": [[ROW, range(1, 65)], range(1, 65)],
+    "head": WIDTH,
+}
+NARROWED = {"base": str, "kwargs": dict, "features": [WIDTH, range(1, 65)], "modules": dict}  # see dnas.export.narrowed
+# What the network sees and says: img_size in pixels; mean and std of pixels in [0, 1], one a channel.
+SIZES = {"img_size": range(1, 8_193), "in_chans": CHANNELS, "num_classes": range(1, 1_000_001)}
+DATA: dict[str, Any] = {**SIZES, "mean": [float, CHANNELS], "std": [float, CHANNELS]}
+BUDGET = [{"metric": str, "limit": float, "reached": float}, range(17)]
+ARCH = {"schema": (SCHEMA,), "name": str, "supernet": str, **DATA, "answers": dict, "net": dict, "widths": dict}
+ARCH |= {"macs": COUNT, "params": COUNT, "budget": BUDGET, "provenance": dict}
+
+
+def check_net(net: Any) -> None:
+    """Raise UserError, naming the entry, unless ``net`` follows `NATIVE` or `NARROWED` and can be built as it says."""
+    if isinstance(net, dict) and "base" in net:
+        _check_narrowed(net)
+    else:
+        _check_native(net)
+
+
+def _check_narrowed(net: dict[str, Any]) -> None:
+    check("net", net, NARROWED)
+    base = net["base"]
+    if not is_model(base) or not model_entrypoint(base).__module__.startswith("timm.models."):
+        fail("net.base", base, "a model of timm's own")
+    try:
+        check_kwargs(net["kwargs"])
+    except UserError as error:
+        raise UserError(f"net.kwargs: {error}") from None
+    try:
+        with torch.device("meta"):
+            model: Any = timm.create_model(base, **net["kwargs"])
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, AssertionError) as error:
+        fail("net.kwargs", net["kwargs"], f"arguments of {base} ({(str(error).splitlines() or ['none'])[0][:80]})")
+    if len(net["features"]) != len(model.feature_info):
+        fail("net.features", net["features"], f"{len(model.feature_info)} widths, one a feature level of {base}")
+    modules = dict(model.named_modules())
+    for path, sizes in net["modules"].items():
+        if path not in modules:
+            fail("net.modules", path, f"modules of {base}")
+        check(f"net.modules[{path!r}]", sizes, dict)
+        for name, size in sizes.items():
+            where = f"net.modules[{path!r}][{name!r}]"
+            value = getattr(modules[path], name, None) if name.isidentifier() and name[0] != "_" else None
+            if isinstance(value, torch.Tensor):
+                value = value.shape
+            if type(value) is float:
+                check(where, size, float)
+            elif type(value) is int and value > 0:
+                check(where, size, range(1, value + 1))
+            elif isinstance(value, (list, tuple)) and all(type(v) is int and v > 0 for v in value):
+                if type(size) is not list or len(size) != len(value):
+                    fail(where, size, f"a list of {len(value)} entries")
+                for k, (n, v) in enumerate(zip(size, value, strict=True)):
+                    check(f"{where}[{k}]", n, (None,) if n is None else range(1, v + 1))
+            else:
+                fail(where, size, f"left out: {base} has no tensor or number of this name there")
+
+
+def _check_native(net: Any) -> None:
+    check("net", net, NATIVE)
+    width = net["stem"]["width"]
+    for i, rows in enumerate(net["stages"]):
+        for j, row in enumerate(rows):
+            where = f"net.stages[{i}][{j}]"
+            if row["kind"] == "ds" and row["mid"] != width:
+                fail(f"{where}.mid", row["mid"], f"the input width {width}, for kind ds has no expansion")
+            if row["stride"] == 2 and j > 0:
+                fail(f"{where}.stride", 2, "1, for only the first block of a stage may have stride 2")
+            if row["skip"] and (row["stride"] == 2 or row["out"] != width):
+                fail(f"{where}.skip", True, f"False, for stride is not 1 or out is not the input width {width}")
+            width = row["out"]
+
+
+def check_name(name: Any) -> None:
+    """Raise UserError unless ``name`` can name the entry point in ``model.py`` and is no model of timm's own."""
+    if type(name) is not str or not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name):
+        fail("name", name, "1 to 64 of a-z, 0-9 and _, a letter first")
+    taken = {*dir(builtins), *dir(native), *dir(narrowed), "default_cfgs", "generate_default_cfgs", "register_model"}
+    if keyword.iskeyword(name) or name in taken:
+        fail("name", name, "no word that Python or model.py itself uses")
+    # A network of ours may be exported again: its entry point has NET beside it.
+    if is_model(name) and "NET" not in getattr(model_entrypoint(name), "__globals__", {}):
+        fail("name", name, "no model that timm already has")
+
+
+def check_data(num_classes: int, in_chans: int, img_size: int, mean: Floats, std: Floats) -> dict[str, Any]:
+    """These five as a dict that follows `DATA`. Raises UserError otherwise."""
+    data: dict[str, Any] = dict(zip(DATA, (img_size, in_chans, num_classes, [*mean], [*std]), strict=True))
+    check("arch", data, DATA)
+    for key in ("mean", "std"):
+        if len(data[key]) != in_chans:
+            fail(f"arch.{key}", data[key], f"{in_chans} numbers, one a channel")
+    if min(std) <= 0:
+        fail("arch.std", data["std"], "above 0")
+    return data

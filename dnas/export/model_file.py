@@ -1,0 +1,345 @@
+"""A found network out of dnas: checked, counted, and written as a plain timm model with its ``arch.json``.
+
+A network is data (`dnas.export.arch_schema`). Whatever goes into ``model.py`` is validated first and written by
+``repr`` of numbers, booleans and known words: an arch file is data, it never becomes code.
+"""
+
+import inspect
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import safetensors.torch
+import torch
+from fvcore.nn import FlopCountAnalysis
+from timm.models import clean_state_dict, get_pretrained_cfg
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dnas.export import narrowed, native
+from dnas.export.arch_schema import ARCH, DATA, MAX_BYTES, SCHEMA, Floats, check_data, check_name, check_net
+from dnas.nets.timm_net import measure
+from dnas.runtime.run_folder import write_whole
+from dnas.spec.validation import UserError, check, fail, parse_json, read_json
+
+
+def check_document(document: Any) -> None:
+    """Raise UserError unless ``document`` follows `ARCH` and its figures are those of its net, built anew."""
+    check("arch", document, ARCH)
+    check_name(document["name"])
+    check_data(**{key: document[key] for key in DATA})
+    for decision, option in document["answers"].items():
+        check(f"arch.answers[{decision!r}]", option, int if type(option) is int else str)
+    for key, value in _counts(document["net"], document).items():
+        if json.dumps(document[key]) != json.dumps(value):
+            fail(f"arch.{key}", document[key], "that of the net, built anew" + f": {value}" * (key != "widths"))
+    for i, row in enumerate(document["budget"]):
+        if row["reached"] != document.get(row["metric"], row["reached"]):
+            fail(f"arch.budget[{i}].reached", row["reached"], f"the {row['metric']} of the net")
+
+
+def build_net(
+    net: dict[str, Any], *, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0, drop_path_rate: float = 0.0
+) -> nn.Module:
+    """The timm network of ``net``, freshly initialised. Raises UserError where ``net`` is wrong.
+
+    Rates of 0 are not passed on: not every network of timm's knows them.
+    """
+    check_net(net)
+    cfg: dict[str, Any] = {"num_classes": num_classes, "input_size": (in_chans, 224, 224), **_heads(net)}
+    rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+    rates = {name: rate for name, rate in rates.items() if rate}
+    try:
+        return _kind(net).build(net, "dnas", pretrained_cfg=cfg, **rates)
+    except TypeError as error:
+        raise UserError(f"the network does not take {', '.join(rates)}: {error}") from None
+
+
+def _kind(net: dict[str, Any]) -> ModuleType:
+    """The module whose text builds ``net``."""
+    return narrowed if "base" in net else native
+
+
+def _heads(net: dict[str, Any]) -> dict[str, Any]:
+    """Where timm finds the first convolution and the classifier."""
+    if "base" not in net:
+        return {"first_conv": "conv_stem", "classifier": "classifier"}
+    cfg = get_pretrained_cfg(net["base"])
+    return {key: getattr(cfg, key, None) for key in ("first_conv", "classifier")}
+
+
+@contextmanager
+def _one_image(model: nn.Module, in_chans: int, img_size: int) -> Iterator[torch.Tensor]:
+    """A zero image (1, in_chans, img_size, img_size) for the model, which is in eval mode meanwhile."""
+    like = next(model.parameters())
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield torch.zeros(1, in_chans, img_size, img_size, device=like.device, dtype=like.dtype)
+    finally:
+        for module, mode in modes.items():  # one by one: a frozen batch norm in a training model stays frozen
+            module.training = mode
+
+
+def count_macs(model: nn.Module, in_chans: int, img_size: int) -> int:
+    """Multiply-accumulates for one image: convolutions and linear layers as fvcore counts them, products as torch does.
+
+    Products are those of two feature maps (attention), which fvcore misses where they are fused.
+    """
+    with _one_image(model, in_chans, img_size) as x:
+        analysis = FlopCountAnalysis(model, x).unsupported_ops_warnings(False).tracer_warnings("none")
+        by_operator = analysis.uncalled_modules_warnings(False).by_operator()
+    # fvcore's total has batch norm and pooling in it, too
+    return int(by_operator["conv"] + by_operator["linear"]) + _by_torch(model, in_chans, img_size)[1]
+
+
+def count_macs_torch(model: nn.Module, in_chans: int, img_size: int) -> int:
+    """The same by torch's own counter alone; works on the meta device, too."""
+    return sum(_by_torch(model, in_chans, img_size))
+
+
+def _by_torch(model: nn.Module, in_chans: int, img_size: int) -> tuple[int, int]:
+    """Multiply-accumulates (layers, products); torch counts 2 for each."""
+    # Not every torch counts every fused attention (2.14 leaves out the CPU's): unfused ones are plain products.
+    unfused = sdpa_kernel(SDPBackend.MATH)
+    with _one_image(model, in_chans, img_size) as x, unfused, FlopCounterMode(display=False) as counter:
+        model(x)
+    counts = {op.__name__: flops // 2 for op, flops in counter.get_flop_counts().get("Global", {}).items()}
+    layers = sum(counts.pop(op, 0) for op in ("convolution", "addmm", "mm"))
+    return layers, sum(counts.values())
+
+
+def count_params(model: nn.Module) -> int:
+    """Number of parameters; the statistics of batch norm are none."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _counts(net: dict[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"widths": {module: [in, out]}, "macs", "params"}`` of ``net``; raises UserError where it is wrong."""
+    check_net(net)
+    try:
+        with torch.device("meta"):  # takes no memory, whatever an arch file from elsewhere asks for
+            model = _kind(net).network(net, num_classes=data["num_classes"], in_chans=data["in_chans"])
+        macs = count_macs_torch(model, data["in_chans"], data["img_size"])
+        features = measure(model, data["in_chans"], data["img_size"])["features"] if "base" in net else []
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the network cannot be run: {str(error).splitlines()[0]}") from None
+    if features != net.get("features", []):
+        fail("net.features", net["features"], f"the channels of its feature levels: {features}")
+    modules = dict(model.named_modules())
+    widths = {name: [m.in_channels, m.out_channels] for name, m in modules.items() if isinstance(m, nn.Conv2d)}
+    widths |= {name: [m.in_features, m.out_features] for name, m in modules.items() if isinstance(m, nn.Linear)}
+    return {"widths": widths, "macs": macs, "params": count_params(model)}
+
+
+_SOURCE = '''"""{name}: a network found by dnas, as a plain timm model. Needs torch and timm, not dnas.
+
+    import timm
+    import model  # this file, which tells timm the name
+    net = timm.create_model("{name}", pretrained=True)  # weights: model.safetensors beside this file
+    net = timm.create_model("{name}", num_classes=7, in_chans=1, features_only=True)
+
+Found for images of {in_chans} x {img_size} x {img_size} and {num_classes} classes. To change the network, change NET.
+"""
+
+from pathlib import Path
+
+from timm.models import generate_default_cfgs, register_model
+
+# From here to NET: {kind} as it stands.
+{body}
+
+
+{about}
+NET = {net}
+
+WEIGHTS = Path(__file__).resolve().with_name("model.safetensors")
+
+CFG = {cfg}
+default_cfgs = generate_default_cfgs({{"{name}": {{**CFG, "file": str(WEIGHTS) if WEIGHTS.is_file() else None}}}})
+
+
+@register_model
+def {name}(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The network in NET; kwargs are those of any timm entry point."""
+    return build(NET, "{name}", pretrained, **kwargs)
+'''
+
+
+_ABOUT = {
+    native: """\
+# One row a block: kind (ds depthwise separable, ir inverted residual, er fused), hidden and output width,
+# se = squeeze width (0: none), skip = shortcut. Widths are in channels.""",
+    narrowed: """\
+# The network of timm's that this is a narrower version of; the channels of its feature levels; for each module what is
+# smaller than there: shapes of tensors (None: as there) and the numbers that the module keeps.""",
+}
+
+
+def model_source(
+    name: str, net: dict[str, Any], *, num_classes: int, in_chans: int, img_size: int, mean: Floats, std: Floats
+) -> str:
+    """The text of a ``model.py`` that registers ``net`` with timm as ``name``, and needs torch and timm only.
+
+    Raises UserError where anything that would go into the text is not what it should be.
+    """
+    check_name(name)
+    check_net(net)
+    data = check_data(num_classes, in_chans, img_size, mean, std)
+    kind = _kind(net)
+    crop_pct = 0.875 if img_size >= 96 else 1.0  # small images come at their final size: nothing to crop
+    cfg: dict[str, Any] = {"input_size": (in_chans, img_size, img_size), "pool_size": _pool_size(net, data)}
+    cfg |= {key: tuple(map(float, data[key])) for key in ("mean", "std")} | {"num_classes": num_classes}
+    cfg |= {"interpolation": "bicubic", "crop_pct": crop_pct, **_heads(net)}
+    body = inspect.getsource(kind).split('"""\n', 1)[1].strip()  # without its docstring
+    # Numbers, booleans and known words have no quotes inside.
+    net_text, cfg_text = (_pretty(part, repr).replace("'", '"') for part in (net, cfg))
+    path = f"dnas/export/{kind.__name__.split('.')[-1]}.py"
+    return _SOURCE.format(name=name, kind=path, body=body, about=_ABOUT[kind], net=net_text, cfg=cfg_text, **data)
+
+
+def _pool_size(net: dict[str, Any], data: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the last feature map."""
+    if "base" not in net:
+        strides = [net["stem"]["stride"], *(rows[0]["stride"] for rows in net["stages"])]
+        return (-(-data["img_size"] // math.prod(strides)),) * 2  # every stride halves and rounds up
+    with torch.device("meta"):
+        model = narrowed.network(net, num_classes=data["num_classes"], in_chans=data["in_chans"])
+    return measure(model, data["in_chans"], data["img_size"])["pool_size"]
+
+
+def _pretty(value: Any, write: Callable[[Any], str], indent: int = 0) -> str:
+    """``write(value)``, which is JSON or Python, broken into one entry a line where it does not fit on one."""
+    line = write(value)
+    if not isinstance(value, (dict, list)) or indent + len(line) <= 110:
+        return line
+    if isinstance(value, dict):
+        parts = [f"{write(key)}: {_pretty(entry, write, indent + 4)}" for key, entry in value.items()]
+    else:
+        parts = [_pretty(entry, write, indent + 4) for entry in value]
+    pad = "\n" + " " * indent
+    return line[0] + ",".join(f"{pad}    {part}" for part in parts) + pad + line[-1]
+
+
+def arch_document(
+    name: str,
+    net: dict[str, Any],
+    data: Mapping[str, Any],
+    *,
+    supernet: str,
+    answers: Mapping[str, int | str],
+    budget: Sequence[Mapping[str, Any]] = (),
+    provenance: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of ``arch.json`` (`ARCH`), with the widths, MACs and parameters of the net as built.
+
+    ``data`` holds the keywords of `model_source`, ``budget`` rows ``{"metric", "limit", "reached"}``. Raises UserError
+    where something is not what it should be.
+    """
+    data = check_data(**data)
+    document = {"schema": SCHEMA, "name": name, "supernet": supernet, **data, "answers": dict(answers), "net": net}
+    document |= {**_counts(net, data), "budget": [*map(dict, budget)], "provenance": dict(provenance or {})}
+    document = parse_json(_dump(document).encode(), "arch document", MAX_BYTES)  # a copy, of JSON's own types
+    check_document(document)
+    return document
+
+
+def write_export(folder: str | Path, document: dict[str, Any]) -> None:
+    """Write ``model.py`` and ``arch.json``, each whole or not at all; nothing (UserError) if ``document`` is wrong."""
+    text = (_dump(document) + "\n").encode()
+    document = parse_json(text, "arch document", MAX_BYTES)
+    check_document(document)
+    source = model_source(document["name"], document["net"], **{key: document[key] for key in DATA})
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_whole(Path(folder) / "model.py", source.encode())
+    write_whole(Path(folder) / "arch.json", text)  # last: where it is, the export is complete
+
+
+def read_arch(path: str | Path) -> dict[str, Any]:
+    """The document in an ``arch.json``, whoever wrote it. Raises UserError if anything is wrong with it."""
+    try:
+        document = read_json(path, MAX_BYTES)
+        check_document(document)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return document
+
+
+def save_weights(model: nn.Module, folder: str | Path) -> None:
+    """Write the model's state to ``model.safetensors`` in ``folder``, whole or not at all."""
+    state = clean_state_dict(model.state_dict())  # without the prefixes of DDP and torch.compile
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    write_whole(Path(folder) / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+
+
+def _dump(value: Any) -> str:
+    try:
+        return _pretty(value, partial(json.dumps, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"arch document cannot be written as JSON: {error}") from None
+
+
+_CHILD = """
+import json, os, sys
+sys.modules.update(dnas=None, supernets=None)  # to import them is now an error, wherever they are installed
+sys.path.insert(0, os.getcwd())
+import model, timm, torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+torch.set_num_threads(1)
+weights, img_size = os.path.isfile("model.safetensors"), int(sys.argv[3])
+net = timm.create_model(sys.argv[1], pretrained=weights).eval()
+x = torch.zeros(1, int(sys.argv[2]), img_size, img_size)
+with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    found = {"outputs": list(net(x).shape), "params": sum(p.numel() for p in net.parameters())}
+found.update(macs=counter.get_total_flops() // 2, counted_by="torch")
+counts = {op.__name__: flops // 2 for op, flops in counter.get_flop_counts().get("Global", {}).items()}
+products = sum(n for op, n in counts.items() if op not in ("convolution", "addmm", "mm"))
+try:
+    from fvcore.nn import FlopCountAnalysis
+    ops = FlopCountAnalysis(net, x).unsupported_ops_warnings(False).tracer_warnings("none").by_operator()
+    found.update(macs=int(ops["conv"] + ops["linear"]) + products, counted_by="fvcore")
+except ImportError:
+    pass
+found["packages"] = sorted({type(m).__module__.partition(".")[0] for m in net.modules()})
+print(json.dumps({**found, "weights": weights, "torch": torch.__version__, "timm": timm.__version__}))
+"""
+
+
+def verify_export(folder: str | Path) -> dict[str, Any]:
+    """Build the ``model.py`` in ``folder`` in a fresh process where dnas cannot be imported, and count.
+
+    Loads the weights if they are there. Returns ``macs, params, outputs`` (shape for one image), ``packages`` (where
+    the modules come from), ``counted_by, weights, torch, timm``. Raises UserError if ``arch.json`` is wrong,
+    RuntimeError if the model does not build, is not as ``arch.json`` says, or has parts not from torch and timm.
+    """
+    folder = Path(folder)
+    document = read_arch(folder / "arch.json")
+    with tempfile.TemporaryDirectory() as copy:
+        for file in ("model.py", "model.safetensors"):
+            if (folder / file).is_file():
+                shutil.copy(folder / file, copy)
+        command = [sys.executable, "-I", "-B", "-W", "ignore", "-c", _CHILD]
+        command += [str(document[key]) for key in ("name", "in_chans", "img_size")]
+        child = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=600)
+    if child.returncode != 0:
+        reason = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"{folder / 'model.py'} does not work without dnas: {reason}")
+    figures = json.loads(child.stdout.splitlines()[-1])
+    expected = {"macs": document["macs"], "params": document["params"], "packages": ["timm", "torch"]}
+    for key, value in {**expected, "outputs": [1, document["num_classes"]]}.items():
+        if figures[key] != value:
+            raise RuntimeError(f"{folder / 'model.py'} has {key} {figures[key]}, not {value}")
+    return figures

@@ -1,0 +1,1 @@
+"""Measuring milliseconds on the device."""

@@ -1,0 +1,1 @@
+"""How a network inside the budget is chosen."""

@@ -1,0 +1,333 @@
+"""From probabilities to one architecture inside the budget, by construction; also the uniform and the random nets.
+
+Found and uniform net answer one question: of all networks with a cost in [0.98, 1.00] x budget, which one do the given
+log-likelihoods like best? A random net is an even draw from those networks.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from dnas.nets.supernet import Supernet
+from dnas.spec.budget import Budget, show
+from dnas.spec.cost import CostTable
+from dnas.spec.space import Arch, Decision, Space
+from dnas.spec.validation import UserError
+
+BAND = 0.98
+Likelihood = Mapping[str, np.ndarray]  # decision -> log-likelihood of each option
+
+
+class _Walker:
+    """One network as option indices of every decision, with the cost ratios kept up to date while it changes."""
+
+    def __init__(self, space: Space, tables: Sequence[CostTable], limits: Sequence[float], like: Likelihood) -> None:
+        self.space, self.tables, self.limits, self.like = space, tables, limits, like
+        self.at = {d.name: int(np.argmax(like[d.name])) for d in space.decisions}
+        self.children: dict[str, list[Decision]] = {d.name: [] for d in space.decisions}
+        for d in space.decisions:
+            if d.when:
+                self.children[d.when[-1][0]].append(d)
+        self.whens = {d.name: [(n, space.by_name[n].index(o)) for n, o in d.when] for d in space.decisions}
+        self.refresh()
+
+    def refresh(self) -> None:
+        arch = self.arch()
+        self.costs = [t.of(arch) for t in self.tables]
+
+    def arch(self) -> Arch:
+        return self.space.complete({d.name: d.options[self.at[d.name]] for d in self.space.decisions})
+
+    def is_active(self, d: Decision) -> bool:
+        return all(self.at[name] == index for name, index in self.whens[d.name])
+
+    def active(self) -> list[Decision]:
+        return [d for d in self.space.decisions if self.is_active(d)]
+
+    @property
+    def ratio(self) -> float:
+        """Cost over limit, of the metric that binds."""
+        return max(c / limit for c, limit in zip(self.costs, self.limits, strict=True))
+
+    def ratios(self, d: Decision) -> np.ndarray:
+        """The ratio for each option of ``d``, all other answers held."""
+        rows = []
+        for table, cost, limit in zip(self.tables, self.costs, self.limits, strict=True):
+            along = table.along(d, self.at)
+            rows.append((cost + along - along[self.at[d.name]]) / limit)
+        return np.max(rows, 0)
+
+    def subtree(self, d: Decision, index: int) -> float:
+        """Log-likelihood of one option of ``d`` with the answers that it makes matter."""
+        below = [c for c in self.children[d.name] if self.whens[c.name][-1][1] == index]
+        return float(self.like[d.name][index]) + sum(self.subtree(c, self.at[c.name]) for c in below)
+
+    def likes(self, d: Decision) -> np.ndarray:
+        return np.array([self.subtree(d, k) for k in range(len(d.options))])
+
+    def log_likelihood(self) -> float:
+        return sum(float(self.like[d.name][self.at[d.name]]) for d in self.active())
+
+    def move(self, d: Decision, index: int) -> None:
+        for k, table in enumerate(self.tables):
+            along = table.along(d, self.at)
+            self.costs[k] += along[index] - along[self.at[d.name]]
+        self.at[d.name] = index
+
+    def ascend(self, multiplier: float) -> None:
+        """Coordinate ascent on log-likelihood - multiplier * ratio until nothing moves."""
+        for _ in range(50):
+            moved = False
+            for d in reversed(self.space.decisions):
+                own = [(n, i) for n, i in self.whens[d.name] if self.at[n] != i]
+                if own:  # without effect now: choose as if it had, for the choice above it to compare by
+                    held = dict(self.at)
+                    self.at |= dict(own)
+                    costs = [t.along(d, self.at) / limit for t, limit in zip(self.tables, self.limits, strict=True)]
+                    score = self.likes(d) - multiplier * np.max(costs, 0)
+                    self.at = held
+                    self.at[d.name] = int(np.argmax(score))
+                    continue
+                score = self.likes(d) - multiplier * self.ratios(d)
+                best = int(np.argmax(score))
+                if score[best] > score[self.at[d.name]] + 1e-12:
+                    self.move(d, best)
+                    moved = True
+            if not moved:
+                break
+        self.refresh()
+
+
+def in_band(ratio: float) -> bool:
+    """Whether cost over limit is what a derived network must have."""
+    return BAND <= ratio <= 1.0
+
+
+def enumerate_archs(space: Space) -> Iterator[Arch]:
+    """Every network of a (small) space once."""
+
+    def walk(k: int, answers: dict) -> Iterator[Arch]:
+        if k == len(space.decisions):
+            yield Arch(answers)
+            return
+        d = space.decisions[k]
+        matters = all(answers.get(name) == option for name, option in d.when)
+        for option in d.options if matters else (None,):
+            yield from walk(k + 1, {**answers, d.name: option} if matters else answers)
+
+    return walk(0, {})
+
+
+def derive(
+    space: Space,
+    tables: Mapping[str, CostTable],
+    budgets: Sequence[Budget],
+    like: Likelihood,
+    exact_below: int = 20_000,
+) -> Arch:
+    """The likeliest `Arch` whose cost keeps every budget and reaches 98 % of at least one.
+
+    Exact by enumeration for small spaces. Otherwise coordinate ascent with a multiplier on the cost, found by
+    bisection, then single and paired moves inside the band; paired moves also mend a net that missed the band. In the
+    end widths are raised that cost nothing.
+
+    Raises:
+        UserError: no network in the band was found; the nearest costs are named.
+    """
+    used, limits = [tables[b.metric] for b in budgets], [b.limit for b in budgets]
+    if space.num_archs() <= exact_below:
+        return widen_for_free(space, used, limits, _exact(space, used, limits, like, budgets))
+    walker = _Walker(space, used, limits, like)
+    found: list[tuple[float, dict[str, int]]] = []
+    nearest = {"below": 0.0, "above": np.inf}
+    starts: list[dict[str, int]] = []
+    low, high = -1e5, 1e5  # of a multiplier: large ones mean small nets
+    for _ in range(40):
+        middle = float(np.sinh((np.arcsinh(low * 1e3) + np.arcsinh(high * 1e3)) / 2) / 1e3)
+        walker.at = {d.name: int(np.argmax(like[d.name])) for d in space.decisions}
+        walker.refresh()
+        walker.ascend(middle)
+        starts.append(dict(walker.at))
+        if in_band(walker.ratio):
+            found.append((walker.log_likelihood(), dict(walker.at)))
+        if walker.ratio <= 1:
+            high, nearest["below"] = middle, max(nearest["below"], walker.ratio)
+        else:
+            low, nearest["above"] = middle, min(nearest["above"], walker.ratio)
+    for at in starts[-6:] if not found else []:
+        walker.at = dict(at)
+        walker.refresh()
+        if _enter_band(walker) or _walk_into_band(walker, np.random.default_rng(0)):
+            found.append((walker.log_likelihood(), dict(walker.at)))
+    if not found:
+        raise _out_of_band(budgets, [r for r in nearest.values() if 0 < r < np.inf])
+    walker.at = max(found, key=lambda f: f[0])[1]
+    walker.refresh()
+    _polish(walker)
+    return widen_for_free(space, used, limits, walker.arch())
+
+
+def widen_for_free(space: Space, tables: Sequence[CostTable], limits: Sequence[float], arch: Arch) -> Arch:
+    """``arch`` with every width raised as far as no cost rises: to the edge of its step, where a latency has steps.
+
+    Costs in closed form rise with every width, and leave it as it is.
+    """
+    walker = _Walker(space, tables, limits, {d.name: np.zeros(len(d.options)) for d in space.decisions})
+    walker.at |= {name: space.by_name[name].index(option) for name, option in arch.items()}
+    walker.refresh()
+    for d in space.decisions:
+        if d.is_width and d.name in arch:
+            now, rises = walker.at[d.name], np.zeros(len(d.options))
+            for table in tables:
+                along = table.along(d, walker.at)
+                rises = np.maximum(rises, along - along[now] * (1 + 1e-9))
+            fits = [k for k in np.flatnonzero(rises <= 0) if k > now and in_band(float(walker.ratios(d)[k]))]
+            if fits:
+                walker.move(d, int(fits[-1]))
+    return walker.arch()
+
+
+def _exact(
+    space: Space, tables: Sequence[CostTable], limits: Sequence[float], like: Likelihood, budgets: Sequence[Budget]
+) -> Arch:
+    best: tuple[float, Arch | None] = (-np.inf, None)
+    ratios = []
+    for arch in enumerate_archs(space):
+        ratio = max(t.of(arch) / limit for t, limit in zip(tables, limits, strict=True))
+        ratios.append(ratio)
+        if in_band(ratio):
+            score = sum(float(like[n][space.by_name[n].index(o)]) for n, o in arch.items())
+            best = max(best, (score, arch), key=lambda b: b[0])
+    if best[1] is None:
+        below = max((r for r in ratios if r <= 1), default=None)
+        above = min((r for r in ratios if r > 1), default=None)
+        raise _out_of_band(budgets, [r for r in (below, above) if r])
+    return best[1]
+
+
+def _out_of_band(budgets: Sequence[Budget], ratios: Sequence[float]) -> UserError:
+    """The error that names the nearest costs: with several budgets, as shares of the one that binds."""
+    b, alone = budgets[0], len(budgets) == 1
+    costs = " and ".join(show(b.metric, r * b.limit) if alone else f"{100 * r:.1f} % of it" for r in ratios)
+    asked = ", ".join(map(str, budgets))
+    return UserError(f"no network of this space costs 98 to 100 % of {asked}; the nearest found cost {costs}")
+
+
+def _enter_band(walker: _Walker) -> bool:
+    """Single moves, then pairs of moves, into the band: the likeliest that lands, else the one that comes nearest."""
+
+    def gap(ratio: np.ndarray | float) -> np.ndarray | float:
+        return np.abs(ratio - (1 + BAND) / 2)
+
+    for _ in range(200):
+        if in_band(walker.ratio):
+            return True
+        best: tuple[float, float] | None = None
+        move: tuple[Decision, int] | None = None
+        for d in walker.active():
+            ratios, likes = walker.ratios(d), walker.likes(d)
+            for k in np.flatnonzero(np.isfinite(likes)):
+                lands = in_band(ratios[k])
+                key = (0.0 if lands else float(gap(ratios[k])), float(likes[walker.at[d.name]] - likes[k]))
+                if best is None or key < best:
+                    best, move = key, (d, int(k))
+        if move is None or best is None or best[0] >= gap(walker.ratio) - 1e-12:
+            return _pair_into_band(walker)
+        walker.move(*move)
+        walker.refresh()
+    return False
+
+
+def _pair_into_band(walker: _Walker) -> bool:
+    best: tuple[float, dict[str, int]] | None = None
+    for d in walker.active():
+        here = walker.at[d.name]
+        for k in np.flatnonzero(np.isfinite(walker.likes(d))):
+            if k == here:
+                continue
+            walker.move(d, int(k))
+            for e in walker.active():
+                ratios, likes = walker.ratios(e), walker.likes(e)
+                ok = np.flatnonzero((ratios >= BAND) & (ratios <= 1) & np.isfinite(likes))
+                for j in ok:
+                    loss = walker.log_likelihood() + likes[j] - likes[walker.at[e.name]]
+                    if best is None or loss > best[0]:
+                        best = (float(loss), {**walker.at, e.name: int(j)})
+            walker.move(d, here)
+    if best is None:
+        return False
+    walker.at = best[1]
+    walker.refresh()
+    return in_band(walker.ratio)
+
+
+def _polish(walker: _Walker) -> None:
+    """Single moves, and pairs with a neighbouring width, while they raise the likelihood in the band."""
+    for _ in range(30):
+        best, moves = 1e-9, None
+        for d in walker.active():
+            ratios, likes, here = walker.ratios(d), walker.likes(d), walker.at[d.name]
+            gains = np.where((ratios >= BAND) & (ratios <= 1), likes - likes[here], -np.inf)
+            if (k := int(np.argmax(gains))) != here and gains[k] > best:
+                best, moves = float(gains[k]), [(d, k)]
+            for step in (-1, 1) if d.is_width else ():
+                if not 0 <= here + step < len(d.options) or not np.isfinite(likes[here + step]):
+                    continue
+                lost = likes[here + step] - likes[here]
+                walker.move(d, here + step)
+                for e in walker.active():
+                    r, lk = walker.ratios(e), walker.likes(e)
+                    gains = np.where((r >= BAND) & (r <= 1), lk - lk[walker.at[e.name]] + lost, -np.inf)
+                    if (j := int(np.argmax(gains))) != walker.at[e.name] and gains[j] > best:
+                        best, moves = float(gains[j]), [(d, here + step), (e, j)]
+                walker.move(d, here)
+        if moves is None:
+            break
+        for d, k in moves:
+            walker.move(d, k)
+        walker.refresh()
+
+
+def near(d: Decision, width: float) -> np.ndarray:
+    """How near each width of ``d`` is to ``width``: minus the squared difference of their logarithms."""
+    return -(np.log(np.array(d.options, dtype=float) / width) ** 2)
+
+
+def gate_likelihood(net: Supernet) -> dict[str, np.ndarray]:
+    """Log-probabilities of the gates of blocks and layers; of widths, how near they are to the expected one.
+
+    Expected sampling (DMCP, Guo et al., CVPR 2020), here inside the band. The likeliest width of a chain whose links
+    are alike is its first or its last one, wherever the expectation, which the budget was met by, lies. What was cut
+    off is a last resort, -1000: where the grid is so coarse that what is left misses the band, the band wins.
+    """
+    like = {d.name: np.zeros(len(d.options)) for d in net.space.decisions}
+    live = net.live_options()
+    for name, gate in net.gates().items():
+        d, p = net.space.by_name[name], gate.probabilities().detach().double().cpu().numpy()
+        like[name] = near(d, p @ np.array(d.options)) if d.is_width else np.log(np.maximum(p, 1e-30))
+        like[name][np.setdiff1d(np.arange(len(p)), live[name])] = -1000
+    return like
+
+
+def _walk_into_band(walker: _Walker, rng: np.random.Generator, most: int = 3000) -> bool:
+    """Redraw random decisions towards the band, without crossing it from below, until the net is in it.
+
+    Where nothing moves any more (a local optimum on a coarse grid), one decision is redrawn at will.
+    """
+    stuck = 0
+    for _ in range(most):
+        if in_band(walker.ratio):
+            return True
+        active = walker.active()
+        d = active[rng.integers(len(active))]
+        ratios, here = walker.ratios(d), walker.ratio
+        towards = np.flatnonzero(ratios < here if here > 1 else (ratios > here) & (ratios <= 1))
+        possible = np.flatnonzero(np.isfinite(walker.likes(d)))
+        towards = np.intersect1d(towards, possible)
+        stuck = 0 if len(towards) else stuck + 1
+        if stuck > 3 * len(active):
+            towards, stuck = possible, 0
+        if len(towards):
+            walker.move(d, int(rng.choice(towards)))
+            walker.refresh()
+    return False

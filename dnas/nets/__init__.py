@@ -1,0 +1,1 @@
+"""Supernets and their gates; tracing and cutting of channels."""

@@ -1,0 +1,323 @@
+"""The bi-path block over inner widths (PruNet's Prunode, arXiv 2209.11785), around timm's own blocks.
+
+Two copies in one: the same block at two inner widths ``small < large`` that share one bank of weights, the small copy
+being its prefix. What lies before the squeeze-excite works channel by channel or produces channels independently of
+each other, so it is computed once and its batch statistics are the same in both copies; the last norm sees different
+sums and is kept per copy. Time and memory are those of two paths at most, however many widths the grid has: O(1).
+
+Candidates of one layer share what they have in common as well (`share`): with a bank of its own, each of eight random
+candidates would feed the next layer features of its own, and a short search would train none of them.
+
+Source: the abstract verifies the bi-path block and its O(1) cost; the bracketing rule of `PairGate.update` is ours and
+realises "the candidates are changed according to the current architecture weights". Deviation: the copies
+and the candidates share weights.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidual, InvertedResidual
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dnas.nets.markov_gate import MarkovGate, draw_index, gumbel_softmax
+from dnas.spec.space import Option
+
+TimmBlock = InvertedResidual | EdgeResidual | DepthwiseSeparableConv
+
+
+def parts(block: TimmBlock) -> tuple[list[tuple[nn.Conv2d, nn.BatchNorm2d]], nn.Conv2d, str]:
+    """A timm block as (convolutions and norms up to the hidden map, last convolution, name of the last norm)."""
+    if isinstance(block, InvertedResidual):
+        return [(block.conv_pw, block.bn1), (block.conv_dw, block.bn2)], block.conv_pwl, "bn3"
+    if isinstance(block, EdgeResidual):
+        return [(block.conv_exp, block.bn1)], block.conv_pwl, "bn2"
+    return [(block.conv_dw, block.bn1)], block.conv_pw, "bn2"
+
+
+# A prefix of a module's channels. All of them: the module itself, so that the bits agree with plain timm.
+
+
+def _conv(conv: nn.Conv2d, x: Tensor, width: int) -> Tensor:
+    if width == conv.out_channels:
+        return conv(x)
+    groups = width if conv.groups > 1 else 1  # depthwise, or dense
+    bias = None if conv.bias is None else conv.bias[:width]
+    return F.conv2d(x, conv.weight[:width], bias, conv.stride, conv.padding, conv.dilation, groups)
+
+
+def _norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    width = x.shape[1]
+    return norm(x) if width == norm.num_features else _batch_norm(norm, x, norm.weight[:width], norm.bias[:width])
+
+
+def _batch_norm(norm: nn.BatchNorm2d, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+    mean, var = norm.running_mean[: x.shape[1]], norm.running_var[: x.shape[1]]  # views: they are updated in place
+    return norm.act(F.batch_norm(x, mean, var, weight, bias, norm.training, norm.momentum, norm.eps))
+
+
+def channel_factors(by: Tensor | Option, length: int, like: Tensor) -> Tensor:
+    """A width gate's answer as a factor of each of ``length`` channels: it is one, or says how many channels stay."""
+    return by if isinstance(by, Tensor) else prefix_mask(length, int(by), like)
+
+
+def scaled_norm(norm: nn.BatchNorm2d, x: Tensor, by: Tensor | Option, times: Tensor | None = None) -> Tensor:
+    """A norm of timm's that a width gate (see `channel_factors`) acts on, and the number ``times``.
+
+    Both are parts of the norm's weight and bias, and cost no pass over the map. A norm with an activation (all of
+    timm's give 0 for 0) takes factors of 0 and 1 only. Widths are not sliced: an even draw has other shapes in every
+    step, each of which costs a CPU the making of new kernels and a GPU the choice of some; what stays too wide for long
+    is cut off for good.
+    """
+    if times is None and not isinstance(by, Tensor) and by == norm.num_features:
+        return norm(x)
+    factor = channel_factors(by, norm.num_features, norm.weight)
+    factor = factor if times is None else factor * times
+    return _batch_norm(norm, x, norm.weight * factor, norm.bias * factor)
+
+
+def _norms_of_both(y: Tensor, norms: Sequence[nn.BatchNorm2d], factors: Sequence[Tensor]) -> Tensor:
+    """The two copies' last norms, times a factor [out] each, and added: [B, 2 * out, H, W] -> [B, out, H, W].
+
+    One norm without weights, and a 1x1 convolution that holds the weights of both: halves of a channels_last
+    map are no dense maps, and slow to normalise.
+    """
+    first = norms[0]
+    mean, var = (torch.cat([getattr(n, name) for n in norms]) for name in ("running_mean", "running_var"))
+    y = F.batch_norm(y, mean, var, None, None, first.training, first.momentum, first.eps)
+    if first.training:
+        for norm, own_mean, own_var in zip(norms, mean.chunk(2), var.chunk(2), strict=True):
+            norm.running_mean.copy_(own_mean)
+            norm.running_var.copy_(own_var)
+            norm.num_batches_tracked.add_(1)
+    scales = torch.cat([torch.diag(n.weight * f) for n, f in zip(norms, factors, strict=True)], 1)
+    return F.conv2d(y, scales[:, :, None, None], sum(n.bias * f for n, f in zip(norms, factors, strict=True)))
+
+
+def prefix_mask(length: int, width: int, like: Tensor) -> Tensor:
+    """[length]: 1 for the first ``width``, 0 after."""
+    return (torch.arange(length, device=like.device) < width).to(like.dtype)
+
+
+def _squeeze_excite(se: nn.Module, h: Tensor, width: int | None = None) -> Tensor:
+    """Squeeze-excite that reads only the first ``width`` channels (default: all that ``h`` has)."""
+    width = width or h.shape[1]
+    if isinstance(se, nn.Identity) or width == se.conv_reduce.in_channels:
+        return se(h)
+    mean = h.mean((2, 3), keepdim=True)
+    s = F.conv2d(mean[:, :width], se.conv_reduce.weight[:, :width], se.conv_reduce.bias)
+    s = F.conv2d(se.act1(s), se.conv_expand.weight[: h.shape[1]], se.conv_expand.bias[: h.shape[1]])
+    return h * se.gate(s)
+
+
+Made = dict[tuple[nn.Module, int], Tensor]  # (convolution, width) -> what it, its norm and activation gave
+
+
+def expand(block: TimmBlock, x: Tensor, width: int, made: Made | None = None) -> Tensor:
+    """The hidden map before squeeze-excite, its first ``width`` channels: [B, in, H, W] -> [B, width, H', W'].
+
+    ``made`` remembers what convolutions that candidates of a layer share have given for this ``x``.
+    """
+    made = {} if made is None else made
+    for conv, norm in parts(block)[0]:
+        if (conv, width) not in made:
+            if conv.groups > 1:  # depthwise: its input channels are the hidden ones
+                x = x[:, :width]
+            made[conv, width] = _norm(norm, _conv(conv, x, width))
+        x = made[conv, width]
+    return x
+
+
+def project(block: TimmBlock, norm: nn.BatchNorm2d, h: Tensor, out: Tensor | Option, times: Tensor | None) -> Tensor:
+    """From a prefix of the hidden map to the residual branch: [B, width, H', W'] -> [B, out, H', W'].
+
+    ``norm``: the block's last one, or another in its place; it is a `scaled_norm` by ``out`` and ``times``.
+    """
+    conv = parts(block)[1]
+    h = _squeeze_excite(block.se, h)
+    h = conv(h) if h.shape[1] == conv.in_channels else F.conv2d(h, conv.weight[:, : h.shape[1]])
+    return scaled_norm(norm, h, out, times)
+
+
+@torch.no_grad()
+def share(blocks: Sequence[TimmBlock]) -> None:
+    """Let the candidates of one layer hold the same modules where they agree, and start alike where they do not.
+
+    All inverted residuals share the expansion, those of one kernel also the depthwise convolution; all candidates share
+    the projection (a fused one its prefix). A larger depthwise kernel starts as the smaller one with a rim of zeros, a
+    fused convolution as the product of expansion and depthwise kernel.
+    """
+    widest_first = sorted(blocks, key=lambda b: -parts(b)[1].in_channels)
+    plain = [b for b in widest_first if isinstance(b, InvertedResidual)]
+    by_kernel: dict[int, InvertedResidual] = {}
+    for b in plain:
+        b.conv_pw, b.bn1 = plain[0].conv_pw, plain[0].bn1
+        like = by_kernel.setdefault(b.conv_dw.kernel_size[0], b)
+        b.conv_dw, b.bn2 = like.conv_dw, like.bn2
+    for size, b in by_kernel.items():
+        smallest = by_kernel[min(by_kernel)].conv_dw.weight
+        if rim := (size - min(by_kernel)) // 2:
+            width = min(len(smallest), b.conv_dw.out_channels)
+            b.conv_dw.weight[:width] = F.pad(smallest[:width], (rim,) * 4)
+    for e in [b for b in widest_first if isinstance(b, EdgeResidual)] if plain else []:
+        width = min(e.conv_exp.out_channels, *(p.conv_dw.out_channels for p in plain))
+        product = plain[0].conv_pw.weight[:width] * by_kernel[min(by_kernel)].conv_dw.weight[:width]
+        rim = (e.conv_exp.kernel_size[0] - product.shape[-1]) // 2
+        if rim >= 0:
+            e.conv_exp.weight[:width] = F.pad(product, (rim,) * 4)
+    for block in widest_first:
+        if not isinstance(block, DepthwiseSeparableConv):
+            block.conv_pwl = widest_first[0].conv_pwl
+
+
+class PairGate(nn.Module):
+    """Which of two inner widths: two logits, and the rule that moves the pair over its grid.
+
+    Args:
+        widths: the ascending grid; the pair starts at its top and at a quarter of it (on the grid).
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.widths = list(widths)
+        self.low, self.high = max(0, len(widths) // 4 - 1), len(widths) - 1  # grid indices of the pair
+        self.temperature = 1.0
+        self.logits = nn.Parameter(torch.zeros(2 if self.high > self.low else 0))
+        self.register_buffer("p_large", torch.tensor(0.5))  # moving average of the larger one's probability
+
+    @property
+    def small(self) -> int:
+        return self.widths[self.low]
+
+    @property
+    def large(self) -> int:
+        return self.widths[self.high]
+
+    def probabilities(self) -> Tensor:
+        """[number of options], zero but for the pair."""
+        return pair_distributions([self])[0]
+
+    def soft(self, generator: torch.Generator | None = None) -> Tensor | int:
+        """A relaxed sample (q_small, q_large); the width itself where there is only one."""
+        return gumbel_softmax(self.logits, self.temperature, generator) if len(self.logits) else self.large
+
+    def draw(self, generator: torch.Generator | None = None, uniform: bool = False) -> int:
+        """One of the two widths, by their probabilities or evenly."""
+        if not len(self.logits):
+            return self.large
+        logits = torch.zeros_like(self.logits) if uniform else self.logits / self.temperature
+        return (self.small, self.large)[draw_index(torch.softmax(logits, 0), generator)]
+
+    def best(self) -> int:
+        """The likelier of the two."""
+        return self.large if not len(self.logits) or self.logits[1] >= self.logits[0] else self.small
+
+    @torch.no_grad()
+    def update(self, threshold: float, decay: float = 0.8) -> tuple[int, int] | None:
+        """Average the larger one's probability; if one side is above ``threshold``, say where the pair should go.
+
+        A bracketing search on the grid: while the gap is wider than one step the loser moves half-way to the winner
+        (the optimum is below, between or above); at the smallest gap the pair slides by one step, so that a wrong early
+        halving can be mended. The gap never grows. Returns the new (low, high) grid indices, or None to stay; the
+        caller moves the gate and resizes the block (`dnas.nets.shrink.move_pair`).
+        """
+        if not len(self.logits):
+            return None
+        self.p_large.lerp_(torch.softmax(self.logits, 0)[1].to(self.p_large), 1 - decay)
+        p_large, gap = float(self.p_large), self.high - self.low
+        half, low, high = max(1, gap // 2), self.low, self.high
+        if p_large > threshold:
+            low, high = (high - half, high) if gap > 1 else (low + 1, high + 1)
+        elif 1 - p_large > threshold:
+            low, high = (low, low + half) if gap > 1 else (low - 1, high - 1)
+        if (low, high) == (self.low, self.high) or low < 0 or high >= len(self.widths):
+            return None
+        return low, high
+
+    @torch.no_grad()
+    def move(self, low: int, high: int) -> None:
+        """Set the pair to these grid indices; the logits and their average start anew."""
+        self.low, self.high = low, high
+        self.logits.zero_()
+        self.p_large.fill_(0.5)
+
+
+def pair_distributions(gates: Sequence[PairGate]) -> list[Tensor]:
+    """Distributions over all options: a few operations on all gates. Where there is one option, it is certain."""
+    found = {g: g.logits.new_ones(1) for g in gates if not len(g.logits)}
+    if learning := [g for g in gates if len(g.logits)]:
+        sizes, places, start = [len(g.widths) for g in learning], [], 0
+        for g, size in zip(learning, sizes, strict=True):
+            places += [start + g.low, start + g.high]
+            start += size
+        logits = torch.stack([g.logits for g in learning])
+        pairs = torch.softmax(logits / logits.new_tensor([g.temperature for g in learning])[:, None], 1)
+        index = torch.tensor(places, device=pairs.device)
+        spread = pairs.new_zeros(start).index_add(0, index, pairs.flatten()).split(sizes)
+        found |= dict(zip(learning, spread, strict=True))
+    return [found[g] for g in gates]
+
+
+class Prunode(nn.Module):
+    """A timm block with a pair of inner widths. ``forward`` gives the residual branch, without the shortcut.
+
+    ``mid`` names the decision on the inner width.
+    """
+
+    def __init__(self, block: TimmBlock, mid: str, gate: PairGate) -> None:
+        super().__init__()
+        self.block, self.mid, self.gate = block, mid, gate
+        self.norm_small = copy.deepcopy(getattr(block, parts(block)[2]))
+
+    def forward(
+        self, x: Tensor, mid: Tensor | int, out: Tensor | Option, times: Tensor | None = None, made: Made | None = None
+    ) -> Tensor:
+        """[B, in, H, W] -> [B, out, H', W']; ``mid``: a width, or the weights (q_small, q_large) of the two copies.
+
+        ``out`` and the scalar ``times`` scale the result (see `scaled_norm`); ``made``: see `expand`.
+        """
+        small, large = self.gate.small, self.gate.large
+        _, conv, last = parts(self.block)
+        norms = self.norm_small, getattr(self.block, last)
+        if isinstance(mid, int):
+            norm = norms[0] if mid == small < large else norms[1]
+            return project(self.block, norm, expand(self.block, x, mid, made), out, times)
+        h = expand(self.block, x, large, made)
+        factors = [q if times is None else q * times for q in mid]
+        whole = conv.weight[:, :large]  # of a bank that another candidate of the layer may need wider
+        # The hidden map is never sliced (a slice of a channels_last map is slow): its small copy is the large one seen
+        # through weights that are zero beyond the prefix, so that both copies are one convolution.
+        inside = whole * prefix_mask(large, small, whole)[:, None, None]
+        if isinstance(self.block.se, nn.Identity):
+            channels = channel_factors(out, len(whole), whole)
+            return _norms_of_both(F.conv2d(h, torch.cat([inside, whole])), norms, [q * channels for q in factors])
+        y_small = F.conv2d(_squeeze_excite(self.block.se, h, small), inside)
+        y_large = F.conv2d(self.block.se(h), whole)
+        return scaled_norm(norms[0], y_small, out, factors[0]) + scaled_norm(norms[1], y_large, out, factors[1])
+
+
+class GatedBlock(nn.Module):
+    """A timm block whose inner width hangs on a Markov gate (DMCP's way), without the shortcut.
+
+    The gate is its own, or, for a depthwise separable block, that of its input stream, whose width it shares.
+    """
+
+    def __init__(self, block: TimmBlock, mid: str, gate: MarkovGate | None = None) -> None:
+        super().__init__()
+        self.block, self.mid, self.gate = block, mid, gate
+
+    def forward(
+        self, x: Tensor, mid: Tensor | int, out: Tensor | Option, times: Tensor | None = None, made: Made | None = None
+    ) -> Tensor:
+        """[B, in, H, W] -> [B, out, H', W']; ``mid``: a width, or the factor of each hidden channel.
+
+        The factor is applied once, after the depthwise convolution's norm and activation, where no norm can undo it
+        (the released DMCP code applies it twice and so squares it). ``out``, ``times`` and ``made`` as in `Prunode`.
+        """
+        h = expand(self.block, x, mid if isinstance(mid, int) else len(mid), made)
+        if isinstance(mid, Tensor):
+            h = h * mid.to(h.dtype)[:, None, None]
+        return project(self.block, getattr(self.block, parts(self.block)[2]), h, out, times)

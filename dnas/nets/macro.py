@@ -1,0 +1,334 @@
+"""Supernets made of layers: timm's own blocks at full width, several to a layer.
+
+The outline is that of timm's EfficientNet: stem, stages of layers, head. A `Macro` describes it as plain data; the
+space and the rows of a found network follow from that data alone, and the modules are built from it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from timm.layers import BatchNormAct2d, SelectAdaptivePool2d, create_conv2d
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidual, InvertedResidual, SqueezeExcite
+from timm.models._efficientnet_builder import efficientnet_init_weights
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dnas.nets.bipath_block import GatedBlock, PairGate, Prunode, TimmBlock, channel_factors, parts, scaled_norm, share
+from dnas.nets.layer_choice import Answers, StochasticLayer
+from dnas.nets.markov_gate import MarkovGate
+from dnas.nets.resize import resize_module
+from dnas.nets.supernet import Gate, Supernet
+from dnas.spec.budget import Budget
+from dnas.spec.cost import CostTable
+from dnas.spec.space import DROP, KEEP, Decision, Option, Site, Space
+
+ACTS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "hard_swish": nn.Hardswish}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One kind of block that a layer may become.
+
+    ``kind`` is timm's: ``ds`` depthwise separable, ``ir`` inverted residual, ``er`` fused. ``expand`` and ``base`` are
+    hidden width over input width, of the widest and of the base net; ``se`` is squeeze width over input width.
+    """
+
+    kind: str
+    kernel: int
+    expand: float = 1.0
+    base: float = 1.0
+    se: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-k{self.kernel}" + ("-se" if self.se else "")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``depth`` layers of output ``width``; the first has the stride, the others may be dropped if ``droppable``.
+
+    The first candidate is the base net's.
+    """
+
+    width: int
+    depth: int
+    stride: int
+    candidates: tuple[Candidate, ...]
+    droppable: bool = False
+
+
+@dataclass(frozen=True)
+class Macro:
+    """A whole search space as plain data. Widths are the widest ones; ``divisor`` is the step of the width grids.
+
+    ``bipath`` searches inner widths with pairs (PruNet), otherwise with Markov gates (DMCP).
+    """
+
+    name: str
+    stem: int
+    stem_stride: int
+    stages: tuple[Stage, ...]
+    head: int
+    act: str
+    bipath: bool
+    num_classes: int
+    in_chans: int = 3
+    img_size: int = 32
+    divisor: int = 8
+
+
+def width_grid(top: int, divisor: int, most: int = 32) -> tuple[int, ...]:
+    """At most ``most`` widths down from ``top`` to a tenth of it (DMCP's range), in steps that ``divisor`` divides.
+
+    A ``top`` below ``divisor`` is the only width.
+    """
+    step = divisor * math.ceil(top / (divisor * most))
+    return tuple(range(top, min(top, max(divisor, math.ceil(top / 10))) - 1, -step))[::-1]
+
+
+def round_width(width: float, divisor: int) -> int:
+    """The multiple of ``divisor`` nearest to ``width``, at least one of it."""
+    return max(divisor, round(width / divisor) * divisor)
+
+
+def nearest(grid: Sequence[int], width: float) -> int:
+    """The width of the grid nearest to ``width``."""
+    return min(grid, key=lambda w: abs(w - width))
+
+
+def fit_strides(img_size: int, strides: Sequence[int], smallest: int = 4) -> tuple[int, ...]:
+    """Drop the earliest strides of 2 that would leave an image of up to 64 pixels a last map below ``smallest``."""
+    halvings = sum(s == 2 for s in strides)
+    allowed = sum(math.ceil(img_size / 2**n) >= smallest for n in range(1, halvings + 1))  # each halving rounds up
+    allowed = halvings if img_size > 64 else allowed
+    fitted = []
+    for s in strides:
+        drop = s == 2 and halvings > allowed
+        fitted.append(1 if drop else s)
+        halvings -= drop
+    return tuple(fitted)
+
+
+def layers_of(macro: Macro) -> Iterable[tuple[str, int, int, Stage, str, str, int, int]]:
+    """Every layer: (name, stage index, layer index, stage, in decision, out decision, stride, input side length)."""
+    before, side = "stem", math.ceil(macro.img_size / macro.stem_stride)
+    for s, stage in enumerate(macro.stages):
+        width = f"stage{s}/width"
+        for i in range(stage.depth):
+            stride = stage.stride if i == 0 else 1
+            yield f"stage{s}/{i}", s, i, stage, before, width, stride, side
+            before, side = width, math.ceil(side / stride)
+
+
+def squeeze_width(macro: Macro, candidate: Candidate, widest_in: int) -> int:
+    """Squeeze channels: a fixed number for each layer (timm ties it to the input width, which is searched here)."""
+    return max(4, round(candidate.se * widest_in)) if candidate.se else 0
+
+
+def hidden_top(candidate: Candidate, widest_in: int, divisor: int) -> int:
+    """Widest hidden width: a multiple of 8, to which timm rounds it, and of ``divisor``."""
+    return round_width(candidate.expand * widest_in, math.lcm(8, divisor))
+
+
+def space_of(macro: Macro) -> Space:
+    """All decisions and sites of a macro, without building a module."""
+    tops = {"stem": macro.stem} | {f"stage{s}/width": stage.width for s, stage in enumerate(macro.stages)}
+    decisions = [Decision(n, width_grid(top, macro.divisor), top) for n, top in (tops | {"head": macro.head}).items()]
+    side = math.ceil(macro.img_size / macro.stem_stride)
+    conv = {"in": macro.in_chans, "out": "stem"}
+    sites = [Site("conv_stem", "conv", conv, {"kernel": 3, "size": side**2})]
+    for name, _, i, stage, before, width, stride, side_in in layers_of(macro):
+        side = math.ceil(side_in / stride)
+        there: tuple[tuple[str, Option], ...] = ()
+        if stage.droppable and i > 0:
+            decisions.append(Decision(f"{name}/keep", (DROP, KEEP), KEEP))
+            there = ((f"{name}/keep", KEEP),)
+        names = tuple(c.name for c in stage.candidates)
+        if len(names) > 1:
+            decisions.append(Decision(f"{name}/block", names, names[0], there))
+        for c in stage.candidates:
+            when = (*there, (f"{name}/block", c.name)) if len(names) > 1 else there
+            fixed = {"kernel": c.kernel, "size": side**2, "se": squeeze_width(macro, c, tops[before])}
+            widths: dict[str, Option] = {"in": before, "out": width}
+            if c.kind != "ds":
+                mid = f"{name}/{c.name}/mid"
+                grid = width_grid(hidden_top(c, tops[before], macro.divisor), macro.divisor)
+                base = nearest(grid, c.base * tops[before])
+                decisions.append(Decision(mid, grid, base, when))
+                widths["mid"], fixed["size_in"] = mid, side_in**2
+            sites.append(Site(f"{name}/{c.name}", c.kind, widths, fixed, when))
+    last = f"stage{len(macro.stages) - 1}/width"
+    sites.append(Site("conv_head", "conv", {"in": last, "out": "head"}, {"kernel": 1, "size": side**2}))
+    sites.append(Site("classifier", "linear", {"in": "head", "out": macro.num_classes}, {}))
+    return Space(tuple(decisions), tuple(sites))
+
+
+def net_of(macro: Macro, arch: Mapping[str, Option]) -> dict:
+    """The rows of one network, as `dnas.export.native.build` reads them."""
+    stages: list[list[dict]] = [[] for _ in macro.stages]
+    tops = {"stem": macro.stem} | {f"stage{s}/width": stage.width for s, stage in enumerate(macro.stages)}
+    for name, s, i, stage, before, width, stride, _ in layers_of(macro):
+        if arch.get(f"{name}/keep") == DROP:
+            continue
+        chosen = arch.get(f"{name}/block", stage.candidates[0].name)
+        c = next(c for c in stage.candidates if c.name == chosen)
+        row = {"kind": c.kind, "kernel": c.kernel, "stride": stride}
+        row |= {"mid": arch[before] if c.kind == "ds" else arch[f"{name}/{c.name}/mid"], "out": arch[width]}
+        stages[s].append(row | {"se": squeeze_width(macro, c, tops[before]), "skip": i > 0})
+    stem = {"width": arch["stem"], "stride": macro.stem_stride}
+    return {"act": macro.act, "stem": stem, "stages": stages, "head": arch["head"]}
+
+
+def size_to(outline: Callable[[float], Macro], budgets: Sequence[Budget], share: float = 0.5) -> Macro:
+    """The macro whose widest net costs about 1 / ``share`` of the tightest absolute budget.
+
+    ``outline`` maps a width multiplier in [1/4, 16] to a macro. Found by bisection on the multiplier's logarithm.
+    """
+
+    def too_big(mult: float) -> bool:
+        space = space_of(outline(mult))
+        tables = [CostTable.build(space, b.metric) for b in budgets]
+        return any(t.of(t.extremes()[1]) * share > b.limit for t, b in zip(tables, budgets, strict=True))
+
+    low, high = math.log(1 / 4), math.log(16)
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (low, middle) if too_big(math.exp(middle)) else (middle, high)
+    return outline(math.exp(high))
+
+
+def _timm_block(
+    c: Candidate, chs_in: int, mid: int, chs_out: int, stride: int, se: int, act: type[nn.Module]
+) -> TimmBlock:
+    squeeze = partial(SqueezeExcite, rd_channels=se) if se else None
+    args = {"stride": stride, "noskip": True, "act_layer": act, "se_layer": squeeze}  # the layer adds the shortcut
+    if c.kind == "ds":
+        return DepthwiseSeparableConv(chs_in, chs_out, c.kernel, **args)
+    if c.kind == "er":
+        return EdgeResidual(chs_in, chs_out, c.kernel, exp_ratio=mid / chs_in, **args)
+    return InvertedResidual(chs_in, chs_out, c.kernel, exp_ratio=mid / chs_in, **args)
+
+
+class MacroSupernet(Supernet):
+    """All networks of a macro's space: stem, layers of candidate blocks, head."""
+
+    def __init__(self, macro: Macro) -> None:
+        super().__init__()
+        self.outline, self.space = macro, space_of(macro)
+        act = ACTS[macro.act]
+        by_name = self.space.by_name
+        self.widths = nn.ModuleDict(
+            {d: MarkovGate(by_name[d].options) for d in by_name if by_name[d].is_width and not d.endswith("/mid")}
+        )
+        top = {name: gate.widths[-1] for name, gate in self.widths.items()}
+        self.conv_stem = create_conv2d(macro.in_chans, top["stem"], 3, stride=macro.stem_stride)
+        self.bn1 = BatchNormAct2d(top["stem"], act_layer=act)
+        layers, self._ins = [], []
+        for name, _, i, stage, before, width, stride, _side in layers_of(macro):
+            blocks: dict[str, Prunode | GatedBlock] = {}
+            for c in stage.candidates:
+                hidden, squeeze = hidden_top(c, top[before], macro.divisor), squeeze_width(macro, c, top[before])
+                block = _timm_block(c, top[before], hidden, top[width], stride, squeeze, act)
+                mid = before if c.kind == "ds" else f"{name}/{c.name}/mid"
+                if c.kind == "ds":
+                    blocks[c.name] = GatedBlock(block, mid)
+                elif macro.bipath:
+                    blocks[c.name] = Prunode(block, mid, PairGate(by_name[mid].options))
+                else:
+                    blocks[c.name] = GatedBlock(block, mid, MarkovGate(by_name[mid].options))
+            layers.append(StochasticLayer(name, blocks, width, residual=i > 0, droppable=stage.droppable and i > 0))
+            self._ins.append(before)
+        self.layers = nn.ModuleList(layers)
+        last = layers[-1].out
+        self.conv_head = create_conv2d(top[last], top["head"], 1)
+        self.bn2 = BatchNormAct2d(top["head"], act_layer=act)
+        self.global_pool = SelectAdaptivePool2d(pool_type="avg", flatten=True)
+        self.classifier = nn.Linear(top["head"], macro.num_classes)
+        efficientnet_init_weights(self)
+        for layer in self.layers:
+            share([b.block for b in layer.blocks.values()])
+
+    def forward(self, x: Tensor, answers: Answers) -> Tensor:
+        """[B, in_chans, H, W] -> [B, num_classes]."""
+        stem, head, first = answers["stem"], answers["head"], self.layers[0].blocks.values()
+        x = self.conv_stem(x)
+        if all(isinstance(b, GatedBlock) and b.mid == "stem" for b in first):
+            x = self.bn1(x)  # a depthwise separable block applies the gate, after its own norm
+        elif isinstance(stem, Tensor):
+            x = self.bn1(x) * stem.to(x.dtype)[:, None, None]
+        else:
+            x = scaled_norm(self.bn1, x, stem)
+        for layer in self.layers:
+            x = layer(x, answers)
+        x = self.global_pool(self.bn2(self.conv_head(x)))
+        return self.classifier(x * channel_factors(head, x.shape[1], x).to(x.dtype))
+
+    def gates(self) -> dict[str, Gate]:
+        """Decision -> its gate, for every decision that is still part of the net."""
+        found: dict[str, Any] = dict(self.widths.items())
+        for layer in self.layers:
+            if layer.skip is not None:
+                found[f"{layer.name}/keep"] = layer.skip
+            if layer.choice is not None:
+                found[f"{layer.name}/block"] = layer.choice
+            found |= {block.mid: block.gate for block in layer.blocks.values() if block.gate is not None}
+        return found
+
+    def fit(self, optimizers: Sequence[Optimizer] = ()) -> None:
+        """Cut every module to what the live gates need: one that several share, to what the widest of them needs."""
+        gates = self.gates()
+        needs: dict[tuple[nn.Module, str], int] = {}
+        for name, places in self.slices().items():
+            gate = gates[name]
+            width = int(gate.widths[-1] if isinstance(gate, MarkovGate) else gate.large)
+            for place in places:
+                needs[place] = max(width, needs.get(place, 0))
+        for (module, side), width in needs.items():
+            resize_module(module, side, width, optimizers)
+
+    def slices(self) -> dict[str, list[tuple[nn.Module, str]]]:
+        """Width decision -> every (module, side) that has to be cut with it.
+
+        Sides: ``out`` and ``in`` of a convolution or linear layer, ``depthwise`` (both at once), ``norm``.
+        """
+        cut: dict[str, list[tuple[nn.Module, str]]] = {"stem": [(self.conv_stem, "out"), (self.bn1, "norm")]}
+        for before, layer in zip(self._ins, self.layers, strict=True):
+            for block in layer.blocks.values():
+                convs, last, norm = parts(block.block)
+                inner = cut.setdefault(block.mid, [])
+                if block.mid != before:
+                    cut[before].append((convs[0][0], "in"))
+                for conv, conv_norm in convs:
+                    inner += [(conv, "depthwise" if conv.groups > 1 else "out"), (conv_norm, "norm")]
+                if not isinstance(block.block.se, nn.Identity):
+                    inner += [(block.block.se.conv_reduce, "in"), (block.block.se.conv_expand, "out")]
+                inner.append((last, "in"))
+                outer = cut.setdefault(layer.out, [])
+                outer += [(last, "out"), (getattr(block.block, norm), "norm")]
+                if isinstance(block, Prunode):
+                    outer.append((block.norm_small, "norm"))
+        cut[self.layers[-1].out].append((self.conv_head, "in"))
+        cut["head"] = [(self.conv_head, "out"), (self.bn2, "norm"), (self.classifier, "in")]
+        return cut
+
+    def net_of(self, arch: Mapping[str, Option]) -> dict[str, Any]:
+        """The rows of one network, as `dnas.export.native.build` reads them."""
+        return net_of(self.outline, arch)
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """The weights under the names of timm's EfficientNet, once every layer has one block."""
+        outer = {"conv_stem", "bn1", "conv_head", "bn2", "classifier"}
+        state = {n: t for n, t in self.state_dict().items() if n.split(".")[0] in outer}
+        position: dict[str, int] = {}
+        for layer in self.layers:
+            if not len(layer.blocks):
+                continue
+            stage = layer.name.split("/")[0].removeprefix("stage")
+            place = position[stage] = position.get(stage, -1) + 1
+            block = layer.blocks[layer.only].block
+            state |= {f"blocks.{stage}.{place}.{n}": t for n, t in block.state_dict().items()}
+        return state

@@ -1,0 +1,117 @@
+"""Tensors and modules made narrower (or wider) in place, together with their optimizer state.
+
+Parameters keep their identity (``param.data`` is replaced), so that optimizers and gates need not be rebuilt; every
+optimizer buffer of a parameter's shape is cut along with it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dnas.nets.channels import Axis
+
+# side of a module -> attributes that hold the width, and tensor name -> dimension that is cut
+_SIDES: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
+    "out": (("out_channels", "out_features"), {"weight": 0, "bias": 0}),
+    "in": (("in_channels", "in_features"), {"weight": 1}),
+    "depthwise": (("in_channels", "out_channels", "groups"), {"weight": 0, "bias": 0}),
+    "norm": (("num_features",), {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}),
+}
+
+
+def _resized(old: Tensor, dim: int, width: int, fill: float | None) -> Tensor:
+    """The first ``width`` slices of ``old`` along ``dim``; new ones are ``fill``, or like the old ones at random."""
+    if width <= old.shape[dim]:
+        return old.narrow(dim, 0, width).clone(memory_format=torch.preserve_format)
+    shape = (*old.shape[:dim], width - old.shape[dim], *old.shape[dim + 1 :])
+    if fill is None:
+        return torch.cat([old, torch.randn(shape, dtype=old.dtype, device=old.device) * old.std()], dim)
+    return torch.cat([old, old.new_full(shape, fill)], dim)
+
+
+def _kept(old: Tensor, dim: int, index: Tensor) -> Tensor:
+    like = torch.channels_last if old.ndim == 4 and old.is_contiguous(memory_format=torch.channels_last) else None
+    return old.index_select(dim, index).contiguous(memory_format=like or torch.contiguous_format)
+
+
+@torch.no_grad()
+def _replace(
+    owner: nn.Module,
+    name: str,
+    value: Callable[[Tensor], Tensor],
+    state: Callable[[Tensor], Tensor],
+    optimizers: Iterable[Optimizer],
+) -> None:
+    """Put ``value(t)`` in the place of a parameter or buffer t, and ``state(b)`` in that of its optimizer buffers."""
+    tensor = getattr(owner, name)
+    if not isinstance(tensor, nn.Parameter):
+        setattr(owner, name, value(tensor))
+        return
+    shape = tensor.shape
+    tensor.data, tensor.grad = value(tensor.data), None
+    for optimizer in optimizers:
+        found = optimizer.state.get(tensor, {})
+        if any(isinstance(v, Tensor) and v.ndim and v.shape != shape for v in found.values()):
+            del optimizer.state[tensor]  # factored statistics (adafactor) cannot be cut: they start anew
+            continue
+        found.update({k: state(v) for k, v in found.items() if isinstance(v, Tensor) and v.ndim})
+
+
+def resize_tensor(
+    owner: nn.Module, name: str, dim: int, width: int, optimizers: Iterable[Optimizer] = (), fill: float | None = 0.0
+) -> None:
+    """Cut or lengthen one parameter or buffer of ``owner`` along ``dim``, and its optimizer buffers (new: zero)."""
+    tensor = getattr(owner, name)
+    if tensor is not None and tensor.shape[dim] != width:
+        value = partial(_resized, dim=dim, width=width, fill=fill)
+        _replace(owner, name, value, partial(_resized, dim=dim, width=width, fill=0.0), optimizers)
+
+
+def remove_channels(model: nn.Module, goes: Mapping[Axis, np.ndarray], optimizers: Iterable[Optimizer] = ()) -> None:
+    """Take positions out of tensors, and their number out of the numbers that modules keep (see `Channels.cut`).
+
+    A number that is no whole one is timm's ``scale`` of a weight, which goes with the root of 1 / channels read.
+    """
+    places = []
+    for (full, index), gone in goes.items():
+        path, _, name = full.rpartition(".")
+        places.append((model.get_submodule(path), name, index, gone))
+    # A scale first, while the weight tells how many channels it reads.
+    places.sort(key=lambda place: not isinstance(getattr(*place[:2]), float))
+    for owner, name, index, gone in places:
+        value = getattr(owner, name)
+        if isinstance(value, Tensor):
+            stay = np.setdiff1d(np.arange(value.shape[index]), gone)
+            keep = partial(_kept, dim=index, index=torch.from_numpy(stay).to(value.device))
+            _replace(owner, name, keep, keep, optimizers)
+        elif isinstance(value, int):
+            setattr(owner, name, value - len(gone))
+        elif isinstance(value, float):
+            length = owner.weight.shape[1]
+            setattr(owner, name, value * math.sqrt(length / (length - len(gone))))
+        else:
+            numbers = list(value)
+            numbers[index] -= len(gone)
+            setattr(owner, name, type(value)(numbers))
+
+
+def resize_module(module: nn.Module, side: str, width: int, optimizers: Iterable[Optimizer] = ()) -> None:
+    """Give one side of a convolution, linear layer or norm ``width`` channels: the first ones stay.
+
+    New channels (a pair of inner widths that slides up) start so that they change nothing yet: an ``in`` side with zero
+    weights, the others like their neighbours, a norm as the identity.
+    """
+    attributes, tensors = _SIDES[side]
+    for name in attributes:
+        if hasattr(module, name):
+            setattr(module, name, width)
+    for name, dim in tensors.items():
+        ones = side == "norm" and name in ("weight", "running_var")
+        fill = None if name == "weight" and side in ("out", "depthwise") else float(ones)
+        if getattr(module, name, None) is not None:
+            resize_tensor(module, name, dim, width, optimizers, fill)

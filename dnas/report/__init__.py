@@ -1,0 +1,1 @@
+"""Metrics, warnings, pictures and pages of a run."""

@@ -1,0 +1,71 @@
+"""What is suspicious about a search that has ended, a line each with what to try."""
+
+import math
+from collections.abc import Mapping
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from dnas.spec.budget import show
+from dnas.spec.space import DROP, KEEP, Arch, Space
+
+
+def no_better_than_a_guess(loss: float, num_classes: int) -> list[str]:
+    """What to say of a search that ended at this cross entropy; nothing if its supernet knew more than nothing."""
+    guess = math.log(num_classes)
+    if loss < 0.98 * guess:
+        return []
+    than = "worse than" if loss > guess else "not even 2 % below"
+    said = f"the search ended at a loss of {loss:.2f}, which is {than} a guess's {guess:.2f}"
+    return [f"{said}: its gates had nothing to go by; try another --lr or a longer --search-epochs"]
+
+
+def over_budget(expected: Mapping[str, float], limits: Mapping[str, float]) -> list[str]:
+    """What to say of gates that still expect a net over the budget when a search ends; a line for each metric.
+
+    Over is by more than 5 %, a tolerance chosen by hand.
+    """
+    return [
+        f"the gates ended at {show(metric, expected[metric])}, over the budget of {show(metric, limit)}: the net was "
+        "cut to fit when it was derived; try a longer --search-epochs, or a higher --gate-lr or --budget-weight"
+        for metric, limit in limits.items()
+        if expected[metric] > 1.05 * limit
+    ]
+
+
+def signs_of_collapse(space: Space, found: Arch, uniform: Arch, distributions: Mapping[str, Tensor]) -> list[str]:
+    """What is suspicious about a network that a search found, a line each, with what to try.
+
+    ``uniform`` is the uniform net of the same budget and ``distributions`` are those of the gates as the search left
+    them (`dnas.nets.supernet.Supernet.probabilities`).
+    """
+    said = []
+    by_name = space.by_name
+    keeps = [option for name, option in found.items() if name.endswith("/keep")]
+    if len(keeps) > 1 and set(keeps) == {DROP} and KEEP in (uniform.get(name) for name in found):
+        said.append(
+            f"all {len(keeps)} layers that may go are gone: skips may have won because blocks had learnt nothing; "
+            "try a longer --search-epochs, or a later --skip-at"
+        )
+    widths = {name: width for name, width in found.items() if by_name[name].is_width and len(by_name[name].options) > 1}
+    if widths and all(width == by_name[name].options[0] for name, width in widths.items()):
+        said.append(
+            f"all {len(widths)} widths are the narrowest of their grids: the budget leaves no choice; "
+            "try a smaller --width-mult or --divisor, or a larger budget"
+        )
+    steps = [abs(by_name[n].index(w) - by_name[n].index(uniform[n])) for n, w in widths.items() if n in uniform]
+    if steps and len(steps) == len(widths) and max(steps) <= 1 and len(keeps) < 2:
+        said.append(
+            "every width is within a step of the uniform net's: the search told no group of channels from another; "
+            "try a longer --search-epochs, or a smaller budget, where widths matter more"
+        )
+    open_ones = [p[p > 0] for p in distributions.values() if int((p > 0).sum()) > 1]
+    if open_ones:
+        share = fmean(float(torch.special.entr(p).sum()) / math.log(len(p)) for p in open_ones)
+        if share > 0.9:
+            said.append(
+                f"gates are undecided ({100 * share:.0f} % of the most entropy there is): what was derived is "
+                "near a draw; try a longer --search-epochs, or a higher --gate-lr"
+            )
+    return said

@@ -1,0 +1,239 @@
+"""What a search came to: figures from the rows of its history, signs of collapse, runs set beside each other."""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+import scipy.stats
+import torch
+
+from dnas.export.arch_schema import BUDGET
+from dnas.latency.measured_parts import parts_of
+from dnas.nets.supernet import Supernet
+from dnas.runtime.run_folder import MAX_BYTES, peak_memory_mb
+from dnas.spec.budget import show
+from dnas.spec.cost import CostTable
+from dnas.spec.latency_table import LatencyTable
+from dnas.spec.space import Arch, Site, Space
+from dnas.spec.validation import UserError, check, read_json
+from dnas.training.recipe import Recipe
+
+METRICS = ("macs", "params", "ms")
+
+
+def search_figures(
+    rows: Sequence[dict], recipe: Recipe, seconds: float, plain_ms: float, device: torch.device
+) -> dict[str, Any]:
+    """The ``search`` part of metrics.json.
+
+    A first and a last step are medians over up to ten steps that taught both weights and gates; the very first of them
+    mixes all blocks once, to see that every gate is alive, and does not count.
+    """
+    both = [row["weight_ms"] + row["gate_ms"] for row in rows if "gate_ms" in row]
+    images = sum(recipe.batch_size + row.get("images", 0) for row in rows)
+    some = both[1:] or both
+    taught = [row for row in rows if row.get("gate_loss") is not None]
+    skipped = sum("skipped" in row or "gates_skipped" in row for row in rows)
+    return {
+        "seconds": seconds,
+        "steps": len(rows),
+        "images": images,
+        "skipped_steps": skipped,
+        "peak_memory_mb": peak_memory_mb(device),
+        "first_step_ms": median(some[:10]),
+        "last_step_ms": median(some[-10:]),
+        "relative_cost": (1e3 * seconds / images) / (plain_ms / recipe.batch_size),
+        "plain_step_ms": plain_ms,
+        "expected": taught[-1]["expected"],
+        "gate_loss": fmean(row["gate_loss"] for row in taught[-max(1, len(taught) // 10) :]),
+    }
+
+
+def effort_told(figures: Mapping[str, Any]) -> str:
+    """What a search took, in a sentence, from the ``search`` part of metrics.json."""
+    first, last = (figures[f"{which}_step_ms"] for which in ("first", "last"))
+    image = f"an image took {figures['relative_cost']:.2f} times as long as in training the widest net"
+    steps = f"a step of weights and gates went from {first:.0f} to {last:.0f} ms"
+    return f"{figures['steps']} steps in {figures['seconds']:.0f} s; {image}; {steps}"
+
+
+def layer_of(name: str) -> str:
+    """The layer that a site or a decision belongs to: ``stage1/0/ir-k3/mid`` to ``stage1/0``."""
+    return "/".join(name.split("/")[:2])
+
+
+def decisions_told(space: Space, found: Arch, uniform: Arch) -> list[dict[str, Any]]:
+    """All decisions with their options, and both nets' answers (None: without effect there), for metrics.json."""
+    return [
+        {"name": d.name, "options": list(d.options), "found": found.get(d.name), "uniform": uniform.get(d.name)}
+        for d in space.decisions
+    ]
+
+
+def layers_told(net: Supernet, latency: LatencyTable | None, archs: Mapping[str, Arch]) -> list[dict[str, Any]]:
+    """What every layer costs in these networks, for metrics.json: ``{"name", "macs": {net: cost}, ...}`` in order."""
+    space = net.space
+    priced: dict[str, tuple[Sequence[Site], Callable[[list[Site]], CostTable]]] = {
+        metric: (space.sites, partial(CostTable.build, space, metric)) for metric in ("macs", "params")
+    }
+    if latency:
+        parts = [part.site for part in parts_of(net)]
+        priced["ms"] = parts, lambda sites: CostTable.measured(space, sites, latency)
+    rows: dict[str, dict[str, Any]] = {}
+    for metric, (sites, table_of) in priced.items():
+        by_layer: dict[str, list[Site]] = {}
+        for site in sites:  # those of a network of timm's are a module's, one for each pair of its widths
+            by_layer.setdefault(layer_of(site.name.partition(":")[0]), []).append(site)
+        for layer, own in by_layer.items():
+            table = table_of(own)
+            rows.setdefault(layer, {"name": layer})[metric] = {name: table.of(arch) for name, arch in archs.items()}
+    return [*rows.values()]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a complete run folder says: its settings (``args`` of config.json) and its metrics.json."""
+
+    folder: Path
+    args: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Metric -> its budget."""
+        return {row["metric"]: row["limit"] for row in self.metrics["budget"]}
+
+    @property
+    def nets(self) -> dict[str, list[Mapping[str, Any]]]:
+        """Kind of net (``found``, and ``uniform`` and ``random`` if there are any) -> its rows."""
+        rows = {kind: [self.metrics[kind]] for kind in ("found", "uniform") if kind in self.metrics}
+        return rows | ({"random": [*self.metrics["random"]]} if self.metrics.get("random") else {})
+
+
+def read_run(folder: str | Path) -> Run:
+    """A complete run, whoever wrote it. Raises UserError if it is none."""
+    try:
+        config, metrics = (read_json(Path(folder) / f"{name}.json", MAX_BYTES) for name in ("config", "metrics"))
+        for what, content, keys in (("config", config, ["args"]), ("metrics", metrics, ["budget", "found"])):
+            check(what, content, dict)
+            if missing := [key for key in keys if key not in content]:
+                raise UserError(f"{what} has no {missing[0]!r}")
+        run = Run(Path(folder), config["args"], metrics)
+        check("config.args", run.args, dict)
+        check("metrics.budget", metrics["budget"], BUDGET)
+        for row in metrics["budget"]:
+            check("metrics.budget.metric", row["metric"], METRICS)
+        check("metrics.random", metrics.get("random", []), list)
+        check("metrics.validation_images", metrics.get("validation_images", 1), range(1, 2**63))
+        for kind, rows in run.nets.items():
+            for row in rows:
+                check(f"metrics.{kind}", row, dict)
+                for key in ("macs", "params", "top1", *(["ms"] if "ms" in row else [])):
+                    check(f"metrics.{kind}.{key}", row.get(key), float)
+    except UserError as error:
+        raise UserError(f"{str(folder)!r} is no complete run folder: {error}") from None
+    return run
+
+
+# What two runs may differ in and still be one experiment with several seeds.
+OF_A_RUN = {"seed", "output", "name", "resume", "device", "workers", "checkpoint_every", "log"}
+
+
+def same_but_seed(run: Run, other: Run) -> bool:
+    """Whether two runs are one experiment: same settings, same budget."""
+    mine, theirs = ({k: v for k, v in r.args.items() if k not in OF_A_RUN} for r in (run, other))
+    return mine == theirs and run.limits == other.limits
+
+
+def grouped(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs by experiment, in order; of one seed only the first run counts."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        group = next((g for g in groups if same_but_seed(g[0], run)), None)
+        if group is None:
+            groups.append([run])
+        elif run.args.get("seed") not in [r.args.get("seed") for r in group]:
+            group.append(run)
+    return groups
+
+
+def beside(run: Run) -> list[Run]:
+    """``run``, and the complete runs in folders beside it that differ in the seed only."""
+    here, others = run.folder.absolute(), []
+    try:
+        folders = sorted(folder for folder in here.parent.iterdir() if folder != here)
+    except OSError:  # a folder that may not be listed
+        folders = []
+    for folder in folders:
+        if os.path.isfile(folder / "metrics.json"):
+            try:
+                others.append(read_run(folder))
+            except UserError:  # whatever else lies there is not of this experiment
+                continue
+    return grouped([run, *others])[0]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of independent values, and the ends of Student's 95 % interval; infinite for a single value."""
+    mean, n = fmean(values), len(values)
+    half = math.inf if n < 2 else float(scipy.stats.t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def top1s(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """Kind of net -> top-1 of all trainings in these runs."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for kind, rows in run.nets.items():
+            found.setdefault(kind, []).extend(float(row["top1"]) for row in rows)
+    return found
+
+
+def minus(runs: Sequence[Run], kind: str) -> tuple[float, float, float] | None:
+    """Top-1 of the found nets minus that of another kind, paired by run, as an `interval`; None if there is none."""
+    pairs = [(run.nets["found"], run.nets[kind]) for run in runs if kind in run.nets]
+    if not pairs:
+        return None
+    return interval([fmean(r["top1"] for r in found) - fmean(r["top1"] for r in other) for found, other in pairs])
+
+
+def verdict(runs: Sequence[Run]) -> tuple[str, str]:
+    """What runs of one experiment show about found and uniform net: a word for it, and a sentence."""
+    found = minus(runs, "uniform")
+    if found is None:
+        return "alone", "The net was trained; there is no uniform net beside it to compare it with."
+    mean, low, high = found
+    side = f"{abs(mean):.2f} points {'above' if mean > 0 else 'below'}" if round(mean, 2) else "level with"
+    told = f"The found net is {side} the uniform net of the same budget"
+    if len(runs) == 1:
+        images = runs[0].metrics.get("validation_images")
+        more = f" One validation image of {images} is {100 / images:.2f} points." if images else ""
+        more += " On small runs the noise of a training is over a point: repeat with other values of --seed"
+        more += ". The page of a run counts those beside it; tools/compare.py counts any."
+        return "open", f"{told}, in one run.{more}"
+    told += f": {mean:+.2f} [{low:+.2f}, {high:+.2f}] over {len(runs)} seeds, with the 95 % interval."
+    if low > 0:
+        return "better", told
+    return ("worse", told) if high < 0 else ("open", f"{told} That is within the noise: they are not told apart.")
+
+
+def facts(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of text: found, the uniform net's, what was asked for, expected by the gates. Empty where not known."""
+    found, uniform = metrics["found"], metrics.get("uniform", {})
+    limits = {row["metric"]: row["limit"] for row in metrics["budget"]}
+    expected = metrics.get("search", {}).get("expected", {})
+    rows = []
+    for metric, text in (("macs", "MACs"), ("params", "parameters"), ("ms", "latency")):
+        asked = [limits.get(metric), expected.get(metric) if metric in limits else None]
+        values = [found.get(metric), uniform.get(metric), *asked]
+        if any(v is not None for v in values):
+            rows.append([text, *("" if v is None else show(metric, v) for v in values)])
+    if "measured_ms" in found:
+        rows.append(["measured", *(show("ms", net["measured_ms"]) for net in (found, uniform)), "", ""])
+    tops = (f"{net['top1']:.2f} %" if "top1" in net else "" for net in (found, uniform))
+    return [*rows, ["top-1", *tops, "", ""]]

@@ -1,0 +1,202 @@
+"""Pages: what a run came to (``report.html``), and several runs side by side. Each is one file that loads nothing."""
+
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from dnas.report import plots
+from dnas.report.metrics import (
+    METRICS,
+    Run,
+    beside,
+    effort_told,
+    facts,
+    grouped,
+    layer_of,
+    minus,
+    read_run,
+    top1s,
+    verdict,
+)
+from dnas.runtime.run_folder import write_whole
+from dnas.spec.budget import show
+from dnas.spec.space import DROP
+
+_PAGE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+    Path(__file__).with_name("report.html").read_text()
+)
+WORDS = {"better": "Better than uniform", "worse": "Worse than uniform", "open": "Not decided", "alone": "Trained"}
+Picture = tuple[str, str, Markup]  # heading, what to look at, the picture
+
+
+def _page(path: Path, **content: Any) -> None:
+    empty: dict[str, Any] = {"warnings": [], "tables": [], "pictures": [], "network": [], "command": ""}
+    write_whole(path, _PAGE.render(empty | content).encode())
+
+
+def write_report(folder: Path) -> None:
+    """``report.html`` of a complete run folder, from its files alone and those of runs beside it (see `beside`)."""
+    run = read_run(folder)
+    runs, metrics = beside(run), run.metrics
+    config = json.loads((folder / "config.json").read_text())
+    history = folder / "history.jsonl"
+    rows = [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
+    word, sentence = verdict(runs)
+    heads = ["", "found", "uniform", "budget", "expected"]
+    tables = [("", heads, facts(metrics))]
+    if len(runs) > 1:
+        lines = []
+        for one in runs:
+            tops = [f"{values[0]:.2f} %" for kind, values in top1s([one]).items() if kind != "random"]
+            lines.append([one.folder.name, str(one.args.get("seed", "")), *tops])
+        tables.append(("Runs that differ in the seed", ["run", "seed", "found", "uniform"], lines))
+    info = config.get("provenance", {})
+    told = [f"{key} {info[key]}" for key in ("dnas", "torch", "timm", "python") if key in info]
+    _page(
+        folder / "report.html",
+        title=run.folder.absolute().name,
+        word=(word, WORDS[word]),
+        sentence=sentence,
+        warnings=metrics.get("warnings", []),
+        tables=tables,
+        pictures=_pictures(runs, rows),
+        network=network(metrics.get("decisions", [])),
+        command=again(config.get("argv", [])),
+        told=", ".join([*told, str(info.get("device", ""))]),
+    )
+
+
+def again(argv: Sequence[str]) -> str:
+    """The words of a command line as they are typed, without ``--output``, which is there by now."""
+    kept = [w for k, w in enumerate(argv) if w != "--output" and argv[k - 1 : k] != ["--output"]]
+    return shlex.join(w for w in kept if not w.startswith("--output="))
+
+
+def _pictures(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> list[Picture]:
+    run, found = runs[0], []
+    metrics = run.metrics
+
+    def add(heading: str, note: str, text: str) -> None:
+        found.append((heading, note, Markup(text)))  # SVG that matplotlib has escaped
+
+    note = "Every dot is a training; the bar is a standard deviation."
+    if (difference := minus(runs, "random")) and len(runs) > 1:
+        note += " Found minus random nets: {:+.2f} [{:+.2f}, {:+.2f}].".format(*difference)
+    add("Accuracy", note, plots.top1(top1s(runs)))
+    if metrics.get("layers"):
+        note = "Grey is the widest net of the space. Milliseconds, if any, are the latency table's as it was measured."
+        add("What every layer costs", note, plots.layers(metrics["layers"]))
+    if any("gates" in row for row in rows):
+        text = "Dark is narrow or unlikely: a layer that was dropped goes dark, a block that was chosen goes bright."
+        add("How it was decided", text, plots.gates(rows, metrics["decisions"]))
+    if any("expected" in row for row in rows):
+        add("The search", f"{effort_told(metrics['search'])}.", plots.course(rows, run.limits))
+    if {"predicted_ms", "measured_ms"} <= metrics["found"].keys():
+        nets = {kind: (metrics[kind]["predicted_ms"], metrics[kind]["measured_ms"]) for kind in ("found", "uniform")}
+        add("Latency", "On the dotted line, the table tells what is measured.", plots.predicted(nets))
+    return found
+
+
+def network(decisions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The network drawn layer by layer: sections of rows, from the ``decisions`` of metrics.json.
+
+    A row has a ``name``, whether it is ``gone``, its ``blocks`` [(name, whether it was chosen)], and of its width the
+    ``found`` and ``widest`` channels and the ``share`` and ``uniform`` share of the widest, in percent; None without.
+    """
+    by_layer: dict[str, list[Mapping[str, Any]]] = {}
+    for decision in decisions:
+        by_layer.setdefault(layer_of(decision["name"]), []).append(decision)
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for name, own in by_layer.items():
+        row: dict[str, Any] = {"name": name, "gone": False, "blocks": [], "found": None, "uniform": None}
+        for decision in own:
+            answer = decision["found"]
+            if not isinstance(decision["options"][0], int):
+                if decision["name"].endswith("/keep"):
+                    row["gone"] = answer == DROP
+                else:
+                    row["blocks"] = [(option, option == answer) for option in decision["options"]]
+            elif answer is not None:
+                widest = decision["options"][-1]
+                row |= {"found": answer, "widest": widest, "share": 100 * answer / widest}
+                even = decision["uniform"]
+                row["uniform"] = None if even is None else 100 * even / widest
+        sections.setdefault(name.split("/")[0], []).append(row)
+    return [{"name": name, "rows": rows} for name, rows in sections.items()]
+
+
+def experiments(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row for each experiment: ``run`` (a name), ``seeds``, ``budget`` (metric: limit), mean ``macs``, ``params`` and
+    ``ms`` of the found nets (None where not known), top-1 of all trainings of ``found``, ``uniform`` and ``random``
+    nets, and ``minus_uniform`` [mean, low, high] (None where not known).
+    """
+    table = []
+    for group in grouped(runs):
+        found = [row for run in group for row in run.nets["found"]]
+        costs = {m: fmean(r[m] for r in found) if all(m in r for r in found) else None for m in METRICS}
+        tops, more = top1s(group), len(group) - 1
+        difference = minus(group, "uniform")
+        table.append({
+            "run": group[0].folder.absolute().name + (f" and {more} more" if more else ""),
+            "seeds": len(group),
+            "budget": group[0].limits,
+            **costs,
+            **{kind: tops.get(kind, []) for kind in ("found", "uniform", "random")},
+            "minus_uniform": difference and [v if math.isfinite(v) else None for v in difference],
+        })  # fmt: skip
+    return table
+
+
+HEADS = ["run", "seeds", "budget", "MACs", "parameters", "ms", "found", "uniform", "random", "found - uniform"]
+
+
+def as_text(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Rows of `experiments` to be read: those of `HEADS` that have something to say, and their cells."""
+
+    def spread(values: Sequence[float]) -> str:
+        mean = f"{fmean(values):.2f}" if values else ""
+        return mean + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+    def difference(ends: Sequence[float | None]) -> str:
+        known = [f"{v:+.2f}" for v in ends if v is not None]
+        return known[0] + (f" [{known[1]}, {known[2]}]" if len(known) > 1 else "") if known else ""
+
+    table = []
+    for row in rows:
+        budget = ", ".join(show(metric, limit) for metric, limit in row["budget"].items())
+        costs = ["" if row[m] is None else show(m, row[m]) for m in METRICS]
+        tops = [spread(row[kind]) for kind in ("found", "uniform", "random")]
+        table.append([row["run"], str(row["seeds"]), budget, *costs, *tops, difference(row["minus_uniform"] or [])])
+    told = [k for k in range(len(HEADS)) if any(row[k] for row in table)]
+    return [HEADS[k] for k in told], [[row[k] for k in told] for row in table]
+
+
+def write_comparison(path: Path, runs: Sequence[Run]) -> None:
+    """A page with the table of `experiments` and, for every metric, top-1 against cost."""
+    groups, drawn = grouped(runs), []
+    for metric, text in (("macs", "MACs"), ("params", "parameters"), ("ms", "milliseconds")):
+        points = []
+        for group in groups:
+            for kind, tops in top1s(group).items():
+                costs = [row[metric] for run in group for row in run.nets[kind] if metric in row]
+                if costs:
+                    points.append((group[0].folder.absolute().name, kind, fmean(costs), tops))
+        if points:
+            drawn.append((f"Top-1 against {text}", "", Markup(plots.pareto(metric, points))))
+    _page(
+        path,
+        title=f"{sum(map(len, groups))} runs",
+        word=("open", f"{len(groups)} experiment{'s' * (len(groups) > 1)}"),
+        sentence="Runs that differ in the seed only are one experiment: mean and standard deviation of its trainings; "
+        "differences paired by run, with the 95 % interval.",
+        tables=[("", *as_text(experiments(runs)))],
+        pictures=drawn,
+        told="",
+    )

@@ -1,0 +1,1 @@
+"""Plain data: budgets, spaces, architectures, costs."""

@@ -1,0 +1,72 @@
+"""Budgets as text, and back.
+
+**FLOPs means multiply-accumulates here** (one MAC = one), as in the papers, in fvcore and in timm's ``gmacs``, and only
+those of convolution and linear layers: timm's mobilenetv2_100 has 300.8 M, its resnet50 4089.2 M, as published.
+``300MFLOPs``, ``300MMACs`` and ``0.3G`` are the same budget. This is the only place that says so in code.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+from dnas.spec.validation import UserError
+
+_UNITS = {"flops": "macs", "macs": "macs", "flop": "macs", "mac": "macs", "": "macs", "params": "params"}
+_SCALE = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SHOWN = {"macs": "FLOPs", "params": "Params", "ms": "ms"}
+_TIME = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(ms|us|s)", re.IGNORECASE)
+_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+_TEXT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:(%)|([kmgt]?)(flops?|macs?|params)|([KMGT]))", re.IGNORECASE)
+ALLOWED = "a number with a unit (300MFLOPs, 0.3G, 5MParams, 1.2ms, or 50% of the widest net's FLOPs), joined by commas"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An upper limit on one metric of a network.
+
+    ``metric`` is ``"macs"``, ``"params"`` or ``"ms"``; ``limit`` is in units of it, or a percentage if ``percent``.
+    """
+
+    metric: str
+    limit: float
+    percent: bool = False
+
+    def resolve(self, full: float) -> "Budget":
+        """The absolute budget, given the cost ``full`` of the widest net; an absolute budget is its own answer."""
+        return Budget(self.metric, self.limit / 100 * full) if self.percent else self
+
+    def __str__(self) -> str:
+        return f"{self.limit:g}%" if self.percent else show(self.metric, self.limit)
+
+
+def show(metric: str, value: float) -> str:
+    """``show("macs", 3e6) == "3MFLOPs"``: four significant digits, with the unit."""
+    if metric == "ms":
+        return f"{value:.4g}ms"
+    scale = next((s for s in "tgmk" if value >= _SCALE[s]), "")
+    return f"{value / _SCALE[scale]:.4g}{scale.upper() if scale != 'k' else 'k'}{_SHOWN[metric]}"
+
+
+def parse_budget(text: str) -> tuple[Budget, ...]:
+    """Read ``"300MFLOPs"`` or ``"300MFLOPs,5MParams"``: at most one budget a metric, all of them to be kept.
+
+    Raises:
+        UserError: a number that is not positive and finite, no unit, an unknown one, or a metric given twice.
+    """
+    budgets: list[Budget] = []
+    for part in text.split(","):
+        given = part.strip()
+        if match := _TIME.fullmatch(given):
+            percent, metric, limit = None, "ms", float(match[1]) * _MS[match[2].lower()]
+        elif match := _TEXT.fullmatch(given):
+            number, percent, prefix, unit, bare = match.groups()
+            scale = 1 if percent else _SCALE[(prefix or bare or "").lower()]
+            metric, limit = _UNITS[(unit or "").lower()], float(number) * scale
+        else:
+            raise UserError(f"budget {given!r} is not {ALLOWED}")
+        if not (0 < limit < math.inf) or (percent and limit > 100):
+            raise UserError(f"budget {given!r} must be above 0{' and at most 100%' if percent else ''}: {ALLOWED}")
+        if any(b.metric == metric for b in budgets):
+            raise UserError(f"budget {text!r} gives {_SHOWN[metric]} twice: one limit a metric is allowed")
+        budgets.append(Budget(metric, limit, bool(percent)))
+    return tuple(budgets)

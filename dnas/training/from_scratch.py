@@ -1,0 +1,107 @@
+"""A plain timm model trained from scratch, and the time of one of its steps."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3, random_seed
+from torch import Tensor, nn
+
+from dnas.runtime.checkpoint import load_module, module_data, of_this_run
+from dnas.runtime.distributed import from_first, rank
+from dnas.training.data import Data
+from dnas.training.loop import cycle, evaluate, learner_data, load_learner, make_learner, train
+from dnas.training.onednn import subsampled
+from dnas.training.recipe import Recipe, autocast, make_optimizer
+
+
+def train_from_scratch(
+    model: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    *,
+    seed: int,
+    on_step: Callable[[Callable[[], dict]], None] | None = None,
+    saved: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, dict[str, float]]:
+    """Train a plain timm model by the recipe. Returns (the trained model, or its EMA; what it reached).
+
+    The figure is the last epoch's: picking the best epoch would select on the data that is reported.
+    ``on_step`` is called after every step with a function that gives the state of the training as plain data, and
+    ``saved`` is such a state, to go on from.
+    """
+    from_first(model.state_dict().values())
+    if rank():  # what dropout drops here is not what it drops in the first process
+        random_seed(seed, rank())
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)
+    ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=True) if recipe.model_ema_decay else None
+    criterion: nn.Module | None = None
+    mixup = None
+    if recipe.mixup or recipe.cutmix:
+        mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=data.num_classes)
+        criterion = SoftTargetCrossEntropy()
+
+    started = time.perf_counter()
+    model.train()
+    batches = data.train_batches(recipe.batch_size, seed=seed)
+    learner = make_learner(model, model.parameters(), recipe, len(batches))
+    losses: deque[Tensor] = deque(maxlen=len(batches))
+    with of_this_run():
+        if saved:
+            load_module(model, saved["model"])
+            load_learner(learner, saved["learner"])
+            if ema is not None:
+                load_module(ema.module, saved["ema"])
+            losses.extend(saved["losses"])
+            started -= saved["seconds"]
+
+    def state() -> dict[str, Any]:
+        return {
+            "model": module_data(model),
+            "learner": learner_data(learner),
+            "ema": module_data(ema.module) if ema is not None else {},
+            "losses": [*losses],
+            "seconds": time.perf_counter() - started,
+        }
+
+    for loss in train(model, learner, batches, recipe, criterion=criterion, mixup=mixup):
+        losses.append(loss)
+        if ema is not None:
+            ema.update(model, step=learner.update - 1)
+        if on_step:
+            on_step(state)
+    final = model if ema is None else ema.module
+    scores = evaluate(final, data.val_batches(max(recipe.batch_size, 256)), recipe)
+    seconds = time.perf_counter() - started
+    scores["train_loss"] = float(torch.stack([*losses]).mean())
+    skipped = {"skipped": learner.skipped} if learner.skipped else {}
+    return final, {**scores, **skipped, "epochs": recipe.epochs, "seconds": round(seconds, 2), "seed": seed}
+
+
+def time_step(model: nn.Module, data: Data, recipe: Recipe, repeats: int = 3) -> float:
+    """Milliseconds of one plain training step of ``model``, its batch included: the median, after one more."""
+    device = next(model.parameters()).device
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)
+    optimizer, seconds = make_optimizer(model.parameters(), recipe), []
+    batches, safe = cycle(data.train_batches(recipe.batch_size, seed=0)), subsampled(model, recipe)
+    model.train()
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        x, y = next(batches)
+        if recipe.channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        with autocast(device, recipe), safe:
+            loss = nn.functional.cross_entropy(model(x).float(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 1e3 * sorted(seconds[1:])[repeats // 2]

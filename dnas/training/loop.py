@@ -1,0 +1,167 @@
+"""One ``train`` and one ``evaluate``, for searching and for training from scratch alike, made of timm's parts."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dnas.runtime.checkpoint import load_optimizer, optimizer_data
+from dnas.runtime.distributed import average_gradients, mean, shared_statistics
+from dnas.spec.validation import UserError
+from dnas.training.data import Batches
+from dnas.training.onednn import subsampled
+from dnas.training.recipe import AMP_DTYPES, Recipe, autocast, make_optimizer, make_scheduler
+
+
+@dataclass
+class Learner:
+    """What a training carries from one step to the next: ``update`` steps are done, ``skipped`` of them without effect.
+
+    ``skipped_now`` is how many of the last ones in a row were.
+    """
+
+    module: nn.Module
+    optimizer: Optimizer
+    scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    update: int = 0
+    skipped: int = 0
+    skipped_now: int = 0
+
+
+def make_learner(
+    module: nn.Module, parameters: Iterable[nn.Parameter], recipe: Recipe, updates_per_epoch: int
+) -> Learner:
+    """Of a training of these parameters of ``module`` that is about to begin. Raises UserError for names timm lacks."""
+    optimizer = make_optimizer(parameters, recipe)
+    device = optimizer.param_groups[0]["params"][0].device.type
+    dtype = AMP_DTYPES[recipe.amp_dtype] or torch.get_autocast_dtype(device)
+    scaler = torch.amp.GradScaler(device, enabled=recipe.amp and dtype == torch.float16)
+    return Learner(module, optimizer, make_scheduler(optimizer, recipe, updates_per_epoch), scaler)
+
+
+def learner_data(learner: Learner) -> dict[str, Any]:
+    """All of a learner but its module as plain data (see `dnas.runtime.checkpoint`)."""
+    counts = {key: getattr(learner, key) for key in ("update", "skipped", "skipped_now")}
+    parts = {"scheduler": learner.scheduler.state_dict(), "scaler": learner.scaler.state_dict()}
+    return counts | parts | {"optimizer": optimizer_data(learner.optimizer, learner.module)}
+
+
+def load_learner(learner: Learner, data: Mapping[str, Any]) -> None:
+    """Put a learner of `make_learner`, whose module is as it was, into the state that `learner_data` gave."""
+    load_optimizer(learner.optimizer, learner.module, data["optimizer"])
+    learner.scheduler.load_state_dict(data["scheduler"])
+    if learner.scaler.is_enabled():
+        learner.scaler.load_state_dict(data["scaler"])
+    for key in ("update", "skipped", "skipped_now"):
+        setattr(learner, key, data[key])
+
+
+MAX_SKIPPED = 25  # steps in a row; float16 needs up to 16 to find its scale
+
+
+def all_finite(gradients: Iterable[Tensor | None]) -> bool:
+    """Whether there is no NaN and no infinity in any of them. Waits for a GPU."""
+    return bool(torch.nn.utils.get_total_norm([g for g in gradients if g is not None]).isfinite())
+
+
+@torch.no_grad()
+def _step(learner: Learner, recipe: Recipe, loss: Tensor) -> None:
+    """A step of the optimizer, or none if a gradient is not finite: one bad batch must not cost the whole training.
+
+    Statistics of batch norms that such a batch has spoilt start anew. Raises UserError after too many in a row.
+    """
+    optimizer, scaler = learner.optimizer, learner.scaler
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    scaler.unscale_(optimizer)
+    total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if total.isfinite():
+        if recipe.clip_grad:
+            nn.utils.clip_grads_with_norm_(parameters, recipe.clip_grad, total)
+        scaler.step(optimizer)
+        learner.skipped_now = 0
+    else:
+        learner.skipped, learner.skipped_now = learner.skipped + 1, learner.skipped_now + 1
+        norms = (m for m in learner.module.modules() if isinstance(m, nn.BatchNorm2d))
+        for norm in norms:
+            if norm.running_mean is not None and not all_finite((norm.running_mean, norm.running_var)):
+                norm.reset_running_stats()
+    scaler.update()
+    if learner.skipped_now >= MAX_SKIPPED:
+        raise UserError(
+            f"the loss is {float(loss)} at step {learner.update}, and {MAX_SKIPPED} steps in a row had gradients that "
+            f"are not finite: a lower --lr than {recipe.lr}, or --clip-grad, is needed"
+        )
+
+
+def train(
+    forward: Callable[[Tensor], Tensor],
+    learner: Learner,
+    batches: Batches,
+    recipe: Recipe,
+    *,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    mixup: Mixup | None = None,
+) -> Iterator[Tensor]:
+    """Weight steps from ``learner.update`` to the end of the last epoch; each yields its loss, a scalar.
+
+    What is to come between two steps is the caller's: the search's gates, the EMA, the progress bar.
+    ``criterion(forward(images), labels)`` is the loss, by default the recipe's cross entropy. A step whose gradients
+    are not finite is skipped; UserError after `MAX_SKIPPED` in a row.
+    """
+    optimizer, scaler = learner.optimizer, learner.scaler
+    criterion = criterion or nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
+    safe = subsampled(learner.module, recipe)
+    while learner.update < recipe.epochs * len(batches):
+        epoch, taken = divmod(learner.update, len(batches))
+        batches.set_epoch(epoch)
+        for x, y in batches.starting_at(taken):
+            if mixup is not None:
+                even = len(x) // 2 * 2  # timm mixes images in pairs
+                x, y = mixup(x[:even], y[:even])
+            if recipe.channels_last:
+                x = x.to(memory_format=torch.channels_last)
+            with autocast(x.device, recipe), shared_statistics(), safe:
+                loss = criterion(forward(x).float(), y)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            average_gradients(p for group in optimizer.param_groups for p in group["params"])
+            _step(learner, recipe, loss)
+            learner.update += 1
+            learner.scheduler.step_update(learner.update)
+            loss = mean(loss.detach())  # frees the graph: what follows may change the shape of parameters
+            yield loss
+
+
+def cycle(batches: Batches, taken: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches for ever, a new epoch number each time round; ``taken`` of them have been seen already."""
+    while True:
+        epoch, done = divmod(taken, len(batches))
+        batches.set_epoch(epoch)
+        for pair in batches.starting_at(done):
+            taken += 1
+            yield pair
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe: Recipe) -> dict[str, float]:
+    """``{"top1": percent, "loss": mean cross entropy}`` in eval mode; the training mode is restored."""
+    was_training, sums = model.training, torch.zeros(3, dtype=torch.float64)  # right ones, loss, images
+    model.eval()
+    try:
+        for x, y in batches:
+            if recipe.channels_last:
+                x = x.to(memory_format=torch.channels_last)
+            with autocast(x.device, recipe):
+                logits = model(x).float()
+            loss = nn.functional.cross_entropy(logits, y, reduction="sum")
+            sums += torch.stack([(logits.argmax(1) == y).sum(), loss, loss.new_tensor(len(y))]).double().cpu()
+    finally:
+        model.train(was_training)
+    right, total, count = mean(sums).tolist()
+    return {"top1": 100 * right / count, "loss": total / count}
