@@ -38,9 +38,12 @@ from timm.utils import random_seed  # noqa: E402
 from variants import VARIANTS, Variant, baseline_of  # noqa: E402
 
 from dnas.export.model_file import build_net  # noqa: E402
-from dnas.methods.baselines import random_arch, uniform_arch  # noqa: E402
+from dnas.methods.catalog import METHODS  # noqa: E402
 from dnas.methods.derive import derive  # noqa: E402
-from dnas.methods.search import search  # noqa: E402
+from dnas.methods.gates import GATES  # noqa: E402
+from dnas.methods.loop import search  # noqa: E402
+from dnas.methods.method import Method, Task  # noqa: E402
+from dnas.methods.rules import random_arch, uniform_arch  # noqa: E402
 from dnas.nets.supernet import Supernet  # noqa: E402
 from dnas.runtime.run_folder import provenance, write_json  # noqa: E402
 from dnas.spec.space import Arch  # noqa: E402
@@ -51,6 +54,10 @@ TRAININGS = 3  # of each found net; search k has the training seeds 3k, 3k + 1, 
 JUDGED = 30  # random nets that a supernet judges
 
 
+# Beside the variants of gates: what is compared with them.
+OTHERS = [*(name for name in METHODS if name not in ("gates", "uniform", "random")), *opponents.OPPONENTS]
+
+
 def run_search(lab: Lab, variant: str, seed: int) -> dict:
     """One search, or an opponent's. Returns the row of the net that it found."""
     started = time.perf_counter()
@@ -58,9 +65,24 @@ def run_search(lab: Lab, variant: str, seed: int) -> dict:
         arch, images = opponents.OPPONENTS[variant](lab, seed)
         found = {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
         return net_row(lab, f"{variant}/{seed}", arch) | found
+    if variant in METHODS:
+        arch, found = chosen(lab, METHODS[variant], seed)
+        return net_row(lab, f"{variant}/{seed}", arch) | found
     how = VARIANTS[variant]
     net, found = searched(lab, how, seed)
     return net_row(lab, f"{variant}/{seed}", derive(net.space, lab.tables, lab.budgets, how.likelihood(net))) | found
+
+
+def chosen(lab: Lab, method: Method, seed: int) -> tuple[Arch, dict]:
+    """The network that a method chooses with its default settings, and what that took."""
+    started, rows = time.perf_counter(), []
+    random_seed(seed)
+    layout = torch.channels_last if lab.setup.search.channels_last else torch.preserve_format
+    net = lab.supernet().to(memory_format=layout)
+    task = Task(lab.tables, lab.budgets, lab.data, lab.setup.search, method.config(), seed)
+    _, arch = search(method, net, task, on_row=rows.append)
+    images = sum(lab.setup.search.batch_size + row.get("images", 0) for row in rows)
+    return arch, {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
 
 
 def searched(lab: Lab, how: Variant, seed: int) -> tuple[Supernet, dict]:
@@ -73,7 +95,7 @@ def searched(lab: Lab, how: Variant, seed: int) -> tuple[Supernet, dict]:
     if recipe.channels_last:
         net = net.to(memory_format=torch.channels_last)
     with mock.patch("dnas.nets.markov_gate.without_scale", lambda factor: factor) if how.scale else nullcontext():
-        search(net, lab.tables, lab.budgets, lab.data, recipe, how.config, seed=seed, on_row=rows.append)
+        search(GATES, net, Task(lab.tables, lab.budgets, lab.data, recipe, how.config, seed), on_row=rows.append)
     images = sum(recipe.batch_size + row.get("images", 0) for row in rows)
     return net, {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
 
@@ -297,7 +319,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--search", type=int, default=0, help="search with this many seeds, train each net with three")
     p.add_argument("--full", type=int, default=0, help="train the widest net of the space with this many seeds")
     p.add_argument("--judge", type=int, default=0, help="let this many supernets judge the first random nets")
-    p.add_argument("--variant", nargs="+", default=["default"], choices=[*VARIANTS, *opponents.OPPONENTS], help="how")
+    p.add_argument("--variant", nargs="+", default=["default"], choices=[*VARIANTS, *OTHERS], help="how")
     add_work_flags(p)
     p.add_argument("--summary", action="store_true", help="print what the tables say")
     p.add_argument("--json", help="write the summary to this file as well")

@@ -23,23 +23,23 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "tools")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import iso_flops as lab_of  # noqa: E402
 import iso_stats as stats  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from cli import keep_freed_memory  # noqa: E402
 from iso_flops import Table, net_row, own_seeds, run_search, searched, train_all, work  # noqa: E402
 from iso_setups import SETUPS, Lab  # noqa: E402
 from variants import VARIANTS  # noqa: E402
 
+from dnas.cli.process import keep_freed_memory  # noqa: E402
 from dnas.export.model_file import build_net  # noqa: E402
 from dnas.latency.measured_parts import parts_of  # noqa: E402
 from dnas.latency.profile import calibrated, time_nets  # noqa: E402
 from dnas.latency.timing import Pace, check_target, target_of  # noqa: E402
-from dnas.methods.baselines import uniform_arch  # noqa: E402
 from dnas.methods.derive import Likelihood, derive, gate_likelihood  # noqa: E402
+from dnas.methods.rules import uniform_arch  # noqa: E402
 from dnas.runtime.run_folder import provenance  # noqa: E402
 from dnas.spec.budget import Budget  # noqa: E402
 from dnas.spec.cost import CostTable  # noqa: E402

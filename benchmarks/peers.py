@@ -42,7 +42,7 @@ from speed import forget_peak  # noqa: E402
 from timm.utils import random_seed  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from dnas.methods.search import SearchConfig  # noqa: E402
+from dnas.methods.gates import GatesConfig  # noqa: E402
 from dnas.runtime.run_folder import peak_memory_mb, provenance  # noqa: E402
 from dnas.spec.space import Arch  # noqa: E402
 from dnas.spec.validation import UserError  # noqa: E402
@@ -59,7 +59,7 @@ def trained(lab: Lab, seed: int, prepare: Callable[[nn.Module], Callable[[], Non
     """
     random_seed(seed)
     model = lab.net.outline.create().to(lab.device)
-    rest, held_out = lab.data.split(SearchConfig.gate_fraction, seed)
+    rest, held_out = lab.data.split(GatesConfig.gate_fraction, seed)
     between = prepare(model) if prepare else None
     seen = opponents.train_shared(lab, model, list(model.parameters()), model, rest, seed, between)
     x, y = next(cycle(lab.data.train_batches(min(len(held_out), 500), seed=seed, indices=held_out)))

@@ -32,17 +32,18 @@ from statistics import fmean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from cli import keep_freed_memory  # noqa: E402
 from timm.utils import random_seed  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from dnas.cli.process import keep_freed_memory  # noqa: E402
 from dnas.export.model_file import build_net  # noqa: E402
-from dnas.methods.search import SearchConfig, begin, go_on, live_tables  # noqa: E402
-from dnas.nets import macro as macro_of  # noqa: E402
-from dnas.nets.macro import Candidate, Macro, MacroSupernet, Stage, width_grid  # noqa: E402
+from dnas.methods.gates import GATES, GatesConfig, live_tables  # noqa: E402
+from dnas.methods.loop import begin, run  # noqa: E402
+from dnas.methods.method import Task  # noqa: E402
+from dnas.nets.macro import Candidate, Macro, MacroSupernet, Stage  # noqa: E402
 from dnas.nets.supernet import Supernet  # noqa: E402
 from dnas.nets.timm_net import TimmBase, TimmSupernet  # noqa: E402
 from dnas.runtime.run_folder import peak_memory_mb, provenance, write_json  # noqa: E402
@@ -136,7 +137,7 @@ def searched(
     tables = {"macs": CostTable.build(net.space, "macs")}
     widest = tables["macs"].extremes()[1]
     limit = 0.3 * tables["macs"].of(widest)
-    per_epoch = len(data.train_batches(args.batch_size, seed=0, indices=data.split(SearchConfig.gate_fraction, 0)[0]))
+    per_epoch = len(data.train_batches(args.batch_size, seed=0, indices=data.split(GatesConfig.gate_fraction, 0)[0]))
     epochs = max(1, round(args.steps / per_epoch))
     recipe = Recipe(batch_size=args.batch_size, epochs=epochs, amp=args.amp)
     step = plain_step(net, widest, data, recipe) if pair else None
@@ -147,23 +148,22 @@ def searched(
     expected: list[float] = []
 
     def evaluate() -> None:
-        live_tables_now["macs"].expected(net.probabilities()).backward()
+        live["macs"].expected(net.probabilities()).backward()
 
     def on_row(row: dict) -> None:
-        nonlocal live_tables_now
+        nonlocal live
         rows.append(row)
         if not step:
             return
         plain.append(milliseconds(step, device))
         if "gate_ms" in row:
             if row["events"]:  # as the search does
-                live_tables_now = live_tables(net, tables)
+                live = live_tables(net, task)
             expected.append(milliseconds(evaluate, device))
 
-    live_tables_now = live_tables(net, tables)
-    budgets, config, until = [Budget("macs", limit)], SearchConfig(), 1.0 if pair else 0.4
-    state = begin(net, tables, data, recipe, config, 0)
-    go_on(state, tables, budgets, data, recipe, config, seed=0, on_row=on_row, until=until)
+    task = Task(tables, (Budget("macs", limit),), data, recipe, GatesConfig())
+    live = live_tables(net, task)
+    run(GATES, begin(GATES, net, task), task, on_row=on_row, until=1.0 if pair else 0.4)
     ends: list[float] = []
     if step:
         last = plain_step(net, net.best(), data, recipe)
@@ -281,13 +281,9 @@ def modes_cost(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def scaled(what: str, count: int) -> MacroSupernet:
     """Three layers with ``count`` blocks to choose from, or widths: of bi-path blocks ("pairs") or Markov gates."""
     kinds = KINDS[:count] if what == "blocks" else KINDS[:1]
-    before = macro_of.width_grid
-    macro_of.width_grid = partial(width_grid, most=32 if what == "blocks" else count)
-    try:
-        stage = Stage(64, 3, 1, kinds, droppable=True)
-        return MacroSupernet(Macro("scaled", 64, 1, (stage,), 128, "relu", what != "chains", 10, 3, 16, divisor=1))
-    finally:
-        macro_of.width_grid = before
+    stage, most = Stage(64, 3, 1, kinds, droppable=True), 32 if what == "blocks" else count
+    sizes = {"num_classes": 10, "img_size": 16, "divisor": 1, "most_widths": most}
+    return MacroSupernet(Macro("scaled", 64, 1, (stage,), 128, "relu", what != "chains", **sizes))
 
 
 def both_steps(net: MacroSupernet, args: argparse.Namespace) -> Callable[[], None]:

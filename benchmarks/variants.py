@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dnas.methods.derive import Likelihood, gate_likelihood
-from dnas.methods.search import SearchConfig
+from dnas.methods.gates import GatesConfig
 from dnas.nets.bipath_block import PairGate
 from dnas.nets.supernet import Supernet
 
@@ -29,7 +29,7 @@ def likeliest_width(net: Supernet) -> Likelihood:
 
 
 # The rows of all ablations were made when groups of channels lived longer.
-LONGER = SearchConfig(width_below=0.05)
+LONGER = GatesConfig(width_below=0.05)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Variant:
     gradient.
     """
 
-    config: SearchConfig = LONGER
+    config: GatesConfig = LONGER
     length: float = 0.5
     recipe: Mapping[str, Any] = field(default_factory=dict)
     bipath: bool = True
@@ -50,7 +50,7 @@ class Variant:
 
 SGD = {"opt": "sgd", "lr": 0.1, "weight_decay": 1e-3, "warmup_epochs": 1}
 VARIANTS = {
-    "default": Variant(SearchConfig(), length=1),
+    "default": Variant(GatesConfig(), length=1),
     "late-widths": Variant(length=1),
     "half-length": Variant(),
     "quarter-length": Variant(length=0.25),

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -24,12 +24,12 @@ from torch import nn
 from dnas.export.model_file import arch_document, build_net, count_macs, save_weights, verify_export, write_export
 from dnas.latency.profile import calibrated, time_nets
 from dnas.latency.timing import Pace, target_of
-from dnas.methods.baselines import random_arch, uniform_arch
-from dnas.methods.derive import derive, gate_likelihood
-from dnas.methods.search import SearchConfig, SearchState, go_on, load_search, search_data
+from dnas.methods.loop import load_search, run, search_data, steps_of
+from dnas.methods.method import Method, Search, Task
+from dnas.methods.rules import balanced_arch, random_arch, uniform_arch
 from dnas.nets.supernet import Supernet
 from dnas.report.diagnosis import no_better_than_a_guess, over_budget, signs_of_collapse
-from dnas.report.metrics import decisions_told, effort_told, facts, layers_told, search_figures
+from dnas.report.metrics import decision_rows, effort, facts, layer_rows, search_figures
 from dnas.runtime.checkpoint import Journal, of_this_run
 from dnas.runtime.distributed import gathered, rank
 from dnas.runtime.progress import console, progress_bar
@@ -55,8 +55,8 @@ class Plan:
     tables: dict[str, CostTable]
     data: Data
     recipe: Recipe
-    search_recipe: Recipe
-    config: SearchConfig
+    method: Method
+    task: Task  # of the search, without the budgets
     device: torch.device
     info: dict
     latency: LatencyTable | None
@@ -64,18 +64,16 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Goal:
-    """One budget, the uniform net of it, and where the found one goes."""
+class BudgetRun:
+    """One budget, the networks of it that cost nothing to choose, and where the found one goes."""
 
     budgets: tuple[Budget, ...]
-    uniform: Arch
+    rules: Mapping[str, Arch]  # "uniform" and "balanced"
     folder: Path
     name: str
 
 
-def search_steps(data: Data, recipe: Recipe, config: SearchConfig) -> int:
-    """Weight steps of a search: its epochs over the images that are not held out for the gates."""
-    return recipe.epochs * max(1, round(data.num_train * (1 - config.gate_fraction)) // recipe.batch_size)
+RULES: dict[str, Callable[..., Arch]] = {"uniform": uniform_arch, "balanced": balanced_arch}
 
 
 def export_arch(folder: Path, name: str, net: Supernet, arch: Arch, data: Data, tables, budgets, info) -> dict:
@@ -134,30 +132,26 @@ def train_arch(plan: Plan, arch: Arch, costs: Mapping[str, Any], journal: Journa
 
 
 def run_search(
-    plan: Plan, state: SearchState, budgets, until: float = 1.0, on_row: Callable[[dict], None] | None = None
-):
-    """Search with a progress bar, from where ``state`` is."""
-    total = math.ceil(until * search_steps(plan.data, plan.search_recipe, plan.config))
-    with progress_bar("searching", total) as advance:
-        advance(steps=state.learner.update)
+    plan: Plan, search: Search, task: Task, until: float = 1.0, on_row: Callable[[dict], None] | None = None
+) -> None:
+    """Search with a progress bar, from where ``search`` is."""
+    with progress_bar("searching", math.ceil(until * steps_of(plan.method, task))) as advance:
+        advance(steps=search.learner.update if search.learner else 0)
 
         def told(row: dict) -> None:
             advance(f"{show('macs', row['live_macs'])} alive")
             if on_row:
                 on_row(row)
 
-        go_on(
-            state, plan.tables, budgets, plan.data, plan.search_recipe, plan.config,
-            seed=plan.args.seed, on_row=told, until=until,
-        )  # fmt: skip
+        run(plan.method, search, task, on_row=told, until=until)
 
 
-def dry_run(plan: Plan, goal: Goal) -> None:
+def dry_run(plan: Plan, goal: BudgetRun) -> None:
     """All but training: the uniform net's files."""
     document = export_arch(
-        goal.folder, goal.name, plan.net, goal.uniform, plan.data, plan.tables, goal.budgets, plan.info
+        goal.folder, goal.name, plan.net, goal.rules["uniform"], plan.data, plan.tables, goal.budgets, plan.info
     )
-    costs = {metric: table.of(goal.uniform) for metric, table in plan.tables.items()}
+    costs = {metric: table.of(goal.rules["uniform"]) for metric, table in plan.tables.items()}
     write_json(goal.folder / "metrics.json", {"budget": document["budget"], "uniform": costs})
     reached = ", ".join(show(metric, cost) for metric, cost in costs.items())
     console.print(f"dry run: the uniform net at {', '.join(map(str, goal.budgets))} is in {goal.folder} ({reached})")
@@ -174,7 +168,9 @@ def measured_ms(plan: Plan, models: Sequence[nn.Module]) -> list[float]:
     return gathered(found)[0]
 
 
-def in_time(plan: Plan, goal: Goal, find: Callable[[dict[str, CostTable]], Arch]) -> tuple[Arch, dict[str, CostTable]]:
+def in_time(
+    plan: Plan, goal: BudgetRun, find: Callable[[dict[str, CostTable]], Arch]
+) -> tuple[Arch, dict[str, CostTable]]:
     """``find(tables)``; for a budget in ms, where its device is at hand, such that it measures what it should."""
     limits = [b.limit for b in goal.budgets if b.metric == "ms"]
     if not (limits and plan.latency_device):
@@ -189,7 +185,7 @@ def in_time(plan: Plan, goal: Goal, find: Callable[[dict[str, CostTable]], Arch]
 
 
 @contextmanager
-def scalars(plan: Plan, goal: Goal, rows: Sequence[dict]) -> Iterator[Callable[[dict], None]]:
+def scalars(plan: Plan, goal: BudgetRun, rows: Sequence[dict]) -> Iterator[Callable[[dict], None]]:
     """``log(row)`` for the rows of a history after these: to TensorBoard, if it was asked for.
 
     What is there already is written anew: of what a process that was killed had logged, some may not be on disk.
@@ -214,18 +210,33 @@ def scalars(plan: Plan, goal: Goal, rows: Sequence[dict]) -> Iterator[Callable[[
 
 
 FIGURES, DETAILS = ("budget", "search", "warnings"), ("decisions", "layers")  # of metrics.json, known after a search
-Begun = tuple[SearchState, list[dict], float]  # a search; its rows and its seconds so far
+Begun = tuple[Search, list[dict], float]  # a search; its rows and its seconds so far
+
+
+def warnings_of(
+    plan: Plan, goal: BudgetRun, figures: Mapping[str, Any], search: Search, found: Arch, uniform: Arch
+) -> list[str]:
+    """What is suspicious about a search that has ended; nothing about a method that trains nothing."""
+    if search.learner is None:
+        return []
+    signs = []
+    if "gate_loss" in figures:
+        signs += no_better_than_a_guess(figures["gate_loss"], plan.data.num_classes)
+    if "expected" in figures:
+        signs += over_budget(figures["expected"], {b.metric: b.limit for b in goal.budgets})
+    return signs + signs_of_collapse(search.net.space, found, uniform, plan.method.distributions(search))
 
 
 def search_stage(
-    plan: Plan, goal: Goal, journal: Journal, begun: Callable[[bool], Begun], plain_ms: float
+    plan: Plan, goal: BudgetRun, journal: Journal, begun: Callable[[bool], Begun], plain_ms: float
 ) -> dict[str, Any]:
     """Search, derive and export. Returns the figures of metrics.json, and all nets to be trained with their costs."""
     path, data = goal.folder / "history.jsonl", plan.data
-    state, rows, seconds = begun(not journal.knows("search"))
+    search, rows, seconds = begun(not journal.knows("search"))
+    method, task = plan.method, replace(plan.task, budgets=goal.budgets)
     with of_this_run():
         if saved := journal.under_way("search"):
-            load_search(state, saved["search"])
+            load_search(method, search, saved["search"])
             rows, seconds = read_rows(path, saved["rows"]), saved["seconds"]
             console.print(f"the search goes on at step {len(rows)}")
     write_rows(path, rows)
@@ -242,24 +253,25 @@ def search_stage(
         def written(history: IO[str]) -> dict[str, Any]:
             os.fsync(history.fileno())  # no checkpoint may know of a row that is not there
             seconds = time.perf_counter() - started
-            return {"search": search_data(state), "rows": count, "seconds": seconds}
+            return {"search": search_data(method, search), "rows": count, "seconds": seconds}
 
-        run_search(plan, state, goal.budgets, on_row=on_row)
+        run_search(plan, search, task, on_row=on_row)
     seconds = time.perf_counter() - started
-    figures = search_figures(read_rows(path, count), plan.search_recipe, seconds, plain_ms, plan.device)
-    like, net = gate_likelihood(state.net), state.net
-    found, tables = in_time(plan, goal, lambda tables: derive(net.space, tables, goal.budgets, like))
-    uniform, even_tables = goal.uniform, plan.tables
-    if tables is not plan.tables:
-        uniform, even_tables = in_time(plan, goal, lambda tables: uniform_arch(net.space, tables, goal.budgets))
-    distributions = {name: p.detach() for name, p in net.probabilities().items()}
-    signs = no_better_than_a_guess(figures["gate_loss"], data.num_classes)
-    signs += over_budget(figures["expected"], {b.metric: b.limit for b in goal.budgets})
-    signs += signs_of_collapse(net.space, found, uniform, distributions)
+    figures = search_figures(read_rows(path, count), task.recipe, seconds, plain_ms, plan.device)
+    net = search.net
+
+    def chosen(tables: dict[str, CostTable]) -> Arch:
+        return method.choose(search, replace(task, tables=tables))
+
+    nets = {"found": in_time(plan, goal, chosen)}
+    found, tables = nets["found"]
+    for rule, arch in goal.rules.items():
+        again = partial(RULES[rule], net.space, budgets=goal.budgets)
+        nets[rule] = (arch, plan.tables) if tables is plan.tables else in_time(plan, goal, again)
+    signs = warnings_of(plan, goal, figures, search, found, nets["uniform"][0])
     for line in signs:
         console.print(f"warning: {line}", soft_wrap=True)
     document = export_arch(goal.folder, goal.name, net, found, data, tables, goal.budgets, plan.info)
-    nets = {"found": (found, tables), "uniform": (uniform, even_tables)}
     for k in range(plan.args.num_random):
         arch = random_arch(net.space, tables, goal.budgets, seed=1000 * plan.args.seed + k)
         nets[f"random {k}"] = arch, tables
@@ -270,17 +282,18 @@ def search_stage(
             costs["predicted_ms"] = plan.tables["ms"].of(arch)
         rows_of[name] = {"arch": dict(arch), "costs": costs}
     widest = plan.tables["macs"].extremes()[1]
+    archs = {name: nets[name][0] for name in ("found", *goal.rules)}
     return {
         "budget": document["budget"],
         "search": figures,
         "warnings": signs,
-        "decisions": decisions_told(net.space, found, uniform),
-        "layers": layers_told(net, plan.latency, {"widest": widest, "found": found, "uniform": uniform}),
+        "decisions": decision_rows(net.space, archs),
+        "layers": layer_rows(net, plan.latency, {"widest": widest, **archs}),
         "nets": rows_of,
     }
 
 
-def find(plan: Plan, goal: Goal, journal: Journal, begun: Callable[[bool], Begun], plain_ms: float) -> dict:
+def find(plan: Plan, goal: BudgetRun, journal: Journal, begun: Callable[[bool], Begun], plain_ms: float) -> dict:
     """From a search to the found net, trained, beside those that it is compared with. Returns metrics.json.
 
     ``begun(warm)`` gives a search that is warmed up, or one that takes its state from the journal.
@@ -293,7 +306,10 @@ def find(plan: Plan, goal: Goal, journal: Journal, begun: Callable[[bool], Begun
         last = {key: searched[key] for key in DETAILS if key in searched}  # checkpoints of older versions lack them
         nets = {what: (space.complete(net["arch"]), dict(net["costs"])) for what, net in searched["nets"].items()}
     for what, (arch, costs) in nets.items():
-        if what not in journal.done:
+        twin = next((other for other in journal.done if other in nets and nets[other][0] == arch), None)
+        if what not in journal.done and twin:  # the same network by the same seed: the same training
+            journal.finish(what, journal.done[twin] | costs)
+        elif what not in journal.done:
             model, row = train_arch(plan, arch, costs, journal, what)
             if what == "found":
                 save_weights(model, goal.folder)
@@ -302,14 +318,15 @@ def find(plan: Plan, goal: Goal, journal: Journal, begun: Callable[[bool], Begun
     trained = {what: dict(journal.done[what]) for what in nets}
     if plan.latency and plan.latency_device:
         sizes = {"num_classes": plan.data.num_classes, "in_chans": plan.data.in_chans}
-        models = [build_net(plan.net.net_of(nets[what][0]), **sizes) for what in ("found", "uniform")]
-        for what, ms in zip(("found", "uniform"), measured_ms(plan, models), strict=True):
+        compared = ("found", *goal.rules)
+        models = [build_net(plan.net.net_of(nets[what][0]), **sizes) for what in compared]
+        for what, ms in zip(compared, measured_ms(plan, models), strict=True):
             trained[what]["measured_ms"] = ms
     return {
         **first,
         "validation_images": plan.data.num_val,
         "found": trained.pop("found"),
-        "uniform": trained.pop("uniform"),
+        **{rule: trained.pop(rule) for rule in goal.rules},
         "random": [*trained.values()],
         **last,
     }
@@ -318,16 +335,17 @@ def find(plan: Plan, goal: Goal, journal: Journal, begun: Callable[[bool], Begun
 def print_table(folder: Path, name: str, metrics: dict) -> None:
     """What the run came to, and what to do next."""
     table = Table(title=str(folder), title_justify="left", show_header=True)
-    for column in ("", "found", "uniform", "budget", "expected"):
+    heads, rows = facts(metrics)
+    for column in heads:
         table.add_column(column, justify="left" if not column else "right")
-    for row in facts(metrics):
+    for row in rows:
         table.add_row(*row)
     console.print(table)
     if metrics["random"]:
         tops = [row["top1"] for row in metrics["random"]]
         console.print(f"random nets at the same cost, top-1: {', '.join(f'{t:.2f}' for t in tops)} %")
     for line in (
-        f"search: {effort_told(metrics['search'])}",
+        f"search: {effort(metrics['search'])}",
         f"files: {folder}/model.py (import it, then timm.create_model({name!r}, pretrained=True)), "
         f"model.safetensors, report.html, arch.json, metrics.json, history.jsonl, config.json",
         f"next: python tools/retrain.py {folder} --epochs 100 --output {folder}-retrained",

@@ -3,4 +3,4 @@
 import multiprocessing
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["dnas.export.model_file", "dnas.report.pages", "dnas.methods.search", "timm"])
+FORKS.set_forkserver_preload(["dnas.export.model_file", "dnas.report.pages", "dnas.methods.gates", "timm"])

@@ -11,7 +11,9 @@ import torch
 from timm.utils import random_seed
 
 from dnas.export.model_file import build_net
-from dnas.methods.search import SearchConfig, begin, go_on, load_search, search_data
+from dnas.methods.gates import GATES, GatesConfig
+from dnas.methods.loop import begin, load_search, run, search_data
+from dnas.methods.method import Task
 from dnas.nets.macro import MacroSupernet
 from dnas.nets.timm_net import TimmBase, TimmSupernet
 from dnas.runtime.checkpoint import BEFORE, FORMAT, LAST, Journal, Stopped, read_checkpoint, write_checkpoint
@@ -69,23 +71,24 @@ def in_parts(folder, afters, part):
 ])  # fmt: skip
 def test_a_search_goes_on_to_the_bit(make, recipe, tmp_path):
     """Stopped in the warm-up, between and after cuts, each time with a net that is built anew."""
-    data, config = load_data(img_size=8).take(360), SearchConfig()
+    data, config = load_data(img_size=8).take(360), GatesConfig()
 
     def part(journal):
         torch.manual_seed(0)
         net = make().to(memory_format=torch.channels_last)
         tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
         budgets, rows = resolve_budgets(tables, parse_budget("40%")), []
-        state = begin(net, tables, data, recipe, config, 0)
+        task = Task(tables, budgets, data, recipe, config)
+        state = begin(GATES, net, task)
         if saved := journal.under_way("search"):
-            load_search(state, saved["search"])
+            load_search(GATES, state, saved["search"])
             rows += saved["rows"]
 
         def on_row(row):
             rows.append({key: value for key, value in row.items() if not key.endswith("_ms")})
-            journal.step("search", lambda: {"search": search_data(state), "rows": rows})
+            journal.step("search", lambda: {"search": search_data(GATES, state), "rows": rows})
 
-        go_on(state, tables, budgets, data, recipe, config, seed=0, on_row=on_row)
+        run(GATES, state, task, on_row=on_row)
         return net, rows
 
     net, rows = in_parts(tmp_path / "new", (), part)
@@ -93,8 +96,7 @@ def test_a_search_goes_on_to_the_bit(make, recipe, tmp_path):
     assert [row["step"] for row in seen] == [*range(len(rows))] and len(rows) >= 90
     assert sum(len(row.get("events", ())) for row in rows) > 5
     assert seen == rows
-    for name, tensor in net.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name]), name
+    assert all(torch.equal(a, b) for a, b in zip(net.tensors(), other.tensors(), strict=True))
     assert other.best() == net.best()
 
 

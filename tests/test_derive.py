@@ -8,8 +8,8 @@ import pytest
 import torch
 from spaces import LARGE, METRICS, SMALL, Brute, assert_in_band, large, tables_of, widest_cost
 
-from dnas.methods.baselines import random_arch, uniform_arch
 from dnas.methods.derive import BAND, derive, gate_likelihood, in_band
+from dnas.methods.rules import random_arch, uniform_arch
 from dnas.nets.macro import MacroSupernet
 from dnas.nets.shrink import cut_width, remove_block
 from dnas.spec.budget import Budget, show

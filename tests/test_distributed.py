@@ -16,7 +16,9 @@ from timm.utils import random_seed
 from torch import nn
 
 from dnas.methods.derive import derive, gate_likelihood
-from dnas.methods.search import SearchConfig, search
+from dnas.methods.gates import GATES, GatesConfig
+from dnas.methods.loop import search
+from dnas.methods.method import Task
 from dnas.nets.macro import MacroSupernet
 from dnas.runtime.distributed import average_gradients, from_first, mean, rank, share_of, shared_statistics, world_size
 from dnas.spec.budget import Budget
@@ -104,7 +106,7 @@ def searched():
     tables = {"macs": CostTable.build(net.space, "macs")}
     budgets, rows = [Budget("macs", 0.4 * tables["macs"].of(tables["macs"].extremes()[1]))], []
     recipe = Recipe(epochs=4, batch_size=20, lr=1e-3)
-    search(net, tables, budgets, data, recipe, SearchConfig(), seed=0, on_row=rows.append)
+    search(GATES, net, Task(tables, budgets, data, recipe, GatesConfig(), 0), on_row=rows.append)
     arch = derive(net.space, tables, budgets, gate_likelihood(net))
     random_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))

@@ -11,9 +11,11 @@ from torch import nn
 
 import dnas.nets.supernet
 from dnas.export.model_file import build_net, count_macs
-from dnas.methods.baselines import random_arch, uniform_arch
 from dnas.methods.derive import derive, gate_likelihood
-from dnas.methods.search import SearchConfig, search
+from dnas.methods.gates import GATES, GatesConfig
+from dnas.methods.loop import search
+from dnas.methods.method import Task
+from dnas.methods.rules import random_arch, uniform_arch
 from dnas.nets.bipath_block import GatedBlock
 from dnas.nets.macro import MacroSupernet
 from dnas.nets.markov_gate import draw_index
@@ -32,7 +34,7 @@ def search_all_the_way(net, budget="50%", img_size=8):
     tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
     budgets, rows = resolve_budgets(tables, parse_budget(budget)), []
     recipe = Recipe(epochs=1, batch_size=96)
-    search(net, tables, budgets, data, recipe, SearchConfig(gate_every=1), seed=0, on_row=rows.append)
+    search(GATES, net, Task(tables, budgets, data, recipe, GatesConfig(gate_every=1), 0), on_row=rows.append)
     arch = derive(net.space, tables, budgets, gate_likelihood(net))
     assert 0.98 * budgets[0].limit <= tables["macs"].of(arch) <= budgets[0].limit
     model = build_net(net.net_of(arch), num_classes=data.num_classes, in_chans=data.in_chans)

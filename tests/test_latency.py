@@ -11,10 +11,12 @@ from scipy.interpolate import RegularGridInterpolator
 from tables import HEADER, costs_of, row, rows_of, stairs
 
 from dnas.latency.measured_parts import parts_of
-from dnas.methods.baselines import random_arch, uniform_arch
 from dnas.methods.budget_loss import budget_penalty
 from dnas.methods.derive import derive, enumerate_archs, gate_likelihood
-from dnas.methods.search import SearchConfig, search
+from dnas.methods.gates import GATES, GatesConfig
+from dnas.methods.loop import search
+from dnas.methods.method import Task
+from dnas.methods.rules import random_arch, uniform_arch
 from dnas.nets.macro import Candidate, Macro, MacroSupernet, Stage
 from dnas.nets.markov_gate import MarkovGate
 from dnas.spec.budget import Budget, parse_budget
@@ -224,7 +226,7 @@ def test_a_search_lands_on_the_edges_of_a_staircase(seed):
     data = load_data("digits", img_size=8, in_chans=1, device=torch.device("cpu"))
     rows = []
     recipe = Recipe(epochs=4, batch_size=64)
-    search(net, tables, budgets, data, recipe, SearchConfig(), seed=seed, on_row=rows.append)
+    search(GATES, net, Task(tables, budgets, data, recipe, GatesConfig(), seed), on_row=rows.append)
     found = derive(net.space, tables, budgets, gate_likelihood(net))
     assert 0.98 <= tables["ms"].of(found) / budgets[0].limit <= 1
     assert all(on_edges(found)), dict(found)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dnas.methods.baselines import uniform_arch
+from dnas.methods.rules import uniform_arch
 from dnas.nets.macro import MacroSupernet
 from dnas.nets.timm_net import TimmBase, TimmSupernet
 from dnas.report.diagnosis import over_budget, signs_of_collapse

@@ -15,7 +15,7 @@ from dnas.latency import timing
 from dnas.latency.measured_parts import parts_of
 from dnas.latency.profile import calibrated, check_figures, fit_scale, kendall_tau, row_of, spread_archs, time_nets
 from dnas.latency.timing import Pace, Target, check_target, ready, time_calls
-from dnas.methods.baselines import uniform_arch
+from dnas.methods.rules import uniform_arch
 from dnas.nets.macro import MacroSupernet
 from dnas.nets.timm_net import TimmBase, TimmSupernet
 from dnas.spec.budget import Budget

@@ -8,8 +8,8 @@ import pytest
 import scipy.stats
 from spaces import Brute, assert_in_band, large, widest_cost
 
-from dnas.methods.baselines import random_arch
 from dnas.methods.derive import BAND
+from dnas.methods.rules import random_arch
 from dnas.spec.budget import Budget
 
 

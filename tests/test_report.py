@@ -15,7 +15,7 @@ from tables import HEADER, costs_of, rows_of, stairs
 
 from dnas.nets.macro import MacroSupernet
 from dnas.nets.timm_net import TimmBase, TimmSupernet
-from dnas.report.metrics import Run, beside, grouped, interval, layers_told, read_run, verdict
+from dnas.report.metrics import Run, beside, grouped, interval, layer_rows, read_run, verdict
 from dnas.report.pages import again, experiments, network, write_report
 from dnas.report.plots import POINTS, _curve, layers
 from dnas.runtime.checkpoint import Stopped
@@ -143,7 +143,7 @@ def test_layers_of_milliseconds_add_up():
     net = MacroSupernet(SUPERNETS["toy"](num_classes=10, img_size=8))
     cost, table = costs_of(net, stairs), table_of(HEADER, rows_of(net, stairs))
     archs = dict(zip(("cheap", "dear"), cost.extremes(), strict=True))
-    rows = layers_told(net, table, archs)
+    rows = layer_rows(net, table, archs)
     assert {row["name"] for row in rows} > {"stage0/0", "conv_stem", "run"}
     for name, arch in archs.items():
         assert sum(row["ms"][name] for row in rows) == pytest.approx(cost.of(arch))
@@ -161,7 +161,7 @@ def test_layers_of_a_network_of_timms_are_its_modules():
     for metric in ("macs", "params"):
         table = CostTable.build(net.space, metric)
         archs = dict(zip(("cheap", "dear"), table.extremes(), strict=True))
-        rows = layers_told(net, None, archs)
+        rows = layer_rows(net, None, archs)
         for name, arch in archs.items():
             assert sum(row[metric][name] for row in rows) == table.of(arch)
     names = [row["name"] for row in rows]

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dnas.methods.search import SearchConfig, search
+from dnas.methods.gates import GATES, GatesConfig
+from dnas.methods.loop import search
+from dnas.methods.method import Task
 from dnas.nets.timm_net import TimmBase, TimmSupernet
 from dnas.spec.budget import parse_budget
 from dnas.spec.cost import CostTable, resolve_budgets
@@ -80,9 +82,9 @@ NETWORK = TimmBase("resnet18", 10, 3, 16, divisor=2, kwargs={"layers": [1, 1, 1,
 def searched(recipe):
     net = TimmSupernet(NETWORK)
     tables = {"macs": CostTable.build(net.space, "macs")}
-    data, config = load_data(img_size=16).take(300), SearchConfig(warmup=0.0, gate_every=1)
+    data, config = load_data(img_size=16).take(300), GatesConfig(warmup=0.0, gate_every=1)
     budgets = resolve_budgets(tables, parse_budget("50%"))
-    search(net, tables, budgets, data, recipe, config, seed=0, on_row=lambda row: None)
+    search(GATES, net, Task(tables, budgets, data, recipe, config, 0))
 
 
 def trained(recipe):

@@ -11,9 +11,11 @@ from torch import nn
 
 from dnas.export import narrowed
 from dnas.export.model_file import count_macs, count_params
-from dnas.methods.baselines import random_arch, uniform_arch
 from dnas.methods.derive import derive, gate_likelihood
-from dnas.methods.search import SearchConfig, live_cost, search
+from dnas.methods.gates import GATES, GatesConfig
+from dnas.methods.loop import search
+from dnas.methods.method import Task
+from dnas.methods.rules import random_arch, uniform_arch
 from dnas.nets.shrink import cut_width, extract, plain_state
 from dnas.nets.timm_net import TimmBase, TimmSupernet, _WeightedNorms, channel_grid, safe_channels
 from dnas.spec.budget import parse_budget
@@ -204,10 +206,10 @@ def test_a_search_ends_inside_the_budget_with_a_smaller_supernet():
     tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
     budgets = resolve_budgets(tables, parse_budget("30%"))
     first, rows = count_params(net.model), []
-    search(net, tables, budgets, data, Recipe(epochs=12), SearchConfig(), seed=0, on_row=rows.append)
+    search(GATES, net, Task(tables, budgets, data, Recipe(epochs=12), GatesConfig(), 0), on_row=rows.append)
     assert any(event.get("width") for row in rows for event in row.get("events", ()))
     assert count_params(net.model) < first
-    assert rows[-1]["live_macs"] == live_cost(net, tables["macs"]) == count_macs(net.model, data.in_chans, 16)
+    assert rows[-1]["live_macs"] == net.live_cost(tables["macs"]) == count_macs(net.model, data.in_chans, 16)
     found = derive(net.space, tables, budgets, gate_likelihood(net))
     assert 0.98 * budgets[0].limit <= tables["macs"].of(found) <= budgets[0].limit
     assert found != uniform_arch(net.space, tables, budgets)

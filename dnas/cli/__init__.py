@@ -18,6 +18,7 @@ COMMANDS = {
     "export": "write model.py from an arch.json, or check one",
     "profile": "measure a latency table on this device",
     "compare": "several runs side by side",
+    "methods": "every way to choose a network, with its flags and its source",
 }
 
 

@@ -48,8 +48,8 @@ def main() -> None:
             wrong.append(error)
     if not runs:
         raise wrong[0]
-    for error in wrong:
-        console.print(f"left out: {error}", soft_wrap=True)
+    for reason in wrong:
+        console.print(f"left out: {reason}", soft_wrap=True)
     counted = [run for group in grouped(runs) for run in group]
     for run_ in runs:
         if run_ not in counted:

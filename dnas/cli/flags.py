@@ -134,14 +134,14 @@ def add_resume_flags(parser: argparse.ArgumentParser, group) -> None:
     parser.add_argument("--checkpoint-every", type=_seconds, default=60.0, help="seconds (default 60)")
 
 
-def flags_of(parser: "OneLineParser") -> tuple[argparse.Namespace, list[str]]:
+def flags_of(parser: Callable[[list[str]], "OneLineParser"]) -> tuple[argparse.Namespace, list[str]]:
     """The flags, and the words of the command line that they are in; with --resume those of the run.
 
     A run's config.json has the words, and the same parser reads them: nothing gets in that a user could not type.
     ``output`` and ``resume`` are the run's folder; that of a sweep has one for each budget in it.
     """
     argv = sys.argv[1:]
-    args = parser.parse_args(argv)
+    args = parser(argv).parse_args(argv)
     if args.resume is None:
         return args, argv
     if len(argv) > (1 if "=" in argv[0] else 2):
@@ -157,7 +157,7 @@ def flags_of(parser: "OneLineParser") -> tuple[argparse.Namespace, list[str]]:
             raise TypeError
     except (UserError, KeyError, TypeError):
         raise UserError(f"--resume {args.resume!r}: {config} does not tell the flags of a run") from None
-    found = parser.parse_args(argv)
+    found = parser(argv).parse_args(argv)
     if found.resume is not None or getattr(found, "dry_run", False):
         what = "a dry run" if getattr(found, "dry_run", False) else "no run"
         raise UserError(f"--resume {args.resume!r}: {config} is of {what}: one that was stopped is expected")
@@ -219,7 +219,7 @@ def open_table(args, budgets) -> tuple[LatencyTable | None, torch.device | None]
     return table, here.get(name)
 
 
-def new_folder(path: str) -> Path:
+def new_folder(path: str | Path) -> Path:
     """The run folder, not there yet. Of several processes the others write, too, but where nobody looks."""
     if rank() == 0:
         return check_new_folder(path)
@@ -244,7 +244,7 @@ class OneLineParser(argparse.ArgumentParser):
         known = [flag for action in self._actions for flag in action.option_strings]
         for word in joined:  # before argparse misses what a misspelt flag was to give
             name = word.partition("=")[0]
-            if len(name) > 2 and name.startswith("--") and not any(flag.startswith(name) for flag in known):
+            if len(name) > 2 and name.startswith("--") and name not in known:
                 near = difflib.get_close_matches(name, known, 1, 0.8)
                 self.error(f"unknown argument {name!r}" + (f": did you mean {near[0]}?" if near else ""))
         return super().parse_args(joined)

@@ -25,8 +25,9 @@ def keep_freed_memory(most: int = 2**30) -> None:
     `prunet` with 96 images of 32 px on two cores. The numbers are M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for option in (-1, -3) if mallopt else ():
-        mallopt(option, most)
+    if mallopt is not None:
+        for option in (-1, -3):
+            mallopt(option, most)
 
 
 def what_failed(error: Exception) -> str:

@@ -201,7 +201,7 @@ def check_table(args) -> None:
 
 def list_tables(paths: Sequence[str]) -> None:
     """A line of Markdown for each table."""
-    told = ("table", "space", "device", "runs", "rows", "nets, ms")
+    told: tuple[str, ...] = ("table", "space", "device", "runs", "rows", "nets, ms")
     told += ("median error", "90th percentile", "bias", "tau", "noise", "tau of noise")
     print(f"| {' | '.join(told)} |\n{'| --- ' * len(told)}|")
     for path in paths:

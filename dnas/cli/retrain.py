@@ -5,6 +5,7 @@ python tools/retrain.py --resume runs/my-run-retrained
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -58,7 +59,7 @@ def before(source: Path, args: argparse.Namespace) -> str:
     return f" ({run.metrics['found']['top1']:.2f} % in {source})" if same else ""
 
 
-def parser() -> OneLineParser:
+def parser(argv: Sequence[str] = ()) -> OneLineParser:
     """All flags."""
     p = OneLineParser(description=__doc__)
     p.add_argument("run", nargs="?", help="run folder with an arch.json, or the arch.json itself")
@@ -73,7 +74,7 @@ def parser() -> OneLineParser:
 
 def main() -> None:
     """Read arch.json, train, write everything beside the new weights."""
-    args, argv = flags_of(parser())
+    args, argv = flags_of(parser)
     if not (args.run and args.output):
         raise UserError("a run folder and --output are expected, or --resume")
     recipe, device = recipe_of(args), device_of(args)

@@ -1,12 +1,14 @@
-"""From a budget to a trained timm model: search, derive, export, retrain from scratch, compare with the uniform net.
+"""From a budget to a trained timm model: search, choose, export, train from scratch, compare with uniform and balanced.
 
-python tools/search.py --budget 300MFLOPs
+dnas search --budget 300MFLOPs
 """
 
+import argparse
 import copy
 import importlib.util
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import cache
 from itertools import count
@@ -32,8 +34,9 @@ from dnas.cli.flags import (
 )
 from dnas.export.model_file import build_net, check_name
 from dnas.latency.measured_parts import parts_of
-from dnas.methods.baselines import uniform_arch
-from dnas.methods.search import SearchConfig, SearchState, begin, check_config, check_length
+from dnas.methods.catalog import METHODS
+from dnas.methods.loop import begin, steps_of
+from dnas.methods.method import Task
 from dnas.nets.macro import MacroSupernet, size_to
 from dnas.nets.supernet import Supernet
 from dnas.nets.timm_net import TimmBase, TimmSupernet
@@ -49,16 +52,17 @@ from dnas.spec.latency_table import LatencyTable
 from dnas.spec.validation import UserError, read_json
 from dnas.training.data import Data
 from dnas.training.from_scratch import time_step
-from dnas.workflow import Begun, Goal, Plan, dry_run, find, print_table, run_search, search_steps
+from dnas.workflow import RULES, Begun, BudgetRun, Plan, dry_run, find, print_table, run_search
 
 
-def parser() -> OneLineParser:
-    """All flags."""
+def parser(argv: Sequence[str] = ()) -> OneLineParser:
+    """All flags; those of a method are the fields of its config, so that the words of a command line say which."""
     p = OneLineParser(description=__doc__)
     goal = p.add_mutually_exclusive_group(required=True)
     goal.add_argument("--budget", help="300MFLOPs (= MMACs), 5MParams, 50%%; several joined by commas hold at once")
     goal.add_argument("--sweep", help="instead: a net for each, as 100MFLOPs,200MFLOPs, after one common warm-up")
     add_resume_flags(p, goal)
+    p.add_argument("--method", choices=list(METHODS), default="gates", help="how it is chosen (default gates)")
     add_space_flags(p)
     p.add_argument("--latency-table", help="for a budget in ms: what tools/profile_latency.py wrote")
     p.add_argument(
@@ -82,9 +86,11 @@ def parser() -> OneLineParser:
     p.add_argument("--dry-run", action="store_true", help="do everything but train: export and check the uniform net")
     add_data_flags(p)
     add_recipe_flags(p)
-    group = p.add_argument_group("search (times are shares of the whole search)")
-    for field in fields(SearchConfig):
-        default = getattr(SearchConfig(), field.name)
+    name = method_in(argv)
+    config = METHODS[name].config
+    group = p.add_argument_group(f"of --method {name} (times are shares of the whole search)" if fields(config) else "")
+    for field in fields(config):
+        default = getattr(config(), field.name)
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=type(default),
@@ -92,6 +98,16 @@ def parser() -> OneLineParser:
             help=f"{field.metadata['help']} (default {default})",
         )
     return p
+
+
+def method_in(argv: Sequence[str]) -> str:
+    """The method that a command line names; the default one where it names none, or one that does not exist."""
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    p.add_argument("--method", choices=list(METHODS), default="gates")
+    try:
+        return str(p.parse_known_args(list(argv))[0].method)
+    except argparse.ArgumentError:  # the whole parser will say what is wrong
+        return "gates"
 
 
 def plan_supernet(args, data: Data, budgets: tuple[Budget, ...]) -> Supernet:
@@ -112,7 +128,8 @@ def make_plan(
 ) -> Plan:
     """Everything that is known before a file is written. Raises UserError for whatever is wrong with the flags."""
     recipe, device = recipe_of(args), device_of(args)
-    config = check_config(SearchConfig(**{field.name: getattr(args, field.name) for field in fields(SearchConfig)}))
+    method = METHODS[args.method]
+    config = method.config(**{field.name: getattr(args, field.name) for field in fields(method.config)})
     if args.log and not importlib.util.find_spec("tensorboard"):
         raise UserError(f"--log {args.log!r} needs the package tensorboard: pip install tensorboard")
     if args.search_epochs < 1 or args.num_random < 0:
@@ -125,12 +142,12 @@ def make_plan(
     if latency:
         tables["ms"] = CostTable.measured(net.space, [part.site for part in parts_of(net)], latency)
     search_recipe = replace(recipe, epochs=args.search_epochs, mixup=0.0, cutmix=0.0, drop=0.0, drop_path=0.0)
-    info = provenance(device)
-    return Plan(args, net, tables, data, recipe, search_recipe, config, device, info, latency, latency_device)
+    task = Task(tables, (), data, search_recipe, config, args.seed)
+    return Plan(args, net, tables, data, recipe, method, task, device, provenance(device), latency, latency_device)
 
 
-def make_goals(plan: Plan, asked: list[tuple[Budget, ...]], folder: Path, name: str) -> list[Goal]:
-    """The budgets in order, each shown to be within reach of this grid of widths by its uniform net."""
+def make_goals(plan: Plan, asked: list[tuple[Budget, ...]], folder: Path, name: str) -> list[BudgetRun]:
+    """The budgets in order, each shown to be within reach of this grid of widths by its uniform and balanced nets."""
     goals = []
     for given in asked:
         try:
@@ -138,11 +155,11 @@ def make_goals(plan: Plan, asked: list[tuple[Budget, ...]], folder: Path, name: 
         except UserError as error:
             flags = "--divisor" if plan.args.model else "--width-mult and --divisor"
             raise UserError(f"{error} ({flags} for another one)") from None
-        uniform = uniform_arch(plan.net.space, plan.tables, budgets)
+        rules = {rule: choose(plan.net.space, plan.tables, budgets) for rule, choose in RULES.items()}
         text = "" if len(asked) == 1 else str(given[0]).replace("%", "pc")
         own = f"{name}_{re.sub('[^a-z0-9]', '_', text.lower())}" if text else name
         check_name(own)
-        goals.append(Goal(budgets, uniform, folder / text, own))
+        goals.append(BudgetRun(budgets, rules, folder / text, own))
     return goals
 
 
@@ -159,21 +176,20 @@ def introduce(plan: Plan) -> None:
     console.print(f"{net.name} on {plan.data.name}, {images}: {nets}", soft_wrap=True)
 
 
-def estimate(plan: Plan, goals: list[Goal], plain_ms: float) -> float:
-    """Minutes. A weight step is about one step of the widest net, a gate step about two; the found nets take less."""
-    config, steps = plan.config, search_steps(plan.data, plan.search_recipe, plan.config)
-    work = steps * config.warmup
+def estimate(plan: Plan, goals: list[BudgetRun], plain_ms: float) -> float:
+    """Minutes, if a step of the widest net takes ``plain_ms``; the found nets take less."""
+    shared, own = plan.method.work(plan.task.config)
+    work = (shared + own * len(goals)) * steps_of(plan.method, plan.task)
     for goal in goals:
-        budget = goal.budgets[0]
+        budget, nets = goal.budgets[0], 1 + len(goal.rules) + plan.args.num_random
         share = min(1.0, budget.limit / plan.tables[budget.metric].of(plan.tables[budget.metric].extremes()[1]))
-        work += steps * (1 - config.warmup) * (1 + 2 / config.gate_every)
-        work += share * (2 + plan.args.num_random) * plan.recipe.epochs * plan.data.num_train / plan.recipe.batch_size
+        work += share * nets * plan.recipe.epochs * plan.data.num_train / plan.recipe.batch_size
     return work * plain_ms / 6e4
 
 
 def main() -> None:
     """The whole flow, on one screen."""
-    args, argv = flags_of(parser())
+    args, argv = flags_of(parser)
     texts = args.sweep.split(",") if args.sweep else [args.budget]
     asked = [parse_budget(text) for text in texts]
     if len({budgets[0].metric + "%" * budgets[0].percent for budgets in asked}) > 1 or len({*asked}) < len(asked):
@@ -200,7 +216,9 @@ def main() -> None:
                 write_json(goal.folder / "config.json", config)
                 dry_run(plan, goal)
         return
-    check_length(search_steps(plan.data, plan.search_recipe, plan.config), plan.config)
+    layout = torch.channels_last if plan.recipe.channels_last else torch.preserve_format
+    net = plan.net.to(plan.device).to(memory_format=layout)
+    fresh = begin(plan.method, net, plan.task)  # before anything is written: it may find that there is nothing to do
     sizes = {"num_classes": plan.data.num_classes, "in_chans": plan.data.in_chans}
     widest = build_net(plan.net.net_of(plan.tables["macs"].extremes()[1]), **sizes).to(plan.device)
     plain_ms = time_step(widest, plan.data, plan.recipe)
@@ -208,24 +226,19 @@ def main() -> None:
     minutes = max(1, round(estimate(plan, goals, plain_ms)))
     console.print(f"about {minutes} min on this machine, at {plain_ms:.0f} ms a step")
 
-    layout = torch.channels_last if plan.recipe.channels_last else torch.preserve_format
-    net = plan.net.to(device=plan.device, memory_format=layout)
-
-    def new() -> SearchState:
-        return begin(net, plan.tables, plan.data, plan.search_recipe, plan.config, args.seed)
-
     @cache
     def warmed_up() -> Begun:
-        """What all budgets have in common: with several of them, the warm-up."""
-        started, rows, state = time.perf_counter(), [], new()
-        if len(goals) > 1 and plan.config.warmup:
-            run_search(plan, state, (), until=plan.config.warmup, on_row=rows.append)
-        return state, rows, time.perf_counter() - started
+        """What all budgets have in common: with several of them, the part of the search in which none plays a part."""
+        started, shared = time.perf_counter(), plan.method.work(plan.task.config)[0]
+        rows: list[dict] = []
+        if len(goals) > 1 and shared:
+            run_search(plan, fresh, plan.task, until=shared, on_row=rows.append)
+        return fresh, rows, time.perf_counter() - started
 
     def begun(warm: bool) -> Begun:
-        state, rows, seconds = warmed_up() if warm else (new(), [], 0.0)
+        search, rows, seconds = warmed_up() if warm else (fresh, [], 0.0)
         random_seed(args.seed)
-        return copy.deepcopy(state) if len(mine) > 1 else state, rows, seconds
+        return copy.deepcopy(search) if len(mine) > 1 else search, rows, seconds
 
     mine = goals[split(parts) :: parts]
     console.quiet = rank() > 0

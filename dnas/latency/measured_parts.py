@@ -74,7 +74,7 @@ def _macro_parts(macro: Macro) -> tuple[Part, ...]:
     parts = []
 
     def add(name: str, unit: str, widths: Mapping[str, Option], build: Build, **more: tuple[int, ...]) -> None:
-        parts.append(Part(Site(name, unit, widths, {}, sites[name].when), build, more))
+        parts.append(Part(Site(name, unit, widths, {}, sites[name].when, sites[name].layer), build, more))
 
     stem = {"in": macro.in_chans, "out": "stem"}
     add("conv_stem", f"stem k3/{macro.stem_stride} {macro.act} {macro.img_size}px", stem, partial(_stem, macro))

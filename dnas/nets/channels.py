@@ -6,8 +6,11 @@ convolution and the one that it reads, a whole group of a grouped convolution.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 Axis = tuple[str, int]  # a parameter, buffer or number of a module by its full name, and a dimension (or index) of it
 
@@ -24,6 +27,27 @@ class Group:
     size: int
     step: int
     places: Mapping[Axis, np.ndarray]
+
+
+class ChannelAxis(NamedTuple):
+    """Where a tensor of a module holds channels of one width decision.
+
+    ``role`` is "out" where a convolution or linear layer writes them (a depthwise convolution, too), "in" where one
+    reads them, "norm" for everything that holds one number a channel. ``places`` is [units, positions of a unit] along
+    ``dim``.
+    """
+
+    module: nn.Module
+    name: str
+    dim: int
+    role: Literal["out", "in", "norm"]
+    places: np.ndarray
+
+    def slices(self) -> Tensor:
+        """What the tensor holds of each unit, [units, numbers]."""
+        tensor: Tensor = getattr(self.module, self.name)
+        places = torch.from_numpy(self.places).to(tensor.device)
+        return tensor.detach().movedim(self.dim, 0)[places].flatten(1)
 
 
 @dataclass(frozen=True)

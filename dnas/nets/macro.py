@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from timm.layers import BatchNormAct2d, SelectAdaptivePool2d, create_conv2d
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidual, InvertedResidual, SqueezeExcite
 from timm.models._efficientnet_builder import efficientnet_init_weights
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dnas.nets.bipath_block import GatedBlock, PairGate, Prunode, TimmBlock, channel_factors, parts, scaled_norm, share
+from dnas.nets.channels import ChannelAxis
 from dnas.nets.layer_choice import Answers, StochasticLayer
 from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.resize import resize_module
@@ -65,7 +67,8 @@ class Stage:
 class Macro:
     """A whole search space as plain data. Widths are the widest ones; ``divisor`` is the step of the width grids.
 
-    ``bipath`` searches inner widths with pairs (PruNet), otherwise with Markov gates (DMCP).
+    ``most_widths`` bounds the number of widths of a grid. ``bipath`` searches inner widths with pairs (PruNet),
+    otherwise with Markov gates (DMCP).
     """
 
     name: str
@@ -79,6 +82,7 @@ class Macro:
     in_chans: int = 3
     img_size: int = 32
     divisor: int = 8
+    most_widths: int = 32
 
 
 def width_grid(top: int, divisor: int, most: int = 32) -> tuple[int, ...]:
@@ -137,7 +141,8 @@ def hidden_top(candidate: Candidate, widest_in: int, divisor: int) -> int:
 def space_of(macro: Macro) -> Space:
     """All decisions and sites of a macro, without building a module."""
     tops = {"stem": macro.stem} | {f"stage{s}/width": stage.width for s, stage in enumerate(macro.stages)}
-    decisions = [Decision(n, width_grid(top, macro.divisor), top) for n, top in (tops | {"head": macro.head}).items()]
+    grid_of = partial(width_grid, divisor=macro.divisor, most=macro.most_widths)
+    decisions = [Decision(n, grid_of(top), top) for n, top in (tops | {"head": macro.head}).items()]
     side = math.ceil(macro.img_size / macro.stem_stride)
     conv = {"in": macro.in_chans, "out": "stem"}
     sites = [Site("conv_stem", "conv", conv, {"kernel": 3, "size": side**2})]
@@ -145,22 +150,22 @@ def space_of(macro: Macro) -> Space:
         side = math.ceil(side_in / stride)
         there: tuple[tuple[str, Option], ...] = ()
         if stage.droppable and i > 0:
-            decisions.append(Decision(f"{name}/keep", (DROP, KEEP), KEEP))
+            decisions.append(Decision(f"{name}/keep", (DROP, KEEP), KEEP, layer=name))
             there = ((f"{name}/keep", KEEP),)
         names = tuple(c.name for c in stage.candidates)
         if len(names) > 1:
-            decisions.append(Decision(f"{name}/block", names, names[0], there))
+            decisions.append(Decision(f"{name}/block", names, names[0], there, name))
         for c in stage.candidates:
             when = (*there, (f"{name}/block", c.name)) if len(names) > 1 else there
             fixed = {"kernel": c.kernel, "size": side**2, "se": squeeze_width(macro, c, tops[before])}
             widths: dict[str, Option] = {"in": before, "out": width}
             if c.kind != "ds":
                 mid = f"{name}/{c.name}/mid"
-                grid = width_grid(hidden_top(c, tops[before], macro.divisor), macro.divisor)
+                grid = grid_of(hidden_top(c, tops[before], macro.divisor))
                 base = nearest(grid, c.base * tops[before])
-                decisions.append(Decision(mid, grid, base, when))
+                decisions.append(Decision(mid, grid, base, when, name))
                 widths["mid"], fixed["size_in"] = mid, side_in**2
-            sites.append(Site(f"{name}/{c.name}", c.kind, widths, fixed, when))
+            sites.append(Site(f"{name}/{c.name}", c.kind, widths, fixed, when, name))
     last = f"stage{len(macro.stages) - 1}/width"
     sites.append(Site("conv_head", "conv", {"in": last, "out": "head"}, {"kernel": 1, "size": side**2}))
     sites.append(Site("classifier", "linear", {"in": "head", "out": macro.num_classes}, {}))
@@ -314,6 +319,24 @@ class MacroSupernet(Supernet):
         cut[self.layers[-1].out].append((self.conv_head, "in"))
         cut["head"] = [(self.conv_head, "out"), (self.bn2, "norm"), (self.classifier, "in")]
         return cut
+
+    def channel_axes(self) -> dict[str, list[ChannelAxis]]:
+        """Width decision -> the tensor axes that hold its channels."""
+        roles: dict[str, tuple[Literal["out", "in", "norm"], tuple[str, ...], int]] = {
+            "out": ("out", ("weight",), 0),
+            "depthwise": ("out", ("weight",), 0),
+            "in": ("in", ("weight",), 1),
+            "norm": ("norm", ("weight", "bias"), 0),
+        }
+        axes: dict[str, list[ChannelAxis]] = {}
+        for decision, places in self.slices().items():
+            own = axes.setdefault(decision, [])
+            for module, side in dict.fromkeys(places):  # candidates of a layer share modules
+                role, names, dim = roles[side]
+                for name in names:
+                    index = np.arange(getattr(module, name).shape[dim])[:, None]
+                    own.append(ChannelAxis(module, name, dim, role, index))
+        return axes
 
     def net_of(self, arch: Mapping[str, Option]) -> dict[str, Any]:
         """The rows of one network, as `dnas.export.native.build` reads them."""

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dnas.nets.bipath_block import PairGate, pair_distributions
+from dnas.nets.bipath_block import PairGate, Prunode, pair_distributions
+from dnas.nets.channels import ChannelAxis
 from dnas.nets.layer_choice import Answer, Answers, ChoiceGate, SkipGate, choice_distributions, skip_distributions
 from dnas.nets.markov_gate import MarkovGate, chain_distributions
+from dnas.nets.surgery import forget, move_pair, narrow, remove_block, remove_layer
+from dnas.spec.cost import CostTable
 from dnas.spec.space import DROP, KEEP, Arch, Option, Space
 
 Gate = MarkovGate | PairGate | ChoiceGate | SkipGate
@@ -58,6 +61,14 @@ class Supernet(nn.Module):
     def plain_state(self) -> dict[str, Tensor]:
         """The weights under the names of the plain network, once one is left (`dnas.nets.shrink.extract`)."""
         raise NotImplementedError
+
+    def channel_axes(self) -> dict[str, list[ChannelAxis]]:
+        """Width decision -> the tensor axes that hold its channels, in every layer that writes or reads them."""
+        raise NotImplementedError
+
+    def tensors(self) -> list[Tensor]:
+        """All parameters and buffers."""
+        return [*self.parameters(), *self.buffers()]
 
     def gate_parameters(self) -> list[nn.Parameter]:
         return [p for gate in self.gates().values() for p in gate.parameters()]
@@ -133,3 +144,54 @@ class Supernet(nn.Module):
         """The most likely option of every decision, whatever it costs."""
         fallback = {d.name: d.options[0] for d in self.space.decisions}
         return self.space.complete(fallback | {name: gate.best() for name, gate in self.gates().items()})
+
+    def live_cost(self, table: CostTable) -> float:
+        """Cost of the dearest network that is physically there: of its live widths, blocks and layers."""
+        live = self.live_options()
+        for name, gate in self.gates().items():
+            if isinstance(gate, PairGate):
+                live[name] = live[name][: gate.high + 1]
+        return table.of(table.extremes(live)[1])
+
+    def structure(self) -> dict[str, list[int]]:
+        """Decision -> indices of the options that are physically there, of a pair of widths those two; see `cut_to`."""
+        pairs = {name: gate for name, gate in self.gates().items() if isinstance(gate, PairGate)}
+        return self.live_options() | {name: sorted({gate.low, gate.high}) for name, gate in pairs.items()}
+
+    def cut_to(self, left: Mapping[str, Sequence[int]], optimizers: Sequence[Optimizer] = ()) -> None:
+        """Cut the supernet down until only the options ``left`` (decision -> indices) are there."""
+        by_name = self.space.by_name
+        for layer in self.layers:
+            if layer.skip is not None and not layer.skip.is_removed and list(left[f"{layer.name}/keep"]) == [0]:
+                remove_layer(layer)
+            if layer.choice is not None:
+                stay = {by_name[f"{layer.name}/block"].options[k] for k in left[f"{layer.name}/block"]}
+                for name in [n for n in layer.blocks if n not in stay]:
+                    remove_block(layer, name, optimizers)
+            for block in layer.blocks.values():
+                if isinstance(block, Prunode):
+                    move_pair(block, left[block.mid][0], left[block.mid][-1], optimizers)
+        for name, gate in self.gates().items():
+            if isinstance(gate, MarkovGate):
+                narrow(gate, gate.widths[left[name][-1]], optimizers)
+        self.fit(optimizers)
+        forget(self, optimizers)
+
+    # What is left, beside the tensors: with it `load_state_dict` restores a supernet that has been cut, whole.
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Plain data: see `structure`; which skips are open; the temperature of every gate."""
+        gates = self.gates()
+        return {
+            "structure": self.structure(),
+            "open": [name for name, gate in gates.items() if isinstance(gate, SkipGate) and gate.is_open],
+            "temperature": {name: gate.temperature for name, gate in gates.items()},
+        }
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Cut to the structure of ``state``, of which this supernet must have all options left."""
+        self.cut_to(state["structure"])
+        for name, gate in self.gates().items():
+            gate.temperature = state["temperature"][name]
+            if isinstance(gate, SkipGate):
+                gate.is_open = name in state["open"]

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from dnas.nets.bipath_block import prefix_mask
-from dnas.nets.channels import Axis, Channels
+from dnas.nets.channels import Axis, ChannelAxis, Channels
 from dnas.nets.layer_choice import Answers
 from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.resize import remove_channels
@@ -138,7 +138,8 @@ def space_of_channels(
     def add(name: str, macs: int, params: int, ins: tuple, outs: tuple) -> None:
         (group_in, (n_in, step_in)), (group_out, (n_out, step_out)) = ins, outs
         fixed = {"macs": macs * n_in * n_out, "params": params * n_in * n_out, "step_in": step_in, "step_out": step_out}
-        sites.append(Site(name, "channels", {"in": group_in or 1, "out": group_out or 1}, fixed))
+        layer = name.partition(":")[0]
+        sites.append(Site(name, "channels", {"in": group_in or 1, "out": group_out or 1}, fixed, (), layer))
 
     counted = set()
     for op in channels.ops:
@@ -323,6 +324,22 @@ class TimmSupernet(Supernet):
         self.channels, goes = self.channels.cut(sizes)
         remove_channels(self.model, goes, optimizers)
         self.reads = {}  # found anew in the next step
+
+    def channel_axes(self) -> dict[str, list[ChannelAxis]]:
+        """Width decision -> the tensor axes that hold its channels."""
+        writes, reads = {op.writes for op in self.channels.ops}, {op.reads for op in self.channels.ops}
+        axes: dict[str, list[ChannelAxis]] = {}
+        for group in self.channels.groups:
+            if group.name not in self.space.by_name:
+                continue
+            own = axes.setdefault(group.name, [])
+            for (full, dim), index in group.places.items():
+                path, _, name = full.rpartition(".")
+                module = self.model.get_submodule(path)
+                if isinstance(getattr(module, name), nn.Parameter):  # modules keep numbers of channels, too
+                    role = "out" if (full, dim) in writes else "in" if (full, dim) in reads else "norm"
+                    own.append(ChannelAxis(module, name, dim, role, index))
+        return axes
 
     def net_of(self, arch: Mapping[str, Option]) -> dict[str, Any]:
         """The network as `dnas.export.narrowed.build` reads it: the base, and what is narrower in each module."""

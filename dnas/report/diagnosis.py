@@ -42,7 +42,7 @@ def signs_of_collapse(space: Space, found: Arch, uniform: Arch, distributions: M
     """
     said = []
     by_name = space.by_name
-    keeps = [option for name, option in found.items() if name.endswith("/keep")]
+    keeps = [option for name, option in found.items() if by_name[name].kind == "keep"]
     if len(keeps) > 1 and set(keeps) == {DROP} and KEEP in (uniform.get(name) for name in found):
         said.append(
             f"all {len(keeps)} layers that may go are gone: skips may have won because blocks had learnt nothing; "

@@ -24,58 +24,60 @@ from dnas.spec.validation import UserError, check, read_json
 from dnas.training.recipe import Recipe
 
 METRICS = ("macs", "params", "ms")
+RULES = ("uniform", "balanced")  # nets that cost nothing to choose, beside the found one in every run
 
 
 def search_figures(
     rows: Sequence[dict], recipe: Recipe, seconds: float, plain_ms: float, device: torch.device
 ) -> dict[str, Any]:
-    """The ``search`` part of metrics.json.
+    """The ``search`` part of metrics.json; what a method does not have is left out.
 
-    A first and a last step are medians over up to ten steps that taught both weights and gates; the very first of them
-    mixes all blocks once, to see that every gate is alive, and does not count.
+    A first and a last step are medians over up to ten steps; where there are gate steps, over steps that taught both
+    weights and gates. The very first of them mixes all blocks once, to see that every gate is alive, and does not
+    count.
     """
-    both = [row["weight_ms"] + row["gate_ms"] for row in rows if "gate_ms" in row]
+    figures: dict[str, Any] = {"seconds": seconds, "steps": len(rows)}
+    if not rows:
+        return figures
+    gate_rows = [row for row in rows if "gate_ms" in row]
+    both = [row["weight_ms"] + row.get("gate_ms", 0.0) for row in gate_rows or rows]
     images = sum(recipe.batch_size + row.get("images", 0) for row in rows)
-    some = both[1:] or both
-    taught = [row for row in rows if row.get("gate_loss") is not None]
-    skipped = sum("skipped" in row or "gates_skipped" in row for row in rows)
-    return {
-        "seconds": seconds,
-        "steps": len(rows),
+    counted = both[1:] or both
+    figures |= {
         "images": images,
-        "skipped_steps": skipped,
+        "skipped_steps": sum("skipped" in row or "gates_skipped" in row for row in rows),
         "peak_memory_mb": peak_memory_mb(device),
-        "first_step_ms": median(some[:10]),
-        "last_step_ms": median(some[-10:]),
+        "first_step_ms": median(counted[:10]),
+        "last_step_ms": median(counted[-10:]),
         "relative_cost": (1e3 * seconds / images) / (plain_ms / recipe.batch_size),
         "plain_step_ms": plain_ms,
-        "expected": taught[-1]["expected"],
-        "gate_loss": fmean(row["gate_loss"] for row in taught[-max(1, len(taught) // 10) :]),
     }
+    if taught := [row for row in rows if row.get("gate_loss") is not None]:
+        last = taught[-max(1, len(taught) // 10) :]
+        figures |= {"expected": taught[-1]["expected"], "gate_loss": fmean(row["gate_loss"] for row in last)}
+    return figures
 
 
-def effort_told(figures: Mapping[str, Any]) -> str:
+def effort(figures: Mapping[str, Any]) -> str:
     """What a search took, in a sentence, from the ``search`` part of metrics.json."""
+    if not figures["steps"]:
+        return f"no training, {figures['seconds']:.1f} s"
     first, last = (figures[f"{which}_step_ms"] for which in ("first", "last"))
     image = f"an image took {figures['relative_cost']:.2f} times as long as in training the widest net"
-    steps = f"a step of weights and gates went from {first:.0f} to {last:.0f} ms"
+    steps = f"a step {'of weights and gates ' if 'gate_loss' in figures else ''}went from {first:.0f} to {last:.0f} ms"
     return f"{figures['steps']} steps in {figures['seconds']:.0f} s; {image}; {steps}"
 
 
-def layer_of(name: str) -> str:
-    """The layer that a site or a decision belongs to: ``stage1/0/ir-k3/mid`` to ``stage1/0``."""
-    return "/".join(name.split("/")[:2])
-
-
-def decisions_told(space: Space, found: Arch, uniform: Arch) -> list[dict[str, Any]]:
-    """All decisions with their options, and both nets' answers (None: without effect there), for metrics.json."""
+def decision_rows(space: Space, archs: Mapping[str, Arch]) -> list[dict[str, Any]]:
+    """All decisions with their options, and each network's choice (None: without effect there), for metrics.json."""
     return [
-        {"name": d.name, "options": list(d.options), "found": found.get(d.name), "uniform": uniform.get(d.name)}
+        {"name": d.name, "kind": d.kind, "layer": d.layer, "options": list(d.options)}
+        | {name: arch.get(d.name) for name, arch in archs.items()}
         for d in space.decisions
     ]
 
 
-def layers_told(net: Supernet, latency: LatencyTable | None, archs: Mapping[str, Arch]) -> list[dict[str, Any]]:
+def layer_rows(net: Supernet, latency: LatencyTable | None, archs: Mapping[str, Arch]) -> list[dict[str, Any]]:
     """What every layer costs in these networks, for metrics.json: ``{"name", "macs": {net: cost}, ...}`` in order."""
     space = net.space
     priced: dict[str, tuple[Sequence[Site], Callable[[list[Site]], CostTable]]] = {
@@ -87,8 +89,8 @@ def layers_told(net: Supernet, latency: LatencyTable | None, archs: Mapping[str,
     rows: dict[str, dict[str, Any]] = {}
     for metric, (sites, table_of) in priced.items():
         by_layer: dict[str, list[Site]] = {}
-        for site in sites:  # those of a network of timm's are a module's, one for each pair of its widths
-            by_layer.setdefault(layer_of(site.name.partition(":")[0]), []).append(site)
+        for site in sites:
+            by_layer.setdefault(site.layer, []).append(site)
         for layer, own in by_layer.items():
             table = table_of(own)
             rows.setdefault(layer, {"name": layer})[metric] = {name: table.of(arch) for name, arch in archs.items()}
@@ -110,8 +112,8 @@ class Run:
 
     @property
     def nets(self) -> dict[str, list[Mapping[str, Any]]]:
-        """Kind of net (``found``, and ``uniform`` and ``random`` if there are any) -> its rows."""
-        rows = {kind: [self.metrics[kind]] for kind in ("found", "uniform") if kind in self.metrics}
+        """Kind of net (``found``, and ``uniform``, ``balanced`` and ``random`` if there are any) -> its rows."""
+        rows = {kind: [self.metrics[kind]] for kind in ("found", *RULES) if kind in self.metrics}
         return rows | ({"random": [*self.metrics["random"]]} if self.metrics.get("random") else {})
 
 
@@ -203,37 +205,50 @@ def minus(runs: Sequence[Run], kind: str) -> tuple[float, float, float] | None:
 
 
 def verdict(runs: Sequence[Run]) -> tuple[str, str]:
-    """What runs of one experiment show about found and uniform net: a word for it, and a sentence."""
-    found = minus(runs, "uniform")
-    if found is None:
+    """What runs of one experiment show about the found net and the rules: a word for it, and a sentence.
+
+    ``better`` than every rule, ``worse`` than one of them, ``open``, or ``alone`` where there is no rule beside it.
+    """
+    found = {rule: difference for rule in RULES if (difference := minus(runs, rule))}
+    if not found:
         return "alone", "The net was trained; there is no uniform net beside it to compare it with."
-    mean, low, high = found
-    side = f"{abs(mean):.2f} points {'above' if mean > 0 else 'below'}" if round(mean, 2) else "level with"
-    told = f"The found net is {side} the uniform net of the same budget"
     if len(runs) == 1:
+        sides = [
+            f"{abs(mean):.2f} points {'above' if mean > 0 else 'below'} the {rule}"
+            if round(mean, 2)
+            else f"level with the {rule}"
+            for rule, (mean, _, _) in found.items()
+        ]
         images = runs[0].metrics.get("validation_images")
         more = f" One validation image of {images} is {100 / images:.2f} points." if images else ""
         more += " On small runs the noise of a training is over a point: repeat with other values of --seed"
         more += ". The page of a run counts those beside it; tools/compare.py counts any."
-        return "open", f"{told}, in one run.{more}"
-    told += f": {mean:+.2f} [{low:+.2f}, {high:+.2f}] over {len(runs)} seeds, with the 95 % interval."
-    if low > 0:
-        return "better", told
-    return ("worse", told) if high < 0 else ("open", f"{told} That is within the noise: they are not told apart.")
+        return "open", f"The found net is {' and '.join(sides)} net of the same budget, in one run.{more}"
+    sides = [f"{m:+.2f} [{low:+.2f}, {high:+.2f}] against {rule}" for rule, (m, low, high) in found.items()]
+    text = f"Found net: {', '.join(sides)}, in points of top-1 over {len(runs)} seeds, with the 95 % interval."
+    worse = [rule for rule, (_, _, high) in found.items() if high < 0]
+    same = [rule for rule, (_, low, high) in found.items() if low <= 0 <= high]
+    if worse:
+        return "worse", f"{text} The {worse[-1]} net is better, and costs nothing to choose."
+    if same:
+        return "open", f"{text} Against {same[-1]} that is within the noise: the {same[-1]} net is the cheaper choice."
+    return "better", text
 
 
-def facts(metrics: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of text: found, the uniform net's, what was asked for, expected by the gates. Empty where not known."""
-    found, uniform = metrics["found"], metrics.get("uniform", {})
+def facts(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A table as text: heads, and rows of found, the rules, the budget, expected by the gates; empty if unknown."""
+    nets = [kind for kind in ("found", *RULES) if kind in metrics]
     limits = {row["metric"]: row["limit"] for row in metrics["budget"]}
-    expected = metrics.get("search", {}).get("expected", {})
+    expected = metrics.get("search", {}).get("expected")
+    heads = ["", *nets, "budget", *(["expected"] if expected else [])]
     rows = []
     for metric, text in (("macs", "MACs"), ("params", "parameters"), ("ms", "latency")):
-        asked = [limits.get(metric), expected.get(metric) if metric in limits else None]
-        values = [found.get(metric), uniform.get(metric), *asked]
+        values = [*(metrics[kind].get(metric) for kind in nets), limits.get(metric)]
+        values += [expected.get(metric) if metric in limits else None] if expected else []
         if any(v is not None for v in values):
             rows.append([text, *("" if v is None else show(metric, v) for v in values)])
-    if "measured_ms" in found:
-        rows.append(["measured", *(show("ms", net["measured_ms"]) for net in (found, uniform)), "", ""])
-    tops = (f"{net['top1']:.2f} %" if "top1" in net else "" for net in (found, uniform))
-    return [*rows, ["top-1", *tops, "", ""]]
+    rest = [""] * (len(heads) - 1 - len(nets))
+    if "measured_ms" in metrics["found"]:
+        rows.append(["measured", *(show("ms", metrics[kind]["measured_ms"]) for kind in nets), *rest])
+    tops = (f"{metrics[kind]['top1']:.2f} %" if "top1" in metrics[kind] else "" for kind in nets)
+    return heads, [*rows, ["top-1", *tops, *rest]]

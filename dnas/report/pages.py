@@ -14,12 +14,12 @@ from markupsafe import Markup
 from dnas.report import plots
 from dnas.report.metrics import (
     METRICS,
+    RULES,
     Run,
     beside,
-    effort_told,
+    effort,
     facts,
     grouped,
-    layer_of,
     minus,
     read_run,
     top1s,
@@ -32,7 +32,13 @@ from dnas.spec.space import DROP
 _PAGE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
     Path(__file__).with_name("report.html").read_text()
 )
-WORDS = {"better": "Better than uniform", "worse": "Worse than uniform", "open": "Not decided", "alone": "Trained"}
+WORDS = {
+    "better": "Better than uniform and balanced",
+    "worse": "A net that costs nothing is better",
+    "open": "Not better than a net that costs nothing",
+    "alone": "Trained",
+}
+KINDS = ("found", *RULES, "random")  # of nets
 Picture = tuple[str, str, Markup]  # heading, what to look at, the picture
 
 
@@ -49,14 +55,14 @@ def write_report(folder: Path) -> None:
     history = folder / "history.jsonl"
     rows = [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
     word, sentence = verdict(runs)
-    heads = ["", "found", "uniform", "budget", "expected"]
-    tables = [("", heads, facts(metrics))]
+    tables = [("", *facts(metrics))]
     if len(runs) > 1:
         lines = []
         for one in runs:
             tops = [f"{values[0]:.2f} %" for kind, values in top1s([one]).items() if kind != "random"]
             lines.append([one.folder.name, str(one.args.get("seed", "")), *tops])
-        tables.append(("Runs that differ in the seed", ["run", "seed", "found", "uniform"], lines))
+        kinds = [kind for kind in run.nets if kind != "random"]
+        tables.append(("Runs that differ in the seed", ["run", "seed", *kinds], lines))
     info = config.get("provenance", {})
     told = [f"{key} {info[key]}" for key in ("dnas", "torch", "timm", "python") if key in info]
     _page(
@@ -97,9 +103,10 @@ def _pictures(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> list[Pi
         text = "Dark is narrow or unlikely: a layer that was dropped goes dark, a block that was chosen goes bright."
         add("How it was decided", text, plots.gates(rows, metrics["decisions"]))
     if any("expected" in row for row in rows):
-        add("The search", f"{effort_told(metrics['search'])}.", plots.course(rows, run.limits))
+        add("The search", f"{effort(metrics['search'])}.", plots.course(rows, run.limits))
     if {"predicted_ms", "measured_ms"} <= metrics["found"].keys():
-        nets = {kind: (metrics[kind]["predicted_ms"], metrics[kind]["measured_ms"]) for kind in ("found", "uniform")}
+        kinds = [kind for kind in run.nets if kind != "random"]
+        nets = {kind: (metrics[kind]["predicted_ms"], metrics[kind]["measured_ms"]) for kind in kinds}
         add("Latency", "On the dotted line, the table tells what is measured.", plots.predicted(nets))
     return found
 
@@ -112,17 +119,16 @@ def network(decisions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     by_layer: dict[str, list[Mapping[str, Any]]] = {}
     for decision in decisions:
-        by_layer.setdefault(layer_of(decision["name"]), []).append(decision)
+        by_layer.setdefault(decision["layer"], []).append(decision)
     sections: dict[str, list[dict[str, Any]]] = {}
     for name, own in by_layer.items():
         row: dict[str, Any] = {"name": name, "gone": False, "blocks": [], "found": None, "uniform": None}
         for decision in own:
             answer = decision["found"]
-            if not isinstance(decision["options"][0], int):
-                if decision["name"].endswith("/keep"):
-                    row["gone"] = answer == DROP
-                else:
-                    row["blocks"] = [(option, option == answer) for option in decision["options"]]
+            if decision["kind"] == "keep":
+                row["gone"] = answer == DROP
+            elif decision["kind"] == "block":
+                row["blocks"] = [(option, option == answer) for option in decision["options"]]
             elif answer is not None:
                 widest = decision["options"][-1]
                 row |= {"found": answer, "widest": widest, "share": 100 * answer / widest}
@@ -134,27 +140,27 @@ def network(decisions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def experiments(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A row for each experiment: ``run`` (a name), ``seeds``, ``budget`` (metric: limit), mean ``macs``, ``params`` and
-    ``ms`` of the found nets (None where not known), top-1 of all trainings of ``found``, ``uniform`` and ``random``
-    nets, and ``minus_uniform`` [mean, low, high] (None where not known).
+    ``ms`` of the found nets (None where not known), top-1 of all trainings of each of `KINDS`
+    nets, and ``minus_uniform`` and ``minus_balanced`` [mean, low, high] (None where not known).
     """
     table = []
     for group in grouped(runs):
         found = [row for run in group for row in run.nets["found"]]
         costs = {m: fmean(r[m] for r in found) if all(m in r for r in found) else None for m in METRICS}
         tops, more = top1s(group), len(group) - 1
-        difference = minus(group, "uniform")
+        differences = {f"minus_{rule}": minus(group, rule) for rule in RULES}
         table.append({
             "run": group[0].folder.absolute().name + (f" and {more} more" if more else ""),
             "seeds": len(group),
             "budget": group[0].limits,
             **costs,
-            **{kind: tops.get(kind, []) for kind in ("found", "uniform", "random")},
-            "minus_uniform": difference and [v if math.isfinite(v) else None for v in difference],
+            **{kind: tops.get(kind, []) for kind in KINDS},
+            **{key: d and [v if math.isfinite(v) else None for v in d] for key, d in differences.items()},
         })  # fmt: skip
     return table
 
 
-HEADS = ["run", "seeds", "budget", "MACs", "parameters", "ms", "found", "uniform", "random", "found - uniform"]
+HEADS = ["run", "seeds", "budget", "MACs", "parameters", "ms", *KINDS, *(f"found - {rule}" for rule in RULES)]
 
 
 def as_text(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -172,8 +178,9 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str
     for row in rows:
         budget = ", ".join(show(metric, limit) for metric, limit in row["budget"].items())
         costs = ["" if row[m] is None else show(m, row[m]) for m in METRICS]
-        tops = [spread(row[kind]) for kind in ("found", "uniform", "random")]
-        table.append([row["run"], str(row["seeds"]), budget, *costs, *tops, difference(row["minus_uniform"] or [])])
+        tops = [spread(row[kind]) for kind in KINDS]
+        differences = [difference(row[f"minus_{rule}"] or []) for rule in RULES]
+        table.append([row["run"], str(row["seeds"]), budget, *costs, *tops, *differences])
     told = [k for k in range(len(HEADS)) if any(row[k] for row in table)]
     return [HEADS[k] for k in told], [[row[k] for k in told] for row in table]
 

@@ -15,9 +15,10 @@ from dnas.spec.budget import show
 from dnas.spec.space import KEEP
 
 # What matplotlib draws with, and the variable of the page that takes its place.
-INK, MUTED, LINE, FOUND, UNIFORM, EVENT = (f"#{k:02x}0d0f" for k in range(1, 7))
+INK, MUTED, LINE, FOUND, UNIFORM, EVENT, BALANCED = (f"#{k:02x}0d0f" for k in range(1, 8))
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", FOUND: "found", UNIFORM: "uniform", EVENT: "event"}
-OF_KIND = {"found": FOUND, "uniform": UNIFORM}  # of nets; all others are muted
+VARIABLES |= {BALANCED: "balanced"}
+OF_KIND = {"found": FOUND, "uniform": UNIFORM, "balanced": BALANCED}  # of nets; all others are muted
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # names of folders are no formulas
@@ -164,18 +165,21 @@ def layers(rows: Sequence[Mapping[str, Any]]) -> str:
         figure = Figure(figsize=(WIDTH, 0.8 + 0.19 * len(names)), layout="constrained")
         panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
         for axes, metric in zip(panels, metrics, strict=True):
-            nets = ("widest", "found", "uniform")
+            nets = [
+                net for net in ("widest", "found", "uniform", "balanced") if any(net in row["macs"] for row in rows)
+            ]
             costs = {net: [by_name[name].get(metric, {}).get(net, 0) for name in names] for net in nets}
             axes.barh(at, costs["widest"], height=0.75, color=LINE, label="widest")
             axes.barh(at, costs["found"], height=0.45, color=FOUND, label="found")
-            axes.plot(costs["uniform"], at, "|", color=UNIFORM, markersize=8, markeredgewidth=1.8, label="uniform")
+            for net in nets[2:]:
+                axes.plot(costs[net], at, "|", color=OF_KIND[net], markersize=8, markeredgewidth=1.8, label=net)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.set_xlabel(UNITS[metric])
             axes.grid(axis="y", visible=False)
         panels[0].set_yticks(at, names, fontsize=7)
         panels[0].set_ylim(len(names) - 0.4, -0.6)
-        figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside upper right", ncols=3)
-        return _svg(figure, "layers", "what every layer costs in the widest, the found and the uniform net")
+        figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside upper right", ncols=4)
+        return _svg(figure, "layers", "what every layer costs in the widest net, the found one and the rules'")
 
 
 def predicted(nets: Mapping[str, tuple[float, float]]) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from dnas.spec.validation import UserError
 
@@ -18,14 +19,24 @@ DROP, KEEP = "drop", "keep"
 class Decision:
     """One thing to decide: a width (ascending ints), a block (names), or whether a layer stays (``DROP``, ``KEEP``).
 
-    ``base`` is the answer of the network that nobody searched, the one that a uniform scaling starts from.
-    ``when`` is the chain of answers without which this decision does not matter, outermost first.
+    ``base`` is the option of the base network, which uniform scaling starts from. ``when`` is the chain of choices
+    without which this decision does not matter, outermost first. ``layer`` is the layer that it belongs to, by default
+    one of its own.
     """
 
     name: str
     options: tuple[Option, ...]
     base: Option
     when: When = ()
+    layer: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer", self.layer or self.name)
+
+    @property
+    def kind(self) -> Literal["width", "block", "keep"]:
+        """What is decided."""
+        return "width" if self.is_width else "keep" if set(self.options) == {DROP, KEEP} else "block"
 
     @property
     def is_width(self) -> bool:
@@ -43,7 +54,8 @@ class Site:
     """A place that costs something: one operation, or a whole block measured as a unit.
 
     ``widths`` maps the operation's width slots (``"in"``, ``"mid"``, ``"out"``) to a width decision or a constant;
-    ``fixed`` holds its other numbers (kernel, output size, ...); it exists only under the answers ``when``.
+    ``fixed`` holds its other numbers (kernel, output size, ...); it exists only under the choices ``when``. ``layer``
+    is the layer that it belongs to, by default one of its own.
     """
 
     name: str
@@ -51,6 +63,10 @@ class Site:
     widths: Mapping[str, Option]
     fixed: Mapping[str, int]
     when: When = ()
+    layer: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer", self.layer or self.name)
 
 
 @dataclass(frozen=True)

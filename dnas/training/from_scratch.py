@@ -40,7 +40,7 @@ def train_from_scratch(
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
     ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=True) if recipe.model_ema_decay else None
-    criterion: nn.Module | None = None
+    criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
     mixup = None
     if recipe.mixup or recipe.cutmix:
         mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=data.num_classes)
@@ -69,7 +69,7 @@ def train_from_scratch(
             "seconds": time.perf_counter() - started,
         }
 
-    for loss in train(model, learner, batches, recipe, criterion=criterion, mixup=mixup):
+    for loss in train(lambda x, y: criterion(model(x).float(), y), learner, batches, recipe, mixup=mixup):
         losses.append(loss)
         if ema is not None:
             ema.update(model, step=learner.update - 1)

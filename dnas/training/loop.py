@@ -100,22 +100,20 @@ def _step(learner: Learner, recipe: Recipe, loss: Tensor) -> None:
 
 
 def train(
-    forward: Callable[[Tensor], Tensor],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
     learner: Learner,
     batches: Batches,
     recipe: Recipe,
     *,
-    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     mixup: Mixup | None = None,
 ) -> Iterator[Tensor]:
     """Weight steps from ``learner.update`` to the end of the last epoch; each yields its loss, a scalar.
 
-    What is to come between two steps is the caller's: the search's gates, the EMA, the progress bar.
-    ``criterion(forward(images), labels)`` is the loss, by default the recipe's cross entropy. A step whose gradients
-    are not finite is skipped; UserError after `MAX_SKIPPED` in a row.
+    ``loss_of(images, labels)`` is the loss, a scalar. What is to come between two steps is the caller's: the search's
+    gates, the EMA, the progress bar. A step whose gradients are not finite is skipped; UserError after `MAX_SKIPPED` in
+    a row.
     """
     optimizer, scaler = learner.optimizer, learner.scaler
-    criterion = criterion or nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
     safe = subsampled(learner.module, recipe)
     while learner.update < recipe.epochs * len(batches):
         epoch, taken = divmod(learner.update, len(batches))
@@ -127,7 +125,7 @@ def train(
             if recipe.channels_last:
                 x = x.to(memory_format=torch.channels_last)
             with autocast(x.device, recipe), shared_statistics(), safe:
-                loss = criterion(forward(x).float(), y)
+                loss = loss_of(x, y)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             average_gradients(p for group in optimizer.param_groups for p in group["params"])

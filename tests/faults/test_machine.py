@@ -55,7 +55,7 @@ def test_out_of_memory(error, tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(workflow, "go_on", fail)
+    monkeypatch.setattr(workflow, "run", fail)
     assert call(search_tool, monkeypatch, *FLAGS, "--output", tmp_path / "run") == 1
     one_line(capsys, "out of memory", "--batch-size", "--img-size", "--width-mult")
     assert not (tmp_path / "run").exists()
@@ -65,7 +65,7 @@ def test_any_other_error_is_no_line_but_a_traceback(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("a mistake of ours")
 
-    monkeypatch.setattr(workflow, "go_on", fail)
+    monkeypatch.setattr(workflow, "run", fail)
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         call(search_tool, monkeypatch, *FLAGS, "--output", tmp_path / "run")
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from dnas.methods.search import SearchConfig, search
+from dnas.methods.gates import GATES, GatesConfig
+from dnas.methods.loop import search
+from dnas.methods.method import Task
 from dnas.nets.macro import MacroSupernet
 from dnas.spec.budget import Budget
 from dnas.spec.cost import CostTable
@@ -74,7 +76,7 @@ def test_a_search_skips_bad_steps_of_weights_and_gates():
     limit = 0.5 * tables["macs"].of(tables["macs"].extremes()[1])
     recipe = Recipe(epochs=4, batch_size=64, smoothing=0.0)
     data, budgets = load_data(img_size=8), [Budget("macs", limit)]
-    search(net, tables, budgets, data, recipe, SearchConfig(), seed=0, on_row=rows.append)
+    search(GATES, net, Task(tables, budgets, data, recipe, GatesConfig(), 0), on_row=rows.append)
     assert sum("skipped" in row for row in rows) > 1 and sum("gates_skipped" in row for row in rows) > 1
     assert all(p.isfinite().all() for p in net.parameters())
     assert [row["step"] for row in rows] == [*range(len(rows))]

@@ -1,30 +1,37 @@
-"""Networks inside the budget that cost nothing to choose: uniform widths, and random ones."""
+"""Rules: networks inside the budget that cost nothing to choose. What a search has to beat.
 
-from collections.abc import Mapping, Sequence
+Where blocks and depth are open, uniform and balanced take the base blocks and keep all layers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from dnas.methods.derive import BAND, _walk_into_band, _Walker, derive, near
+from dnas.methods.method import Method
 from dnas.spec.budget import Budget
 from dnas.spec.cost import CostTable
 from dnas.spec.space import KEEP, Arch, Decision, Space
 
 
+def _base_blocks(space: Space, of_width: Callable[[Decision], np.ndarray]) -> dict[str, np.ndarray]:
+    """Widths by ``of_width``; base blocks, and all layers stay."""
+    base = {d.name: KEEP if KEEP in d.options else d.base for d in space.decisions}
+    return {
+        d.name: of_width(d) if d.is_width else np.where(np.array(d.options) == base[d.name], 0.0, -1e3)
+        for d in space.decisions
+    }
+
+
 def uniform_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequence[Budget]) -> Arch:
-    """The base net with every width scaled alike, at equal cost: what a search has to beat.
+    """The base net with every width scaled alike, at equal cost.
 
     The scale is found by bisection; then the network in the band that is nearest to it, in squared log widths. Where
     the base blocks are too cheap for the budget even at full width, a few layers take dearer ones.
     """
 
     def likelihood(scale: float) -> dict[str, np.ndarray]:
-        like = {}
-        for d in space.decisions:
-            if d.is_width:
-                like[d.name] = near(d, scale * float(d.base))
-            else:
-                like[d.name] = np.where(np.array(d.options) == (KEEP if KEEP in d.options else d.base), 0.0, -1e3)
-        return like
+        return _base_blocks(space, lambda d: near(d, scale * float(d.base)))
 
     low, high = 0.01, 4.0
     for _ in range(30):
@@ -34,6 +41,15 @@ def uniform_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequenc
         fits = all(tables[b.metric].of(arch) <= b.limit for b in budgets)
         low, high = (middle, high) if fits else (low, middle)
     return derive(space, tables, budgets, likelihood(low))
+
+
+def balanced_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequence[Budget]) -> Arch:
+    """The base net with the largest product of widths at equal cost.
+
+    At the optimum all widths that are not at an end of their grid account for the same share of the cost: w dC/dw is
+    the same for all of them.
+    """
+    return derive(space, tables, budgets, _base_blocks(space, lambda d: np.log(np.array(d.options, dtype=float))))
 
 
 def random_arch(
@@ -94,3 +110,20 @@ def _mix(walker: _Walker, rng: np.random.Generator, proposals: int) -> None:
             for d, index in held.items():
                 walker.move(d, index)
     walker.refresh()
+
+
+UNIFORM = Method(
+    summary="widths, all scaled alike; no data, no training",
+    source="MobileNets, Howard et al., arXiv 1704.04861 (the width multiplier)",
+    choose=lambda search, task: uniform_arch(search.net.space, task.tables, task.budgets),
+)
+BALANCED = Method(
+    summary="widths, such that their product is the largest; no data, no training",
+    source="this project",
+    choose=lambda search, task: balanced_arch(search.net.space, task.tables, task.budgets),
+)
+RANDOM = Method(
+    summary="everything, drawn evenly among the networks inside the budget; no data, no training",
+    source="Random Search and Reproducibility for NAS, Li and Talwalkar, UAI 2019, arXiv 1902.07638",
+    choose=lambda search, task: random_arch(search.net.space, task.tables, task.budgets, task.seed),
+)

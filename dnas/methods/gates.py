@@ -1,0 +1,333 @@
+"""Gates: weights learn on hard networks, gates on held-out images, and dead parts are cut off while both go on.
+
+PruNet (arXiv 2209.11785) for blocks, inner widths and layers, DMCP (CVPR 2020) for all other widths.
+"""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from dnas.methods.budget_loss import budget_penalty, ramp, target
+from dnas.methods.derive import derive, gate_likelihood
+from dnas.methods.method import HeldOut, Method, Search, Task, setting
+from dnas.nets.layer_choice import ChoiceGate, SkipGate
+from dnas.nets.shrink import shrink
+from dnas.nets.supernet import Supernet
+from dnas.runtime.checkpoint import load_optimizer, optimizer_data
+from dnas.runtime.distributed import average_gradients, from_first, mean, shared_statistics, world_size
+from dnas.spec.cost import CostTable
+from dnas.spec.space import Arch
+from dnas.spec.validation import UserError
+from dnas.training.loop import MAX_SKIPPED, all_finite
+from dnas.training.onednn import subsampled
+from dnas.training.recipe import Recipe, autocast
+
+WeightsOn = Literal["hard", "soft", "sandwich"]
+
+
+@dataclass(frozen=True)
+class GatesConfig:
+    """Everything about this search beyond the weights' `Recipe`. Times are shares of the whole search, in [0, 1].
+
+    ``gate_lr`` 0 means: such that a logit can travel 20 over all gate steps, within [0.01, 0.3]. Raises UserError for a
+    number that makes no sense, naming the flag.
+    """
+
+    gate_fraction: float = setting(
+        0.3, "of the training images, held out for the gates; 0: they see the weights' images"
+    )
+    gate_every: int = setting(2, "weight steps to a gate step")
+    gate_lr: float = setting(0.0, "learning rate of the gates; 0: by the number of their steps")
+    paths: int = setting(2, "candidate blocks mixed in a gate step")
+    weights_on: WeightsOn = setting("hard", "nets that the weights learn on: hard, soft or sandwich")
+    entropy: float = setting(0.0, "weight of the gates' mean entropy at the end of the search; it grows from 0")
+    budget_weight: float = setting(20.0, "weight of the distance to the budget in the gates' loss")
+    warmup: float = setting(0.2, "weights only, nets drawn evenly, until then")
+    budget_from: float = setting(0.2, "progress at which the cost target starts to fall")
+    budget_by: float = setting(0.7, "progress at which the cost target equals the budget")
+    block_from: float = setting(0.25, "progress at which the threshold on blocks starts to rise from 0")
+    block_by: float = setting(0.8, "progress at which the threshold on blocks is 1/2")
+    skip_at: float = setting(
+        0.2, "layers get their skip; the threshold on them rises from 0 to 1/2 from here to the end"
+    )
+    skip_from: float = setting(0.9, "the coefficient that they begin with")
+    temperature: float = setting(0.3, "at the end; 1 until the budget is reached half-way")
+    width_below: float = setting(
+        0.2, "a group of channels goes when its marginal has been below this for --patience steps"
+    )
+    patience: int = setting(5, "gate steps in a row that a marginal must be below --width-below")
+
+    def __post_init__(self) -> None:
+        shares = ("warmup", "budget_from", "budget_by", "block_from", "block_by", "skip_at")
+        for name, low, high in (
+            ("gate_fraction", 0, 0.9), ("gate_every", 1, 10_000), ("gate_lr", 0, 10), ("paths", 2, 64),
+            ("skip_from", 0.51, 0.9999),
+            ("patience", 1, 10**6), ("budget_weight", 0, 1e6), ("temperature", 0.01, 10), ("width_below", 0, 0.5),
+            ("entropy", 0, 1e3),
+            *((name, 0, 1) for name in shares),
+        ):  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is not between {low} and {high}")
+        if self.weights_on not in get_args(WeightsOn):
+            raise UserError(f"--weights-on {self.weights_on!r} is not one of {', '.join(get_args(WeightsOn))}")
+        for first, then in (("budget_from", "budget_by"), ("block_from", "block_by")):
+            if getattr(self, first) > getattr(self, then):
+                raise UserError(f"--{first.replace('_', '-')} must not come after --{then.replace('_', '-')}")
+
+
+@dataclass
+class GatesState:
+    """What this method keeps beyond the supernet, which holds the gates themselves."""
+
+    optimizer: Optimizer
+    draws: torch.Generator
+    first: dict[str, float]  # metric -> expected cost at the start
+    steps: int  # of the whole search
+    taught: int = 0  # gate steps so far
+    skipped: int = 0  # in a row, because gradients were not finite
+    tables: tuple[Any, dict[str, CostTable]] = ((), {})  # of what is left of the supernet, and what they are of
+
+
+def check_length(steps: int, config: GatesConfig) -> None:
+    """Raise UserError if a search of so many weight steps has no gate step."""
+    if not any(update / steps >= config.warmup for update in range(0, steps, config.gate_every)):
+        given = f"--warmup {config.warmup} and --gate-every {config.gate_every}"
+        raise UserError(
+            f"the gates learn nothing in {steps} steps with {given}: more epochs or smaller values are needed"
+        )
+
+
+def init(net: Supernet, task: Task) -> GatesState:
+    """Gates at their start. Raises UserError if the search is too short for a gate step."""
+    config: GatesConfig = task.config
+    steps = task.recipe.epochs * len(task.weight_batches(config.gate_fraction))
+    check_length(steps, config)
+    gate_steps = max(1.0, steps * (1 - config.warmup) / config.gate_every)
+    gate_lr = config.gate_lr or min(0.3, max(0.01, 20 / gate_steps))
+    from_first(net.tensors())
+    return GatesState(
+        torch.optim.Adam(net.gate_parameters(), lr=gate_lr, betas=(0.5, 0.99)),
+        torch.Generator().manual_seed(task.seed),
+        {m: float(table.expected(net.probabilities()).detach()) for m, table in task.tables.items()},
+        steps,
+    )
+
+
+def distilled_loss(logits: Tensor, y: Tensor, smoothing: float) -> Tensor:
+    """Cross entropy of the first [B] rows of ``logits`` [k * B, classes]; every further [B] rows learn from those."""
+    widest, *others = logits.split(len(y))
+    teacher = widest.detach().softmax(1)
+    loss = F.cross_entropy(widest, y, label_smoothing=smoothing)
+    return loss + sum(F.cross_entropy(other, teacher) for other in others)
+
+
+def weight_loss(search: Search, task: Task, x: Tensor, y: Tensor, progress: float) -> Tensor:
+    """The loss of a weight step, a scalar.
+
+    By ``weights_on``, weights learn on hard nets, in turn the widest and one that is drawn; on the soft net that the
+    gates see; or on the widest, the narrowest and a drawn one together, the others taught by the widest (the sandwich
+    rule, arXiv 1903.05134).
+    """
+    net, draws, config = search.net, search.own.draws, task.config
+    even = progress < config.warmup
+    if config.weights_on == "soft":
+        logits = net(x, net.soft(draws, config.paths))
+    elif config.weights_on == "sandwich":
+        logits = torch.cat([net(x, a) for a in (net.widest(draws), net.narrowest(draws), net.draw(draws, even))])
+    else:
+        widest = search.learner is not None and search.learner.update % 2 == 0
+        logits = net(x, net.widest(draws) if widest else net.draw(draws, even))
+    return distilled_loss(logits.float(), y, task.recipe.smoothing)
+
+
+def mean_entropy(distributions: Iterable[Tensor]) -> Tensor:
+    """Mean over gates of the entropy of their distributions, in nats."""
+    return torch.stack([torch.special.entr(p).sum() for p in distributions]).mean()
+
+
+def check_gradients(net: Supernet, step: int) -> None:
+    """RuntimeError if an open gate got no gradient: a search with dead gates would end as it began, in silence."""
+    for name, gate in net.gates().items():
+        if isinstance(gate, SkipGate):
+            settled = gate.is_removed or not gate.is_open
+        else:
+            settled = isinstance(gate, ChoiceGate) and len(gate.live) == 1
+        for p in () if settled else gate.parameters():
+            if p.numel() and (p.grad is None or not bool((p.grad != 0).all()) or not bool(p.grad.isfinite().all())):
+                raise RuntimeError(
+                    f"the gate of {name} gets no gradient at step {step}: nothing can be learnt about it"
+                )
+
+
+SNAPSHOTS = 100  # of the gates, over a whole search
+
+
+def snapshot(net: Supernet) -> dict[str, float | list[float]]:
+    """Where every gate is: the expected width, or the probabilities of its options."""
+    found: dict[str, float | list[float]] = {}
+    for name, p in net.probabilities().items():
+        decision, shares = net.space.by_name[name], p.tolist()
+        if decision.is_width:
+            found[name] = sum(width * share for width, share in zip(decision.options, shares, strict=True))
+        else:
+            found[name] = shares
+    return found
+
+
+def image_loss(
+    search: Search, recipe: Recipe, paths: int, x: Tensor, y: Tensor, parts: int, taken: int
+) -> tuple[Tensor, int]:
+    """Backward passes of the gates' cross entropy on ``taken`` of ``parts`` parts of a batch, one after the other.
+
+    So mixing blocks takes the memory of one. Returns (the mean loss, a scalar; how many images it is of).
+    """
+    net = search.net
+    device, safe = x.device, subsampled(net, recipe)
+    chosen = [(x[k::parts], y[k::parts]) for k in range(taken)]
+    seen, losses = sum(len(labels) for _, labels in chosen), []
+    for images, labels in chosen:
+        if recipe.channels_last:
+            images = images.to(memory_format=torch.channels_last)
+        with autocast(device, recipe), shared_statistics(), safe:
+            logits = net(images, net.soft(search.own.draws, paths)).float()
+        losses.append(F.cross_entropy(logits, labels, reduction="sum") / seen)
+        if losses[-1].requires_grad:  # not when all that is left is decided
+            losses[-1].backward()
+    return torch.stack(losses).detach().sum(), seen
+
+
+def gate_step(search: Search, task: Task, progress: float, held_out: HeldOut) -> dict[str, Any]:
+    """One step of the gates on held-out images: cross entropy of soft nets, plus the distance to the budget."""
+    net, own, config = search.net, search.own, task.config
+    sharpness = ramp(progress, (config.budget_from + config.budget_by) / 2, 1.0)
+    cooled = config.temperature**sharpness
+    checking = own.taught == 0
+    for gate in net.gates().values():
+        gate.temperature = cooled
+        if isinstance(gate, SkipGate) and not gate.is_open and progress >= config.skip_at:
+            gate.open(config.skip_from)
+            checking = True
+    fallen = ramp(progress, config.budget_from, config.budget_by)
+    targets = {m: target(own.first[m], limit, fallen) for m, limit in task.limits.items()}
+    x, y = next(held_out)
+    mixed = max((len(layer.blocks) for layer in net.layers), default=1)
+    mixed = mixed if checking else min(mixed, config.paths)
+    parts = max(1, min(mixed, len(x) // 2))
+    weights = net.weight_parameters()
+    for p in weights:
+        p.requires_grad_(False)
+    own.optimizer.zero_grad()
+    paths, taken = (0, 1) if checking else (config.paths, parts)  # to check that gates are alive, one part will do
+    loss, seen = image_loss(search, task.recipe, paths, x, y, parts, taken)
+    for p in weights:
+        p.requires_grad_(True)
+    probabilities = net.probabilities()
+    of = (*probabilities, *targets)
+    if own.tables[0] != of:
+        own.tables = of, live_tables(net, task)
+    expected = {m: own.tables[1][m].expected(probabilities) for m in targets}
+    pull = config.budget_weight * budget_penalty(expected, targets)
+    if config.entropy:
+        pull = pull + config.entropy * sharpness * mean_entropy(probabilities.values())
+    pull.backward()
+    average_gradients(net.gate_parameters())
+    sound = all_finite(p.grad for p in net.gate_parameters())
+    own.skipped = 0 if sound else own.skipped + 1
+    if own.skipped >= MAX_SKIPPED:
+        raise UserError(f"{MAX_SKIPPED} gate steps in a row had gradients that are not finite: lower --lr")
+    if sound:
+        if checking:
+            check_gradients(net, search.learner.update - 1 if search.learner else 0)
+        own.optimizer.step()
+    from_first(net.gate_parameters())  # what is cut off hangs on them
+    own.taught += 1
+    return {
+        "images": seen * world_size(),
+        "gate_loss": float(mean(loss)),
+        "expected": {m: float(e.detach()) for m, e in expected.items()},
+        "target": targets,
+    } | ({} if sound else {"gates_skipped": own.skipped})
+
+
+def live_tables(net: Supernet, task: Task) -> dict[str, CostTable]:
+    """The tables of the budgets without the blocks that were removed; made anew when one was."""
+    gone = {d.name for d in net.space.decisions} - set(net.gates())
+    return {m: task.tables[m].without(gone) for m in task.limits}
+
+
+def may_end_with(task: Task, options: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a network of these options (decision -> indices) can still keep every budget and reach one."""
+    limits, tables = task.limits, task.tables
+    ends = {m: [tables[m].of(a) for a in tables[m].extremes(options)] for m in limits}
+    return all(ends[m][0] <= limits[m] for m in limits) and any(ends[m][1] >= limits[m] for m in limits)
+
+
+def after_step(search: Search, task: Task, progress: float, held_out: HeldOut) -> dict[str, Any]:
+    """After the warm-up, every ``gate_every`` weight steps: a gate step, then cutting of what has died."""
+    net, own, config, learner = search.net, search.own, task.config, search.learner
+    if learner is None or progress < config.warmup or (learner.update - 1) % config.gate_every:
+        return {}
+    started = time.perf_counter()
+    row = gate_step(search, task, progress, held_out)
+    taught = time.perf_counter()
+    row["events"] = shrink(
+        net, (learner.optimizer, own.optimizer), partial(may_end_with, task),
+        move_above=0.9 - 0.2 * progress, block_below=0.5 * ramp(progress, config.block_from, config.block_by),
+        layer_below=0.5 * ramp(progress, config.skip_at, 1.0), width_below=config.width_below,
+        patience=config.patience,
+    )  # fmt: skip
+    if row["events"]:
+        row["shrink_ms"] = 1e3 * (time.perf_counter() - taught)
+    row["gate_ms"] = 1e3 * (time.perf_counter() - started)
+    before = max(config.warmup, progress - config.gate_every / own.steps)
+    if own.taught == 1 or int(SNAPSHOTS * progress) > int(SNAPSHOTS * before):
+        row["gates"] = snapshot(net)
+    return row
+
+
+def choose(search: Search, task: Task) -> Arch:
+    """The likeliest network of the gates inside the budgets."""
+    return derive(search.net.space, task.tables, task.budgets, gate_likelihood(search.net))
+
+
+def state_dict(search: Search) -> dict[str, Any]:
+    """The gates' optimizer and counts; the gates themselves are part of the supernet."""
+    own = search.own
+    return {
+        "optimizer": optimizer_data(own.optimizer, search.net),
+        "draws": own.draws.get_state(),
+        "first": own.first,
+        "taught": own.taught,
+        "skipped": own.skipped,
+    }
+
+
+def load_state_dict(search: Search, data: Mapping[str, Any]) -> None:
+    """The inverse of `state_dict`, once the supernet has its gates back."""
+    own = search.own
+    load_optimizer(own.optimizer, search.net, data["optimizer"])
+    own.draws.set_state(data["draws"].cpu())
+    own.first, own.taught, own.skipped = dict(data["first"]), data["taught"], data["skipped"]
+
+
+GATES = Method(
+    summary="widths, blocks and depth, by gates that learn with the weights; the supernet shrinks as it trains",
+    source="PruNet, Kierat et al., arXiv 2209.11785; DMCP, Guo et al., CVPR 2020",
+    choose=choose,
+    config=GatesConfig,
+    init=init,
+    loss=weight_loss,
+    after_step=after_step,
+    held_out=lambda config: config.gate_fraction,
+    work=lambda config: (config.warmup, (1 - config.warmup) * (1 + 2 / config.gate_every)),
+    distributions=lambda search: {name: p.detach() for name, p in search.net.probabilities().items()},
+    state_dict=state_dict,
+    load_state_dict=load_state_dict,
+)

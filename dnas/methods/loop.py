@@ -1,0 +1,102 @@
+"""One loop for every method: it feeds images, takes weight steps, and keeps what there is to resume."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dnas.methods.method import HeldOut, Method, Search, Task
+from dnas.nets.supernet import Supernet
+from dnas.runtime.checkpoint import load_module, module_data
+from dnas.runtime.distributed import from_first
+from dnas.spec.cost import CostTable
+from dnas.spec.space import Arch
+from dnas.spec.validation import UserError
+from dnas.training.loop import cycle, learner_data, load_learner, make_learner, train
+
+
+def begin(method: Method, net: Supernet, task: Task) -> Search:
+    """A search before its first step. Raises UserError if there is nothing to search, or no time for it."""
+    if net.space.num_archs() < 2:
+        raise UserError(f"nothing can be searched: every decision of the space {net.name} has one option only")
+    own = method.init(net, task)
+    from_first(net.tensors())
+    learner = None
+    if method.loss:
+        per_epoch = len(task.weight_batches(method.held_out(task.config)))
+        learner = make_learner(net, net.weight_parameters(), task.recipe, per_epoch)
+    return Search(net, learner, own)
+
+
+def steps_of(method: Method, task: Task) -> int:
+    """Weight steps of a whole search."""
+    return task.recipe.epochs * len(task.weight_batches(method.held_out(task.config))) if method.loss else 0
+
+
+def run(
+    method: Method, search: Search, task: Task, *, on_row: Callable[[dict], None] = lambda row: None, until: float = 1.0
+) -> None:
+    """A search from where it is to ``until``, a share of the whole; ``on_row`` gets a row of history for every step.
+
+    Until ``method.work(config)[0]`` no budget plays a part. Validation images are not touched. Several processes
+    (`dnas.runtime.distributed`) search together; all need the same arguments, and come to the same.
+    """
+    learner, loss_of = search.learner, method.loss
+    if learner is None or loss_of is None:
+        return
+    fraction = method.held_out(task.config)
+    batches, held_out = task.weight_batches(fraction), _counted(search, task, fraction)
+    total = task.recipe.epochs * len(batches)
+    macs = task.tables.get("macs") or CostTable.build(search.net.space, "macs")
+    live = search.net.live_cost(macs)
+    search.net.train()
+    clock = time.perf_counter()
+    for loss in train(
+        lambda x, y: loss_of(search, task, x, y, learner.update / total), learner, batches, task.recipe
+    ):  # fmt: skip
+        step, row = learner.update - 1, {"step": learner.update - 1, "loss": float(loss)}
+        if learner.skipped_now:
+            row["skipped"] = learner.skipped_now
+        row["weight_ms"] = 1e3 * (time.perf_counter() - clock)
+        row |= method.after_step(search, task, step / total, held_out)
+        if row.get("events"):
+            live = search.net.live_cost(macs)
+        row["live_macs"] = live
+        on_row(row)
+        if learner.update / total >= until:
+            return
+        clock = time.perf_counter()
+
+
+def _counted(search: Search, task: Task, fraction: float) -> HeldOut:
+    """Held-out batches from where the search is; how many were taken is kept for a search that is resumed."""
+    for pair in cycle(task.held_out_batches(fraction), search.taken):
+        search.taken += 1
+        yield pair
+
+
+def search(
+    method: Method, net: Supernet, task: Task, on_row: Callable[[dict], None] = lambda row: None
+) -> tuple[Search, Arch]:
+    """A whole search of ``net``, which is changed in place. Returns (the search, the network that it chose)."""
+    found = begin(method, net, task)
+    run(method, found, task, on_row=on_row)
+    return found, method.choose(found, task)
+
+
+def search_data(method: Method, search: Search) -> dict[str, Any]:
+    """A search between two steps as plain data (see `dnas.runtime.checkpoint`)."""
+    return {
+        "net": module_data(search.net),
+        "learner": learner_data(search.learner) if search.learner else {},
+        "own": method.state_dict(search),
+        "taken": search.taken,
+    }
+
+
+def load_search(method: Method, search: Search, data: Mapping[str, Any]) -> None:
+    """Put a search that has just begun into the state that `search_data` gave."""
+    load_module(search.net, data["net"])
+    if search.learner:
+        load_learner(search.learner, data["learner"])
+    method.load_state_dict(search, data["own"])
+    search.taken = data["taken"]

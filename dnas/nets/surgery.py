@@ -1,0 +1,84 @@
+"""Parts of a supernet cut off for good, together with their optimizer state: a width, a pair, a block, a layer.
+
+Each leaves modules as they are: call `dnas.nets.supernet.Supernet.fit` after.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dnas.nets.bipath_block import Prunode, parts
+from dnas.nets.layer_choice import StochasticLayer
+from dnas.nets.markov_gate import MarkovGate
+from dnas.nets.resize import resize_tensor
+
+
+def narrow(gate: MarkovGate, width: int, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Leave a Markov gate only its widths up to ``width``, which is one of them."""
+    gate.widths = gate.widths[: gate.widths.index(width) + 1]
+    resize_tensor(gate, "alpha", 0, len(gate.widths) - 1, optimizers)
+    gate.idle = gate.idle[: len(gate.widths) - 1].clone()
+
+
+def move_pair(block: Prunode, low: int, high: int, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Set a bi-path block's pair to the grid indices ``low <= high``.
+
+    A copy that slid into the other one's width takes over its last norm, optimizer state included; the copy that is new
+    there starts as the other one does. The logits' optimizer state starts anew.
+    """
+    gate, (_, _, name) = block.gate, parts(block.block)
+    down = gate.widths[high] == gate.small < gate.large
+    up = gate.widths[low] == gate.large < gate.widths[high]
+    if up or down:
+        large = getattr(block.block, name)
+        setattr(block.block, name, block.norm_small)
+        block.norm_small = large
+        kept, fresh = (getattr(block.block, name), large) if down else (large, getattr(block.block, name))
+        fresh.load_state_dict(kept.state_dict())
+        for optimizer in optimizers:
+            for p in fresh.parameters():
+                optimizer.state.pop(p, None)
+    gate.move(low, high)
+    for optimizer in optimizers:
+        optimizer.state.pop(gate.logits, None)
+
+
+def remove_block(layer: StochasticLayer, name: str, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Delete one candidate of a layer for good. ValueError if it is the last."""
+    choice = layer.choice
+    if choice is None or len(choice.live) < 2:
+        raise ValueError(f"{layer.name}: {name} is the only block left")
+    gone = choice.live.index(choice.options.index(name))
+    del layer.blocks[name]
+    # The logit moves out of the vector: the ones behind it close up, in the optimizer's buffers too.
+    keep = [k for k in range(len(choice.live)) if k != gone]
+    for tensor in (choice.logits.data, *_buffers_like(choice.logits, optimizers)):
+        tensor[: len(keep)] = tensor[keep].clone()
+    choice.live = [choice.live[k] for k in keep]
+    resize_tensor(choice, "logits", 0, len(keep), optimizers)
+
+
+def _buffers_like(parameter: nn.Parameter, optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    values = [v for o in optimizers for v in o.state.get(parameter, {}).values() if isinstance(v, Tensor)]
+    return [v for v in values if v.shape == parameter.shape]
+
+
+def remove_layer(layer: StochasticLayer) -> None:
+    """Drop a residual layer for good: its input is its output. ValueError if it may not go."""
+    if layer.skip is None:
+        raise ValueError(f"{layer.name} cannot be dropped")
+    layer.blocks.clear()
+    layer.choice = None
+    layer.skip.is_removed = True
+
+
+def forget(module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    """Take parameters that are no longer the module's out of the optimizers, with their state."""
+    alive = {id(p) for p in module.parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if id(p) not in alive:
+                    optimizer.state.pop(p, None)
+            group["params"] = [p for p in group["params"] if id(p) in alive]
