@@ -18,14 +18,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -42,9 +40,8 @@ from dnas.methods.catalog import METHODS  # noqa: E402
 from dnas.methods.derive import derive  # noqa: E402
 from dnas.methods.gates import GATES  # noqa: E402
 from dnas.methods.loop import search  # noqa: E402
-from dnas.methods.method import Method, Task  # noqa: E402
+from dnas.methods.method import Method, Search, Task  # noqa: E402
 from dnas.methods.rules import random_arch, uniform_arch  # noqa: E402
-from dnas.nets.supernet import Supernet  # noqa: E402
 from dnas.runtime.run_folder import provenance, write_json  # noqa: E402
 from dnas.spec.space import Arch  # noqa: E402
 from dnas.spec.validation import UserError  # noqa: E402
@@ -69,8 +66,9 @@ def run_search(lab: Lab, variant: str, seed: int) -> dict:
         arch, found = chosen(lab, METHODS[variant], seed)
         return net_row(lab, f"{variant}/{seed}", arch) | found
     how = VARIANTS[variant]
-    net, found = searched(lab, how, seed)
-    return net_row(lab, f"{variant}/{seed}", derive(net.space, lab.tables, lab.budgets, how.likelihood(net))) | found
+    done, found = searched(lab, how, seed)
+    arch = derive(done.net.space, lab.tables, lab.budgets, how.likelihood(done.net, done.own.temperature))
+    return net_row(lab, f"{variant}/{seed}", arch) | found
 
 
 def chosen(lab: Lab, method: Method, seed: int) -> tuple[Arch, dict]:
@@ -85,8 +83,8 @@ def chosen(lab: Lab, method: Method, seed: int) -> tuple[Arch, dict]:
     return arch, {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
 
 
-def searched(lab: Lab, how: Variant, seed: int) -> tuple[Supernet, dict]:
-    """A supernet that has been searched, and what that took."""
+def searched(lab: Lab, how: Variant, seed: int) -> tuple[Search, dict]:
+    """A search by gates that has ended, and what it took."""
     started = time.perf_counter()
     recipe = replace(lab.setup.search, epochs=round(lab.setup.search.epochs * how.length), **how.recipe)
     random_seed(seed)
@@ -94,10 +92,9 @@ def searched(lab: Lab, how: Variant, seed: int) -> tuple[Supernet, dict]:
     rows: list[dict] = []
     if recipe.channels_last:
         net = net.to(memory_format=torch.channels_last)
-    with mock.patch("dnas.nets.markov_gate.without_scale", lambda factor: factor) if how.scale else nullcontext():
-        search(GATES, net, Task(lab.tables, lab.budgets, lab.data, recipe, how.config, seed), on_row=rows.append)
+    done, _ = search(GATES, net, Task(lab.tables, lab.budgets, lab.data, recipe, how.config, seed), on_row=rows.append)
     images = sum(recipe.batch_size + row.get("images", 0) for row in rows)
-    return net, {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
+    return done, {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
 
 
 def net_row(lab: Lab, name: str, arch: Arch) -> dict:

@@ -64,8 +64,8 @@ def search_macs(lab: Lab, path: str, seed: int) -> dict:
 
 def search_ms(lab: Lab, path: str, ms: float, seed: int) -> tuple[Likelihood, dict]:
     """What the gates of a search for milliseconds say, and what it took."""
-    net, found = searched(with_ms(lab, path, ms), VARIANTS["default"], seed)
-    return gate_likelihood(net), found
+    done, found = searched(with_ms(lab, path, ms), VARIANTS["default"], seed)
+    return gate_likelihood(done.net, done.own.temperature), found
 
 
 def settle(lab: Lab, path: str, name: str, ms: float, like: Likelihood | None) -> dict:

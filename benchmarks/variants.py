@@ -15,12 +15,12 @@ from dnas.nets.bipath_block import PairGate
 from dnas.nets.supernet import Supernet
 
 
-def likeliest_width(net: Supernet) -> Likelihood:
+def likeliest_width(net: Supernet, temperature: float) -> Likelihood:
     """As `gate_likelihood`, but of widths too it is the log-probability that counts."""
-    like = dict(gate_likelihood(net))
+    like = dict(gate_likelihood(net, temperature))
     for name, gate in net.gates().items():
         if net.space.by_name[name].is_width:
-            p = gate.probabilities().detach().double().cpu().numpy()
+            p = gate.probabilities(temperature).detach().double().cpu().numpy()
             if isinstance(gate, PairGate) and np.count_nonzero(p) > 1:  # it knows two: falling by e a step
                 at = np.arange(len(p))
                 p = np.exp(-np.abs(at[:, None] - at[p > 0])) @ p[p > 0]
@@ -36,16 +36,14 @@ LONGER = GatesConfig(width_below=0.05)
 class Variant:
     """What is changed in a search.
 
-    ``length`` is a factor on its epochs, ``recipe`` are fields of the weights' recipe, ``scale`` stays in the gates'
-    gradient.
+    ``length`` is a factor on its epochs, ``recipe`` are fields of the weights' recipe.
     """
 
     config: GatesConfig = LONGER
     length: float = 0.5
     recipe: Mapping[str, Any] = field(default_factory=dict)
     bipath: bool = True
-    scale: bool = False
-    likelihood: Callable[[Supernet], Likelihood] = gate_likelihood
+    likelihood: Callable[[Supernet, float], Likelihood] = gate_likelihood
 
 
 SGD = {"opt": "sgd", "lr": 0.1, "weight_decay": 1e-3, "warmup_epochs": 1}
@@ -70,9 +68,9 @@ VARIANTS = {
     "fixed-grid": Variant(bipath=False),
     "slow-shrinking": Variant(replace(LONGER, block_from=0.8, block_by=1.0, width_below=0.005)),
     "fast-shrinking": Variant(replace(LONGER, block_from=0.2, block_by=0.4, width_below=0.2)),
-    "scale-in-gradient": Variant(scale=True),
+    "scale-in-gradient": Variant(replace(LONGER, scale_in_gradient=True)),
     "likeliest-width": Variant(likelihood=likeliest_width),
-    "likeliest-width-with-scale": Variant(scale=True, likelihood=likeliest_width),
+    "likeliest-width-with-scale": Variant(replace(LONGER, scale_in_gradient=True), likelihood=likeliest_width),
 }
 
 

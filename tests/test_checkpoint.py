@@ -125,17 +125,17 @@ def test_a_training_goes_on_to_the_bit(recipe, tmp_path):
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     """One byte anywhere: either it does not matter, or the file is not taken."""
-    assert read_checkpoint(tmp_path, CPU) is None
+    assert read_checkpoint(tmp_path) is None
     for k in range(3):
         write_checkpoint(tmp_path, {"k": k, "tensor": torch.arange(1000.0)})
     whole, damaged = (tmp_path / LAST).read_bytes(), 0
-    assert read_checkpoint(tmp_path, CPU)["k"] == 2
+    assert read_checkpoint(tmp_path)["k"] == 2
     places = torch.randint(len(whole), (100,), generator=torch.Generator().manual_seed(0)).tolist()
     for place in places:
         (tmp_path / LAST).write_bytes(whole[:place] + bytes([whole[place] ^ 1 + place % 255]) + whole[place + 1 :])
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            found = read_checkpoint(tmp_path, CPU)
+            found = read_checkpoint(tmp_path)
         assert torch.equal(found["tensor"], torch.arange(1000.0))
         assert found["k"] == (1 if any("the one before is taken" in str(w.message) for w in told) else 2)
         damaged += found["k"] == 1
@@ -143,13 +143,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     for cut in (0, 10, len(whole) // 2, len(whole) - 1):
         (tmp_path / LAST).write_bytes(whole[:cut])
         with pytest.warns(UserWarning, match="the one before is taken"):
-            assert read_checkpoint(tmp_path, CPU)["k"] == 1
+            assert read_checkpoint(tmp_path)["k"] == 1
     (tmp_path / BEFORE).write_bytes(b"nothing")
     with pytest.warns(UserWarning), pytest.raises(UserError, match="checkpoint.before.pt"):
-        read_checkpoint(tmp_path, CPU)
+        read_checkpoint(tmp_path)
     (tmp_path / LAST).unlink()
     (tmp_path / BEFORE).write_bytes(whole)  # killed between two renames
-    assert read_checkpoint(tmp_path, CPU)["k"] == 2
+    assert read_checkpoint(tmp_path)["k"] == 2
 
 
 class Evil:
@@ -166,5 +166,5 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, capsys):
     for outer in (Evil(), {"format": FORMAT, "sha256": digest, "content": content}):
         torch.save(outer, tmp_path / LAST)
         with pytest.raises(UserError, match="no checkpoint"):
-            read_checkpoint(tmp_path, CPU)
+            read_checkpoint(tmp_path)
     assert "executed" not in capsys.readouterr().out

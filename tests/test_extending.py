@@ -17,8 +17,8 @@ from dnas.methods.loop import search
 from dnas.methods.method import Task
 from dnas.methods.rules import random_arch, uniform_arch
 from dnas.nets.bipath_block import GatedBlock
+from dnas.nets.gate import Gate
 from dnas.nets.macro import MacroSupernet
-from dnas.nets.markov_gate import draw_index
 from dnas.spec.budget import parse_budget
 from dnas.spec.cost import CLOSED_FORMS, CostTable, resolve_budgets
 from dnas.training.data import load_data
@@ -98,36 +98,31 @@ def test_a_new_cost(name, monkeypatch):
         assert counted == tables["writes"].of(arch) == float(tables["writes"].expected(hot))
 
 
-class SoftmaxWidth(nn.Module):
+class SoftmaxWidth(Gate):
     """A gate over inner widths with a logit each: what a Markov chain is not."""
 
     def __init__(self, widths):
         super().__init__()
-        self.options, self.temperature = list(widths), 1.0
+        self.options = tuple(widths)
         self.logits = nn.Parameter(torch.zeros(len(widths)))
 
-    small = property(lambda self: self.options[0])
-    large = property(lambda self: self.options[-1])
+    def live(self):
+        return list(range(len(self.options)))
 
-    def probabilities(self):
-        return torch.softmax(self.logits / self.temperature, 0)
+    def probabilities(self, temperature=1.0):
+        return torch.softmax(self.logits / temperature, 0)
 
-    def soft(self, generator=None):
-        reaches = self.probabilities().flip(0).cumsum(0).flip(0)  # P(width >= k)
+    def soft(self, temperature=1.0, with_scale=False):
+        reaches = self.probabilities(temperature).flip(0).cumsum(0).flip(0)  # P(width >= k)
         steps = torch.tensor([self.options[0], *(b - a for a, b in zip(self.options, self.options[1:], strict=False))])
         return torch.repeat_interleave(reaches, steps)
-
-    def draw(self, generator=None, uniform=False):
-        p = self.probabilities().detach()
-        return self.options[draw_index(torch.ones_like(p) if uniform else p, generator)]
-
-    def best(self):
-        return self.options[int(self.logits.argmax())]
 
 
 def test_a_new_gate(monkeypatch):
     monkeypatch.setitem(
-        dnas.nets.supernet.DISTRIBUTIONS, SoftmaxWidth, lambda gates: [g.probabilities() for g in gates]
+        dnas.nets.supernet.DISTRIBUTIONS,
+        SoftmaxWidth,
+        lambda gates, temperature: [g.probabilities(temperature) for g in gates],
     )
     random_seed(0)
     net = MacroSupernet(SUPERNETS["mobilenet_v2"](num_classes=10, img_size=8, width_mult=0.25))

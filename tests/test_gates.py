@@ -8,8 +8,9 @@ from draws import assert_frequencies, frequencies, generator
 from torch.nn import functional as F
 
 from dnas.nets.bipath_block import PairGate
+from dnas.nets.gate import gumbel_softmax
 from dnas.nets.layer_choice import ChoiceGate, SkipGate
-from dnas.nets.markov_gate import MarkovGate, chain_distribution, draw_index, gumbel_softmax, marginals
+from dnas.nets.markov_gate import MarkovGate, chain_distribution, marginals
 from dnas.spec.space import DROP, KEEP
 
 HALF = (torch.float16, torch.bfloat16)
@@ -21,11 +22,10 @@ def dmcp_grid(channels, least=0.1, most=1.0, step=0.1):
     return [channels - size * k for k in range(groups, -1, -1)]
 
 
-def chain_gate(widths, alpha, temperature=1.0):
+def chain_gate(widths, alpha):
     """A gate with these logits, in double precision."""
     gate = MarkovGate(widths).double()
     gate.alpha.data = torch.as_tensor(alpha, dtype=torch.float64).expand(len(widths) - 1).clone()
-    gate.temperature = temperature
     return gate
 
 
@@ -96,14 +96,14 @@ def test_mean_of_drawn_widths_is_the_expected_width():
 
 
 def test_soft_is_the_marginal_of_each_channels_group():
-    gate = chain_gate([3, 5, 10, 11], torch.tensor([1.0, -0.3, 0.4]), temperature=0.7)
-    soft, widths = gate.soft(), torch.arange(11)
+    gate = chain_gate([3, 5, 10, 11], torch.tensor([1.0, -0.3, 0.4]))
+    soft, widths = gate.soft(0.7), torch.arange(11)
     # A channel is there if the width is above its index: the probability of that, from the distribution of widths.
-    p = chain_distribution(gate.keep()).detach()
+    p = chain_distribution(gate.keep(0.7)).detach()
     there = (torch.tensor(gate.widths)[None] > widths[:, None]).double() @ p
     assert soft.shape == (11,) and torch.allclose(soft.detach(), there, atol=1e-12)
     assert soft[:3].tolist() == [1.0] * 3
-    assert float(soft.sum().detach()) == pytest.approx(float(expected_width(gate).detach()), rel=1e-12)
+    assert float(soft.sum().detach()) == pytest.approx(float(p @ torch.tensor(gate.widths, dtype=p.dtype)), rel=1e-12)
 
 
 def test_cut_options_have_no_probability_and_no_channels():
@@ -133,14 +133,14 @@ def test_limits_are_exact_and_finite_in_every_precision(dtype, temperature):
     for sign, keep, best in ((1, [1.0] * 33, 264), (-1, [1.0] + [0.0] * 32, 8)):
         gate = MarkovGate(list(range(8, 265, 8))).to(dtype)
         gate.alpha.data.fill_(100.0 * sign)
-        gate.temperature = temperature
-        assert gate.keep().dtype == dtype
-        assert gate.keep().tolist() == pytest.approx(keep, abs=1e-40)
-        assert gate.best() == best and gate.draw(generator()) == best
-        assert gate.soft().tolist()[: len(gate.soft()) if sign > 0 else 8] == [1.0] * (264 if sign > 0 else 8)
-        p = gate.probabilities()
+        assert gate.keep(temperature).dtype == dtype
+        assert gate.keep(temperature).tolist() == pytest.approx(keep, abs=1e-40)
+        assert gate.best() == best and gate.draw(generator(), temperature=temperature) == best
+        soft = gate.soft(temperature)
+        assert soft.tolist()[: len(soft) if sign > 0 else 8] == [1.0] * (264 if sign > 0 else 8)
+        p = gate.probabilities(temperature)
         assert bool(p.isfinite().all()) and float(p.sum().detach()) == 1
-        (gate.soft().sum() + (p * torch.arange(33, dtype=dtype)).sum()).backward()
+        (soft.sum() + (p * torch.arange(33, dtype=dtype)).sum()).backward()
         assert bool(gate.alpha.grad.isfinite().all())
     infinite = torch.tensor([math.inf, math.inf, -math.inf], dtype=dtype)
     assert marginals(infinite).tolist() == [1, 1, 1, 0]
@@ -169,16 +169,14 @@ def test_every_logit_has_a_gradient_at_the_start(seed, temperature):
     markov, choice = MarkovGate(list(range(8, 265, 8))), ChoiceGate(["a", "b", "c", "d"])
     pair, skip = PairGate(list(range(8, 265, 8))), SkipGate()
     skip.is_open = True
-    for gate in (markov, choice, pair, skip):
-        gate.temperature = temperature
     through = {
         "soft": lambda: (
-            (markov.soft() * torch.randn(264, generator=g)).sum()
-            + sum(w * k for k, w in enumerate(choice.soft(g).values()))
-            + 3 * pair.soft(g)[1]
-            + 5 * skip.soft(g)
+            (markov.soft(temperature) * torch.randn(264, generator=g)).sum()
+            + sum(w * k for k, w in enumerate(choice.soft(temperature, g).values()))
+            + 3 * pair.soft(temperature, g)[1]
+            + 5 * skip.coefficient(temperature)
         ),
-        "cost": lambda: sum((p := gate.probabilities()) @ torch.arange(len(p)).float() for gate in gates),
+        "cost": lambda: sum((p := gate.probabilities(temperature)) @ torch.arange(len(p)).float() for gate in gates),
     }
     gates = (markov, choice, pair, skip)
     for loss in through.values():
@@ -250,12 +248,10 @@ def test_a_generator_repeats_everything_and_leaves_the_global_one_alone():
         g, found = generator(seed), []
         for _ in range(10):
             found.append(gumbel_softmax(torch.zeros(3), 1.0, g).tolist())
-            found.append(draw_index(torch.ones(5), g))
             for gate in all_gates():
                 found += [gate.draw(g), gate.draw(g, uniform=True)]
-            _, pair, choice, skip = all_gates()
-            found += [pair.soft(g).tolist(), {n: float(w.detach()) for n, w in choice.soft(g, 2).items()}]
-            found.append(float(skip.soft(g).detach()))
+            _, pair, choice, _ = all_gates()
+            found += [pair.soft(1.0, g).tolist(), {n: float(w.detach()) for n, w in choice.soft(1.0, g, 2).items()}]
         return found
 
     state = torch.get_rng_state()
@@ -277,10 +273,9 @@ def test_draws_follow_the_probabilities_of_every_gate():
     cases = [(markov, markov.widths), (pair, pair.widths), (choice, choice.options), (skip, [DROP, KEEP])]
     for temperature in (1.0, 0.5):
         for gate, options in cases:
-            gate.temperature = temperature
-            p = gate.probabilities().detach()
+            p = gate.probabilities(temperature).detach()
             assert p.shape == (len(options),) and float(p.sum()) == pytest.approx(1, abs=1e-6)
-            assert_frequencies(frequencies(gate, options), p.tolist())
+            assert_frequencies(frequencies(gate, options, temperature=temperature), p.tolist())
             assert gate.best() == options[int(p.argmax())]
 
 
@@ -299,10 +294,12 @@ def test_uniform_draws_are_even_over_what_is_alive():
 # The common scale
 
 
-def test_a_factor_asks_for_no_common_scale():
+def test_a_factor_asks_for_no_common_scale_unless_told_to():
     gate = chain_gate([4, 7, 12], 0.5)
     gate.soft().square().sum().backward()
     assert gate.alpha.grad.abs().max() < 1e-12
+    gate.soft(with_scale=True).square().sum().backward()
+    assert (gate.alpha.grad > 0.5).all()
     worth = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def loss(alpha):  # what a reader with a norm would see: direction only, at today's loudness

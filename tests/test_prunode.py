@@ -17,10 +17,14 @@ def test_a_pair_starts_at_the_top_and_at_a_quarter(count):
     p = pair.probabilities().detach()
     assert p.shape == (count,)
     if count == 1:
-        assert p.tolist() == [1.0] and pair.soft() == pair.draw() == pair.best() == 8
-        assert pair.update(0.0) is None and not list(pair.logits)
+        assert p.tolist() == [1.0] and pair.settled and pair.widest() == pair.draw() == pair.best() == 8
+        assert pair.update(1.0, 0.0) is None and not list(pair.logits)
     else:
         assert p[[pair.low, pair.high]].tolist() == [0.5, 0.5] and int((p > 0).sum()) == 2
+
+
+def p_large_of(pair):
+    return float(torch.softmax(pair.logits.detach(), 0)[1])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -32,10 +36,11 @@ def test_moves_of_a_pair_keep_their_promises(seed):
     for _ in range(300):
         pair.logits.data = torch.tensor([rng.gauss(0, 3), rng.gauss(0, 3)])
         threshold, decay = rng.uniform(0.6, 0.95), rng.choice([0.0, 0.5, 0.8])
-        average, low, high = float(pair.p_large), pair.low, pair.high
-        moved = pair.update(threshold, decay)
-        p_large = decay * average + (1 - decay) * float(torch.softmax(pair.logits.detach(), 0)[1])
-        assert float(pair.p_large) == pytest.approx(p_large, abs=1e-5)
+        average, low, high = pair.average, pair.low, pair.high
+        likely = p_large_of(pair)
+        moved = pair.update(likely, threshold, decay)
+        p_large = decay * average + (1 - decay) * likely
+        assert pair.average == pytest.approx(p_large, abs=1e-5)
         assert (pair.low, pair.high) == (low, high)  # update only proposes
         gap, up, down = high - low, p_large > threshold, 1 - p_large > threshold
         if moved is None:
@@ -50,7 +55,7 @@ def test_moves_of_a_pair_keep_their_promises(seed):
         else:
             assert moved == ((low + 1, high + 1) if up else (low - 1, high - 1))
         pair.move(*moved)
-        assert pair.logits.tolist() == [0, 0] and float(pair.p_large) == 0.5
+        assert pair.logits.tolist() == [0, 0] and pair.average == 0.5
     assert moves or count == 2
 
 
@@ -72,7 +77,7 @@ def ending(target, seed, top=256, step=8, steps=800):
         mean, square = 0.5 * mean + 0.5 * gradient, 0.99 * square + 0.01 * gradient**2
         step_size = 0.1 * (mean / (1 - 0.5**since)) / (math.sqrt(square / (1 - 0.99**since)) + 1e-8)
         pair.logits.data += torch.tensor([step_size, -step_size])
-        moved = pair.update(0.9 - 0.2 * k / steps)
+        moved = pair.update(p_large_of(pair), 0.9 - 0.2 * k / steps)
         if moved:
             pair.move(*moved)
             mean, square, since = 0.0, 0.0, 0

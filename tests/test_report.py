@@ -132,7 +132,7 @@ def test_pages_load_nothing_and_are_small(runs, tmp_path, monkeypatch):
 def test_what_layers_cost_adds_up(runs):
     for folder in runs:
         metrics = json.loads((folder / "metrics.json").read_text())
-        for net in ("found", "uniform"):
+        for net in ("found", "uniform", "balanced"):
             for metric in ("macs", "params"):
                 assert sum(row[metric][net] for row in metrics["layers"]) == metrics[net][metric]
         answers = json.loads((folder / "arch.json").read_text())["answers"]
@@ -244,8 +244,9 @@ def test_a_long_curve_has_few_points():
 
 
 def test_a_layer_that_went_has_no_width():
-    keep = {"name": "stage0/1/keep", "options": ["drop", "keep"], "found": "drop", "uniform": "keep"}
-    mid = {"name": "stage0/1/ir/mid", "options": [4, 8], "found": None, "uniform": 8}
+    keep = {"name": "a", "kind": "keep", "options": ["drop", "keep"], "found": "drop", "uniform": "keep"}
+    mid = {"name": "b", "kind": "width", "options": [4, 8], "found": None, "uniform": 8}
+    keep["layer"] = mid["layer"] = "stage0/1"
     ((row,),) = [section["rows"] for section in network([keep, mid])]
     assert row["gone"] and row["found"] is None
 
@@ -298,7 +299,7 @@ def test_a_report_can_be_written_again(runs):
 def test_latency_is_drawn_where_it_was_measured(runs, tmp_path):
     run = Path(shutil.copytree(runs[0], tmp_path / "run"))
     metrics = json.loads((run / "metrics.json").read_text())
-    for net, (told, measured) in {"found": (1.5, 2.0), "uniform": (3.0, 2.5)}.items():
+    for net, (told, measured) in {"found": (1.5, 2.0), "uniform": (3.0, 2.5), "balanced": (2.5, 2.2)}.items():
         metrics[net] |= {"ms": measured, "predicted_ms": told, "measured_ms": measured}
     (run / "metrics.json").write_text(json.dumps(metrics))
     write_report(run)

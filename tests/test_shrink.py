@@ -60,7 +60,7 @@ def test_a_closed_skip_is_never_taken():
     net, optimizers = trained(open_skips=False)
     for gate in gates_of(net, SkipGate).values():
         gate.kappa.data.fill_(-9.0)
-        assert gate.best() == KEEP and gate.soft() == KEEP and gate.probabilities().tolist() == [0, 1]
+        assert gate.best() == KEEP and gate.settled and gate.probabilities().tolist() == [0, 1]
     assert shrink(net, optimizers, lambda options: True, **FEW | {"layer_below": 1.0}) == []
 
 
@@ -212,19 +212,23 @@ def test_drawing_and_shrinking_are_silent():
 def test_pairs_bracket_and_then_slide_over_their_grid():
     gate = PairGate(list(range(8, 8 * 17, 8)))
     assert (gate.low, gate.high) == (3, 15)
-    assert gate.update(0.6) is None  # undecided
+
+    def update(threshold):
+        return gate.update(float(torch.softmax(gate.logits.detach(), 0)[1]), threshold)
+
+    assert update(0.6) is None  # undecided
     for winner, pair in ((1, (9, 15)), (0, (9, 12)), (1, (11, 12)), (1, (12, 13)), (0, (11, 12)), (0, (10, 11))):
         gate.logits.data.copy_(torch.tensor([6.0, 0.0] if winner == 0 else [0.0, 6.0]))
-        moves = [gate.update(0.9) for _ in range(20)]
+        moves = [update(0.9) for _ in range(20)]
         assert moves[0] is None and moves[-1] == pair  # the average has to get there first
         gate.move(*pair)
-        assert float(gate.p_large) == 0.5 and gate.update(0.6) is None
+        assert gate.average == 0.5 and update(0.6) is None
     for start, winner in (((0, 1), 0), ((14, 15), 1)):  # no further than the grid
         gate.move(*start)
         gate.logits.data[winner] = 6.0
-        assert [gate.update(0.6) for _ in range(20)] == [None] * 20
+        assert [update(0.6) for _ in range(20)] == [None] * 20
     alone = PairGate([8])
-    assert alone.update(0.0) is None and alone.soft() == alone.draw() == alone.best() == 8
+    assert alone.update(1.0, 0.0) is None and alone.settled and alone.widest() == alone.draw() == alone.best() == 8
     assert alone.probabilities().tolist() == [1.0]
 
 

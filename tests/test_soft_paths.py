@@ -141,7 +141,7 @@ def test_soft_memory_does_not_grow_with_the_number_of_widths():
                 assert len(grid) == count and grid[-1] == 96
                 gate = PairGate(list(grid))
                 prunode = Prunode(timm_block(kind, 16, 96, 16, 3, 1, se), "mid", gate).train()
-                sizes[count] = saved_bytes(prunode, gate.soft(torch.Generator().manual_seed(0)))
+                sizes[count] = saved_bytes(prunode, gate.soft(1.0, torch.Generator().manual_seed(0)))
                 one = saved_bytes(prunode, gate.large)
             print(f"{kind} se={se}: {sizes} bytes, one path {one}")
             assert 0.9 <= sizes[64] / sizes[4] <= 1.1
@@ -221,7 +221,7 @@ def test_a_soft_choice_is_the_weighted_sum_of_its_blocks(name):
     g = torch.Generator().manual_seed(0)
     layer.choice.logits.copy_(torch.tensor([0.5, -0.5, 0.0, 0.2]))
     for paths, count in ((0, 4), (2, 2), (1, 1), (9, 4)):
-        weights = layer.choice.soft(g, paths)
+        weights = layer.choice.soft(1.0, g, paths)
         assert len(weights) == count and math.isclose(sum(map(float, weights.values())), 1, rel_tol=1e-6)
         answers = net.soft(g) | {f"{layer.name}/block": weights}
         runs = {b: layer(x, answers | {f"{layer.name}/block": b}) - x for b in weights}
@@ -243,10 +243,10 @@ def test_an_open_skip_scales_the_branch_alone(name):
             layer.skip.is_open = False
             closed = net.widest()
             x = torch.randn(4, net.widths[layer.out].widths[-1], 8, 8)
-            assert layer.skip.soft() == KEEP
+            assert layer.skip.settled and layer.skip.widest() == KEEP
             before = layer(x, closed)
             layer.skip.open(0.8)
-            after = layer(x, closed | {f"{layer.name}/keep": layer.skip.soft()})
+            after = layer(x, closed | {f"{layer.name}/keep": layer.skip.coefficient()})
             torch.testing.assert_close(after - x, 0.8 * (before - x), rtol=1e-4, atol=1e-5)  # the shortcut is untouched
             assert layer.skip.best() == KEEP and float(layer.skip.probabilities()[1]) == pytest.approx(0.8)
 
@@ -263,7 +263,7 @@ def test_a_skip_coefficient_of_zero_is_the_net_without_the_layer(name):
         layer.skip.kappa.fill_(-200.0)
         assert float(layer.skip.coefficient()) == 0
         dropped = net(x, answers | {f"{layer.name}/keep": DROP})
-        assert torch.equal(net(x, answers | {f"{layer.name}/keep": layer.skip.soft()}), dropped)
+        assert torch.equal(net(x, answers | {f"{layer.name}/keep": layer.skip.coefficient()}), dropped)
         close(dropped, plain(net, net.space.complete(answers | {f"{layer.name}/keep": DROP})).eval()(x))
         assert float((dropped - net(x, answers)).abs().max()) > 1e-3
         layer.skip.kappa.fill_(start)

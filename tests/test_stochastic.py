@@ -7,8 +7,8 @@ import pytest
 import torch
 from draws import assert_frequencies, frequencies, generator
 
+from dnas.nets.gate import gumbel_softmax
 from dnas.nets.layer_choice import ChoiceGate, SkipGate
-from dnas.nets.markov_gate import gumbel_softmax
 from dnas.spec.space import DROP, KEEP
 
 # The choice among blocks
@@ -19,9 +19,8 @@ def test_a_soft_choice_takes_the_largest_of_one_sample(paths):
     options = ["a", "b", "c", "d", "e"]
     choice = ChoiceGate(options)
     choice.logits.data = torch.tensor([0.1, -0.3, 0.7, 0.0, 0.2])
-    choice.temperature = 0.8
     for seed in range(30):
-        picks = choice.soft(generator(seed), paths)
+        picks = choice.soft(0.8, generator(seed), paths)
         sample = gumbel_softmax(choice.logits, 0.8, generator(seed)).detach()
         taken = sample.topk(min(paths or 5, 5)).indices.sort().values.tolist()
         assert list(picks) == [options[k] for k in taken]
@@ -30,11 +29,15 @@ def test_a_soft_choice_takes_the_largest_of_one_sample(paths):
         assert weights == pytest.approx((sample[taken] / sample[taken].sum()).tolist(), abs=1e-6)
 
 
+def seen(gate, temperature=1.0):
+    return gate.probabilities(temperature).detach().double().numpy()
+
+
 def removed(choice, name):
     """What surgery does to the gate when it removes a block."""
-    gone = choice.live.index(choice.options.index(name))
-    keep = [k for k in range(len(choice.live)) if k != gone]
-    choice.live, choice.logits.data = [choice.live[k] for k in keep], choice.logits.data[keep].clone()
+    gone = choice.alive.index(choice.options.index(name))
+    keep = [k for k in range(len(choice.alive)) if k != gone]
+    choice.alive, choice.logits.data = [choice.alive[k] for k in keep], choice.logits.data[keep].clone()
 
 
 def test_removed_blocks_are_gone_from_every_answer():
@@ -47,10 +50,10 @@ def test_removed_blocks_are_gone_from_every_answer():
         torch.softmax(torch.tensor([0.2, 0.1]), 0).tolist()
     )
     assert_frequencies(frequencies(choice, ["b", "d"], count=1000), p[[1, 3]].tolist())
-    assert choice.best() == "b" and set(choice.soft(generator())) == {"b", "d"}
+    assert choice.best() == "b" and set(choice.soft(1.0, generator())) == {"b", "d"}
     removed(choice, "b")
-    assert choice.soft(generator()) == choice.best() == choice.draw(generator()) == "d"
-    assert choice.probabilities().tolist() == [0, 0, 0, 1] and choice.below(1.1) == []
+    assert choice.settled and choice.widest() == choice.best() == choice.draw(generator()) == "d"
+    assert choice.probabilities().tolist() == [0, 0, 0, 1] and choice.below(1.1, seen(choice)) == []
 
 
 def test_below_names_the_least_likely_first_and_never_the_best():
@@ -59,15 +62,17 @@ def test_below_names_the_least_likely_first_and_never_the_best():
         options = [f"block{k}" for k in range(rng.randint(1, 8))]
         choice = ChoiceGate(options)
         choice.logits.data = torch.tensor([rng.gauss(0, 2) for _ in options])
-        choice.temperature = rng.choice([1.0, 0.3])
-        p = dict(zip(options, choice.clean().tolist(), strict=True))
+        temperature = rng.choice([1.0, 0.3])
+        softmax = torch.softmax(choice.logits.detach() / temperature, 0)
+        p = dict(zip(options, softmax.tolist(), strict=True))
         threshold = rng.random() * 1.2
-        names = choice.below(threshold)
+        names = choice.below(threshold, seen(choice, temperature))
         assert choice.best() not in names
         assert names == sorted(names, key=p.get)
         assert set(names) == {n for n in options if p[n] < threshold} - {choice.best()}
-    assert ChoiceGate(["a", "b", "c"]).below(0.0) == []
-    assert len(ChoiceGate(["a", "b", "c"]).below(1.0)) == 2  # a tie: all but one
+    choice = ChoiceGate(["a", "b", "c"])
+    assert choice.below(0.0, seen(choice)) == []
+    assert len(choice.below(1.0, seen(choice))) == 2  # a tie: all but one
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -81,9 +86,9 @@ def test_a_threshold_that_rises_to_one_half_leaves_the_best_block(seed):
         (choice.probabilities() @ loss).backward()
         gradient = choice.logits.grad + 0.003 * torch.randn(choice.logits.shape, generator=g)
         choice.logits.data -= 2.0 * gradient
-        for name in choice.below(0.5 * step / 299):
+        for name in choice.below(0.5 * step / 299, seen(choice)):
             removed(choice, name)
-    assert choice.live == [int(loss.argmin())]
+    assert choice.live() == [int(loss.argmin())]
 
 
 # The skip
@@ -92,26 +97,23 @@ def test_a_threshold_that_rises_to_one_half_leaves_the_best_block(seed):
 def test_a_skip_is_closed_then_open_then_removed():
     skip, g = SkipGate(), generator()
     for temperature in (1.0, 0.3):
-        skip.temperature = temperature
-        assert skip.probabilities().tolist() == [0.0, 1.0] and skip.soft(g) == skip.best() == KEEP
-        assert all(skip.draw(g, uniform) == KEEP for uniform in (False, True) for _ in range(50))
+        assert skip.probabilities(temperature).tolist() == [0.0, 1.0]
+        assert skip.settled and skip.widest() == skip.narrowest() == skip.best() == KEEP
+        assert all(skip.draw(g, uniform, temperature) == KEEP for uniform in (False, True) for _ in range(50))
     for temperature, start in itertools.product((1.0, 0.7, 0.3), (0.6, 0.9, 0.999)):
-        skip.temperature = temperature
-        skip.open(start)
-        s = skip.soft(g)
+        skip.open(start, temperature)
+        s = skip.coefficient(temperature)
         assert s.shape == () and s.requires_grad and float(s.detach()) == pytest.approx(start, abs=1e-6)
-        assert skip.probabilities().tolist() == pytest.approx([1 - start, start], abs=1e-6)
-        assert skip.best() == KEEP
-        skip.temperature = temperature / 2
-        assert float(skip.soft().detach()) > start  # cooler is sharper
-    skip.temperature = 1.0
+        assert skip.probabilities(temperature).tolist() == pytest.approx([1 - start, start], abs=1e-6)
+        assert skip.best() == KEEP and not skip.settled and skip.narrowest() == DROP
+        assert float(skip.coefficient(temperature / 2).detach()) > start  # cooler is sharper
     for kappa in (2.0, 0.01, -0.01, -2.0):
         skip.kappa.data.fill_(kappa)
-        s = float(skip.soft().detach())
+        s = float(skip.coefficient().detach())
         assert (s > 0.5) == (kappa > 0) and skip.best() == (KEEP if s > 0.5 else DROP)
         skip.kappa.data.fill_(-kappa)
-        assert float(skip.soft().detach()) == pytest.approx(1 - s, abs=1e-6)
+        assert float(skip.coefficient().detach()) == pytest.approx(1 - s, abs=1e-6)
     skip.kappa.data.fill_(5.0)
     skip.is_removed = True
-    assert skip.probabilities().tolist() == [1.0, 0.0] and skip.soft(g) == skip.best() == DROP
+    assert skip.probabilities().tolist() == [1.0, 0.0] and skip.settled and skip.widest() == skip.best() == DROP
     assert all(skip.draw(g, uniform) == DROP for uniform in (False, True) for _ in range(20))

@@ -270,14 +270,14 @@ def test_all_probabilities_at_once_are_those_of_each_gate(name):
         if layer.skip and k == 7:
             remove_layer(layer)
     for k, (decision, gate) in enumerate(net.gates().items()):
-        gate.temperature = (1.0, 0.5, 0.3)[k % 3]
         if isinstance(gate, MarkovGate) and k % 2:
             cut_width(net, decision, gate.widths[len(gate.widths) // 2 * (k % 4 == 1)])
         elif isinstance(gate, PairGate) and k % 3 == 1 and len(gate.widths) > 2:
             gate.move(low=1, high=2)
         for p in gate.parameters():
             p.data = 3 * torch.randn(p.shape, generator=rng)
-    together, alone = net.probabilities(), {name: gate.probabilities() for name, gate in net.gates().items()}
+    together = net.probabilities(0.4)
+    alone = {name: gate.probabilities(0.4) for name, gate in net.gates().items()}
     assert list(together) == list(alone)
     weights = {name: torch.randn(p.shape, generator=rng, dtype=torch.double) for name, p in alone.items()}
     grads = []

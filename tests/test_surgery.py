@@ -106,7 +106,7 @@ def test_removing_blocks_changes_nothing_for_the_others(opt, bipath):
     consistent(net, optimizers)
     alive = {id(p) for p in net.parameters()}
     assert gone and all(id(p) not in alive and all(p not in o.state for o in optimizers) for p in gone)
-    assert layer.choice.live == [0, 2] and layer.choice.logits.tolist() == pytest.approx([0.3, 0.1])
+    assert layer.choice.live() == [0, 2] and layer.choice.logits.tolist() == pytest.approx([0.3, 0.1])
     assert optimizers[1].state[layer.choice.logits]["exp_avg"].tolist() == [1.0, 3.0]
     p = layer.choice.probabilities().tolist()
     assert p[1] == p[3] == 0 and math.isclose(p[0] / p[2], math.exp(0.2), rel_tol=1e-4)
@@ -157,7 +157,7 @@ def test_a_moved_pair_goes_on_from_the_copy_that_it_keeps(move, opt):
         assert not torch.equal(last.running_mean, block.norm_small.running_mean)
         move_pair(block, *end, optimizers)
         assert optimizers[1].state.get(block.gate.logits) is None and not block.gate.logits.any()
-        assert float(block.gate.p_large) == 0.5
+        assert block.gate.average == 0.5
     net.fit(optimizers)
     consistent(net, optimizers)
     schedule, of_before = [], {}
@@ -250,13 +250,13 @@ def test_an_extracted_architecture_loads_strictly_and_is_the_masked_one(name):
                 net.train()(batch(net, k)[0], net.widest())
     else:
         net, _ = trained(bipath=name == "bipath")
-    start = {n: t.clone() for n, t in net.state_dict().items()}
+    start = [t.clone() for t in net.tensors()]
     x = batch(net, 5)[0]
     for seed in range(2 if name in SUPERNETS else 4):
         rng = random.Random(seed)
         arch = net.space.complete({d.name: rng.choice(d.options) for d in net.space.decisions})
         cut = extract(net, arch)
-        assert all(torch.equal(t, start[n]) for n, t in net.state_dict().items())  # the supernet is left alone
+        assert all(map(torch.equal, net.tensors(), start))  # the supernet is left alone
         model = build_net(net_of(net.outline, arch), num_classes=CLASSES).to(x.dtype)
         result = model.load_state_dict(plain_state(net, arch), strict=True)
         assert not result.missing_keys and not result.unexpected_keys

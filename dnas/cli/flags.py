@@ -21,7 +21,7 @@ from dnas.runtime.run_folder import MAX_BYTES, check_new_folder, provenance
 from dnas.spec.latency_table import LatencyTable, check_use, read_table
 from dnas.spec.validation import UserError, read_json
 from dnas.training.data import Data, load_data
-from dnas.training.recipe import AMP_DTYPES, Recipe, check_recipe
+from dnas.training.recipe import AMP_DTYPES, Recipe
 from supernets import SUPERNETS
 
 
@@ -125,7 +125,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe in the flags, checked."""
-    return check_recipe(Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)}))
+    return Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
 
 
 def add_resume_flags(parser: argparse.ArgumentParser, group) -> None:

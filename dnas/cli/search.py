@@ -91,12 +91,9 @@ def parser(argv: Sequence[str] = ()) -> OneLineParser:
     group = p.add_argument_group(f"of --method {name} (times are shares of the whole search)" if fields(config) else "")
     for field in fields(config):
         default = getattr(config(), field.name)
-        group.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=type(default),
-            default=default,
-            help=f"{field.metadata['help']} (default {default})",
-        )
+        how: dict = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
+        text = f"{field.metadata['help']} (default {default})"
+        group.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=text, **how)
     return p
 
 

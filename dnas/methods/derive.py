@@ -293,7 +293,7 @@ def near(d: Decision, width: float) -> np.ndarray:
     return -(np.log(np.array(d.options, dtype=float) / width) ** 2)
 
 
-def gate_likelihood(net: Supernet) -> dict[str, np.ndarray]:
+def gate_likelihood(net: Supernet, temperature: float = 1.0) -> dict[str, np.ndarray]:
     """Log-probabilities of the gates of blocks and layers; of widths, how near they are to the expected one.
 
     Expected sampling (DMCP, Guo et al., CVPR 2020), here inside the band. The likeliest width of a chain whose links
@@ -302,8 +302,8 @@ def gate_likelihood(net: Supernet) -> dict[str, np.ndarray]:
     """
     like = {d.name: np.zeros(len(d.options)) for d in net.space.decisions}
     live = net.live_options()
-    for name, gate in net.gates().items():
-        d, p = net.space.by_name[name], gate.probabilities().detach().double().cpu().numpy()
+    for name, p in net.seen(temperature).items():
+        d = net.space.by_name[name]
         like[name] = near(d, p @ np.array(d.options)) if d.is_width else np.log(np.maximum(p, 1e-30))
         like[name][np.setdiff1d(np.arange(len(p)), live[name])] = -1000
     return like

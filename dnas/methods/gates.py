@@ -3,12 +3,14 @@
 PruNet (arXiv 2209.11785) for blocks, inner widths and layers, DMCP (CVPR 2020) for all other widths.
 """
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,17 +19,17 @@ from torch.optim import Optimizer
 from dnas.methods.budget_loss import budget_penalty, ramp, target
 from dnas.methods.derive import derive, gate_likelihood
 from dnas.methods.method import HeldOut, Method, Search, Task, setting
-from dnas.nets.layer_choice import ChoiceGate, SkipGate
+from dnas.nets.layer_choice import SkipGate
 from dnas.nets.shrink import shrink
 from dnas.nets.supernet import Supernet
 from dnas.runtime.checkpoint import load_optimizer, optimizer_data
-from dnas.runtime.distributed import average_gradients, from_first, mean, shared_statistics, world_size
+from dnas.runtime.distributed import average_gradients, from_first, mean, shared_statistics, to_host, world_size
 from dnas.spec.cost import CostTable
 from dnas.spec.space import Arch
 from dnas.spec.validation import UserError
-from dnas.training.loop import MAX_SKIPPED, all_finite
+from dnas.training.loop import MAX_SKIPPED, make_scaler
 from dnas.training.onednn import subsampled
-from dnas.training.recipe import Recipe, autocast
+from dnas.training.recipe import autocast
 
 WeightsOn = Literal["hard", "soft", "sandwich"]
 
@@ -47,6 +49,7 @@ class GatesConfig:
     gate_lr: float = setting(0.0, "learning rate of the gates; 0: by the number of their steps")
     paths: int = setting(2, "candidate blocks mixed in a gate step")
     weights_on: WeightsOn = setting("hard", "nets that the weights learn on: hard, soft or sandwich")
+    scale_in_gradient: bool = setting(False, "the gates' gradient keeps the scale that all channels of a width share")
     entropy: float = setting(0.0, "weight of the gates' mean entropy at the end of the search; it grows from 0")
     budget_weight: float = setting(20.0, "weight of the distance to the budget in the gates' loss")
     warmup: float = setting(0.2, "weights only, nets drawn evenly, until then")
@@ -87,11 +90,13 @@ class GatesState:
     """What this method keeps beyond the supernet, which holds the gates themselves."""
 
     optimizer: Optimizer
+    scaler: torch.amp.GradScaler
     draws: torch.Generator
     first: dict[str, float]  # metric -> expected cost at the start
     steps: int  # of the whole search
     taught: int = 0  # gate steps so far
     skipped: int = 0  # in a row, because gradients were not finite
+    temperature: float = 1.0
     tables: tuple[Any, dict[str, CostTable]] = ((), {})  # of what is left of the supernet, and what they are of
 
 
@@ -111,9 +116,10 @@ def init(net: Supernet, task: Task) -> GatesState:
     check_length(steps, config)
     gate_steps = max(1.0, steps * (1 - config.warmup) / config.gate_every)
     gate_lr = config.gate_lr or min(0.3, max(0.01, 20 / gate_steps))
-    from_first(net.tensors())
+    from_first(net.gate_parameters())
     return GatesState(
         torch.optim.Adam(net.gate_parameters(), lr=gate_lr, betas=(0.5, 0.99)),
+        make_scaler(next(net.parameters()).device, task.recipe),
         torch.Generator().manual_seed(task.seed),
         {m: float(table.expected(net.probabilities()).detach()) for m, table in task.tables.items()},
         steps,
@@ -136,14 +142,15 @@ def weight_loss(search: Search, task: Task, x: Tensor, y: Tensor, progress: floa
     rule, arXiv 1903.05134).
     """
     net, draws, config = search.net, search.own.draws, task.config
-    even = progress < config.warmup
+    even, at = progress < config.warmup, {"temperature": search.own.temperature}
     if config.weights_on == "soft":
-        logits = net(x, net.soft(draws, config.paths))
+        logits = net(x, net.soft(draws, config.paths, **at, with_scale=config.scale_in_gradient))
     elif config.weights_on == "sandwich":
-        logits = torch.cat([net(x, a) for a in (net.widest(draws), net.narrowest(draws), net.draw(draws, even))])
+        nets = net.widest(draws, **at), net.narrowest(draws, **at), net.draw(draws, even, **at)
+        logits = torch.cat([net(x, answers) for answers in nets])
     else:
         widest = search.learner is not None and search.learner.update % 2 == 0
-        logits = net(x, net.widest(draws) if widest else net.draw(draws, even))
+        logits = net(x, net.widest(draws, **at) if widest else net.draw(draws, even, **at))
     return distilled_loss(logits.float(), y, task.recipe.smoothing)
 
 
@@ -155,11 +162,7 @@ def mean_entropy(distributions: Iterable[Tensor]) -> Tensor:
 def check_gradients(net: Supernet, step: int) -> None:
     """RuntimeError if an open gate got no gradient: a search with dead gates would end as it began, in silence."""
     for name, gate in net.gates().items():
-        if isinstance(gate, SkipGate):
-            settled = gate.is_removed or not gate.is_open
-        else:
-            settled = isinstance(gate, ChoiceGate) and len(gate.live) == 1
-        for p in () if settled else gate.parameters():
+        for p in () if gate.settled else gate.parameters():
             if p.numel() and (p.grad is None or not bool((p.grad != 0).all()) or not bool(p.grad.isfinite().all())):
                 raise RuntimeError(
                     f"the gate of {name} gets no gradient at step {step}: nothing can be learnt about it"
@@ -169,10 +172,10 @@ def check_gradients(net: Supernet, step: int) -> None:
 SNAPSHOTS = 100  # of the gates, over a whole search
 
 
-def snapshot(net: Supernet) -> dict[str, float | list[float]]:
+def snapshot(net: Supernet, temperature: float) -> dict[str, float | list[float]]:
     """Where every gate is: the expected width, or the probabilities of its options."""
     found: dict[str, float | list[float]] = {}
-    for name, p in net.probabilities().items():
+    for name, p in net.seen(temperature).items():
         decision, shares = net.space.by_name[name], p.tolist()
         if decision.is_width:
             found[name] = sum(width * share for width, share in zip(decision.options, shares, strict=True))
@@ -182,13 +185,15 @@ def snapshot(net: Supernet) -> dict[str, float | list[float]]:
 
 
 def image_loss(
-    search: Search, recipe: Recipe, paths: int, x: Tensor, y: Tensor, parts: int, taken: int
+    search: Search, task: Task, paths: int, x: Tensor, y: Tensor, parts: int, taken: int, p: Mapping[str, np.ndarray]
 ) -> tuple[Tensor, int]:
     """Backward passes of the gates' cross entropy on ``taken`` of ``parts`` parts of a batch, one after the other.
 
-    So mixing blocks takes the memory of one. Returns (the mean loss, a scalar; how many images it is of).
+    So mixing blocks takes the memory of one. ``p`` are the gates' probabilities. Gradients are scaled (see
+    `GatesState.scaler`). Returns (the mean loss, a scalar; how many images it is of).
     """
-    net = search.net
+    net, own, recipe = search.net, search.own, task.recipe
+    soft = partial(net.soft, own.draws, paths, own.temperature, p, task.config.scale_in_gradient)
     device, safe = x.device, subsampled(net, recipe)
     chosen = [(x[k::parts], y[k::parts]) for k in range(taken)]
     seen, losses = sum(len(labels) for _, labels in chosen), []
@@ -196,10 +201,11 @@ def image_loss(
         if recipe.channels_last:
             images = images.to(memory_format=torch.channels_last)
         with autocast(device, recipe), shared_statistics(), safe:
-            logits = net(images, net.soft(search.own.draws, paths)).float()
+            logits = net(images, soft()).float()
         losses.append(F.cross_entropy(logits, labels, reduction="sum") / seen)
-        if losses[-1].requires_grad:  # not when all that is left is decided
-            losses[-1].backward()
+        scaled = own.scaler.scale(losses[-1])
+        if scaled.requires_grad:  # not when all that is left is decided
+            scaled.backward()
     return torch.stack(losses).detach().sum(), seen
 
 
@@ -207,12 +213,11 @@ def gate_step(search: Search, task: Task, progress: float, held_out: HeldOut) ->
     """One step of the gates on held-out images: cross entropy of soft nets, plus the distance to the budget."""
     net, own, config = search.net, search.own, task.config
     sharpness = ramp(progress, (config.budget_from + config.budget_by) / 2, 1.0)
-    cooled = config.temperature**sharpness
+    own.temperature = config.temperature**sharpness
     checking = own.taught == 0
-    for gate in net.gates().values():
-        gate.temperature = cooled
-        if isinstance(gate, SkipGate) and not gate.is_open and progress >= config.skip_at:
-            gate.open(config.skip_from)
+    for gate in net.gates().values() if progress >= config.skip_at else ():
+        if isinstance(gate, SkipGate) and not gate.is_open:
+            gate.open(config.skip_from, own.temperature)
             checking = True
     fallen = ramp(progress, config.budget_from, config.budget_by)
     targets = {m: target(own.first[m], limit, fallen) for m, limit in task.limits.items()}
@@ -221,37 +226,42 @@ def gate_step(search: Search, task: Task, progress: float, held_out: HeldOut) ->
     mixed = mixed if checking else min(mixed, config.paths)
     parts = max(1, min(mixed, len(x) // 2))
     weights = net.weight_parameters()
-    for p in weights:
-        p.requires_grad_(False)
+    for w in weights:
+        w.requires_grad_(False)
     own.optimizer.zero_grad()
     paths, taken = (0, 1) if checking else (config.paths, parts)  # to check that gates are alive, one part will do
-    loss, seen = image_loss(search, task.recipe, paths, x, y, parts, taken)
-    for p in weights:
-        p.requires_grad_(True)
-    probabilities = net.probabilities()
+    probabilities = net.probabilities_on_host(own.temperature)
+    seen = {name: p.detach().numpy() for name, p in probabilities.items()}
+    loss, images = image_loss(search, task, paths, x, y, parts, taken, seen)
+    for w in weights:
+        w.requires_grad_(True)
     of = (*probabilities, *targets)
     if own.tables[0] != of:
         own.tables = of, live_tables(net, task)
     expected = {m: own.tables[1][m].expected(probabilities) for m in targets}
-    pull = config.budget_weight * budget_penalty(expected, targets)
+    pull = config.budget_weight * budget_penalty(expected, targets)  # all of it on the CPU
     if config.entropy:
         pull = pull + config.entropy * sharpness * mean_entropy(probabilities.values())
-    pull.backward()
+    (pull * own.scaler.get_scale() if own.scaler.is_enabled() else pull).backward()
     average_gradients(net.gate_parameters())
-    sound = all_finite(p.grad for p in net.gate_parameters())
+    own.scaler.unscale_(own.optimizer)
+    norm = torch.nn.utils.get_total_norm([w.grad for w in net.gate_parameters() if w.grad is not None])
+    value, size = to_host(torch.stack([mean(loss).double(), norm.double()])).tolist()
+    sound = math.isfinite(size)
     own.skipped = 0 if sound else own.skipped + 1
     if own.skipped >= MAX_SKIPPED:
         raise UserError(f"{MAX_SKIPPED} gate steps in a row had gradients that are not finite: lower --lr")
     if sound:
         if checking:
             check_gradients(net, search.learner.update - 1 if search.learner else 0)
-        own.optimizer.step()
+        own.scaler.step(own.optimizer)
+    own.scaler.update()
     from_first(net.gate_parameters())  # what is cut off hangs on them
     own.taught += 1
     return {
-        "images": seen * world_size(),
-        "gate_loss": float(mean(loss)),
-        "expected": {m: float(e.detach()) for m, e in expected.items()},
+        "images": images * world_size(),
+        "gate_loss": value,
+        "expected": {m: e.detach().numpy().item() for m, e in expected.items()},
         "target": targets,
     } | ({} if sound else {"gates_skipped": own.skipped})
 
@@ -281,20 +291,20 @@ def after_step(search: Search, task: Task, progress: float, held_out: HeldOut) -
         net, (learner.optimizer, own.optimizer), partial(may_end_with, task),
         move_above=0.9 - 0.2 * progress, block_below=0.5 * ramp(progress, config.block_from, config.block_by),
         layer_below=0.5 * ramp(progress, config.skip_at, 1.0), width_below=config.width_below,
-        patience=config.patience,
+        patience=config.patience, temperature=own.temperature,
     )  # fmt: skip
     if row["events"]:
         row["shrink_ms"] = 1e3 * (time.perf_counter() - taught)
     row["gate_ms"] = 1e3 * (time.perf_counter() - started)
     before = max(config.warmup, progress - config.gate_every / own.steps)
     if own.taught == 1 or int(SNAPSHOTS * progress) > int(SNAPSHOTS * before):
-        row["gates"] = snapshot(net)
+        row["gates"] = snapshot(net, own.temperature)
     return row
 
 
 def choose(search: Search, task: Task) -> Arch:
     """The likeliest network of the gates inside the budgets."""
-    return derive(search.net.space, task.tables, task.budgets, gate_likelihood(search.net))
+    return derive(search.net.space, task.tables, task.budgets, gate_likelihood(search.net, search.own.temperature))
 
 
 def state_dict(search: Search) -> dict[str, Any]:
@@ -306,6 +316,8 @@ def state_dict(search: Search) -> dict[str, Any]:
         "first": own.first,
         "taught": own.taught,
         "skipped": own.skipped,
+        "temperature": own.temperature,
+        "scaler": own.scaler.state_dict(),
     }
 
 
@@ -314,7 +326,10 @@ def load_state_dict(search: Search, data: Mapping[str, Any]) -> None:
     own = search.own
     load_optimizer(own.optimizer, search.net, data["optimizer"])
     own.draws.set_state(data["draws"].cpu())
-    own.first, own.taught, own.skipped = dict(data["first"]), data["taught"], data["skipped"]
+    if own.scaler.is_enabled():
+        own.scaler.load_state_dict(data["scaler"])
+    own.first = dict(data["first"])
+    own.taught, own.skipped, own.temperature = data["taught"], data["skipped"], data["temperature"]
 
 
 GATES = Method(
@@ -327,7 +342,7 @@ GATES = Method(
     after_step=after_step,
     held_out=lambda config: config.gate_fraction,
     work=lambda config: (config.warmup, (1 - config.warmup) * (1 + 2 / config.gate_every)),
-    distributions=lambda search: {name: p.detach() for name, p in search.net.probabilities().items()},
+    distributions=lambda search: {n: p.detach() for n, p in search.net.probabilities(search.own.temperature).items()},
     state_dict=state_dict,
     load_state_dict=load_state_dict,
 )

@@ -16,12 +16,14 @@ and the candidates share weights.
 import copy
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidual, InvertedResidual
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dnas.nets.markov_gate import MarkovGate, draw_index, gumbel_softmax
+from dnas.nets.gate import Gate, gumbel_softmax, split_like
+from dnas.nets.markov_gate import MarkovGate
 from dnas.spec.space import Option
 
 TimmBlock = InvertedResidual | EdgeResidual | DepthwiseSeparableConv
@@ -173,7 +175,7 @@ def share(blocks: Sequence[TimmBlock]) -> None:
             block.conv_pwl = widest_first[0].conv_pwl
 
 
-class PairGate(nn.Module):
+class PairGate(Gate):
     """Which of two inner widths: two logits, and the rule that moves the pair over its grid.
 
     Args:
@@ -182,11 +184,10 @@ class PairGate(nn.Module):
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
-        self.widths = list(widths)
+        self.options = self.widths = tuple(widths)
         self.low, self.high = max(0, len(widths) // 4 - 1), len(widths) - 1  # grid indices of the pair
-        self.temperature = 1.0
         self.logits = nn.Parameter(torch.zeros(2 if self.high > self.low else 0))
-        self.register_buffer("p_large", torch.tensor(0.5))  # moving average of the larger one's probability
+        self.average = 0.5  # moving average of the larger one's probability
 
     @property
     def small(self) -> int:
@@ -196,42 +197,38 @@ class PairGate(nn.Module):
     def large(self) -> int:
         return self.widths[self.high]
 
-    def probabilities(self) -> Tensor:
+    def live(self) -> list[int]:
+        """The pair, or the one width that is left."""
+        return sorted({self.low, self.high})
+
+    def reachable(self) -> list[int]:
+        """All: the pair moves both ways."""
+        return list(range(len(self.options)))
+
+    def probabilities(self, temperature: float = 1.0) -> Tensor:
         """[number of options], zero but for the pair."""
-        return pair_distributions([self])[0]
+        return pair_distributions([self], temperature)[0]
 
-    def soft(self, generator: torch.Generator | None = None) -> Tensor | int:
-        """A relaxed sample (q_small, q_large); the width itself where there is only one."""
-        return gumbel_softmax(self.logits, self.temperature, generator) if len(self.logits) else self.large
+    def soft(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """A relaxed sample (q_small, q_large)."""
+        return gumbel_softmax(self.logits, temperature, generator)
 
-    def draw(self, generator: torch.Generator | None = None, uniform: bool = False) -> int:
-        """One of the two widths, by their probabilities or evenly."""
-        if not len(self.logits):
-            return self.large
-        logits = torch.zeros_like(self.logits) if uniform else self.logits / self.temperature
-        return (self.small, self.large)[draw_index(torch.softmax(logits, 0), generator)]
-
-    def best(self) -> int:
-        """The likelier of the two."""
-        return self.large if not len(self.logits) or self.logits[1] >= self.logits[0] else self.small
-
-    @torch.no_grad()
-    def update(self, threshold: float, decay: float = 0.8) -> tuple[int, int] | None:
+    def update(self, p_large: float, threshold: float, decay: float = 0.8) -> tuple[int, int] | None:
         """Average the larger one's probability; if one side is above ``threshold``, say where the pair should go.
 
         A bracketing search on the grid: while the gap is wider than one step the loser moves half-way to the winner
         (the optimum is below, between or above); at the smallest gap the pair slides by one step, so that a wrong early
         halving can be mended. The gap never grows. Returns the new (low, high) grid indices, or None to stay; the
-        caller moves the gate and resizes the block (`dnas.nets.shrink.move_pair`).
+        caller moves the gate and resizes the block (`dnas.nets.surgery.move_pair`).
         """
-        if not len(self.logits):
+        if self.settled:
             return None
-        self.p_large.lerp_(torch.softmax(self.logits, 0)[1].to(self.p_large), 1 - decay)
-        p_large, gap = float(self.p_large), self.high - self.low
+        self.average += (1 - decay) * (p_large - self.average)
+        gap = self.high - self.low
         half, low, high = max(1, gap // 2), self.low, self.high
-        if p_large > threshold:
+        if self.average > threshold:
             low, high = (high - half, high) if gap > 1 else (low + 1, high + 1)
-        elif 1 - p_large > threshold:
+        elif 1 - self.average > threshold:
             low, high = (low, low + half) if gap > 1 else (low - 1, high - 1)
         if (low, high) == (self.low, self.high) or low < 0 or high >= len(self.widths):
             return None
@@ -240,25 +237,23 @@ class PairGate(nn.Module):
     @torch.no_grad()
     def move(self, low: int, high: int) -> None:
         """Set the pair to these grid indices; the logits and their average start anew."""
-        self.low, self.high = low, high
+        self.low, self.high, self.average = low, high, 0.5
         self.logits.zero_()
-        self.p_large.fill_(0.5)
 
 
-def pair_distributions(gates: Sequence[PairGate]) -> list[Tensor]:
+def pair_distributions(gates: Sequence[PairGate], temperature: float = 1.0) -> list[Tensor]:
     """Distributions over all options: a few operations on all gates. Where there is one option, it is certain."""
-    found = {g: g.logits.new_ones(1) for g in gates if not len(g.logits)}
-    if learning := [g for g in gates if len(g.logits)]:
-        sizes, places, start = [len(g.widths) for g in learning], [], 0
-        for g, size in zip(learning, sizes, strict=True):
-            places += [start + g.low, start + g.high]
-            start += size
-        logits = torch.stack([g.logits for g in learning])
-        pairs = torch.softmax(logits / logits.new_tensor([g.temperature for g in learning])[:, None], 1)
-        index = torch.tensor(places, device=pairs.device)
-        spread = pairs.new_zeros(start).index_add(0, index, pairs.flatten()).split(sizes)
-        found |= dict(zip(learning, spread, strict=True))
-    return [found[g] for g in gates]
+    learning = [g for g in gates if len(g.logits)]
+    flat = gates[0].logits.new_zeros(sum(len(g.options) for g in gates))
+    ends = np.cumsum([0, *(len(g.options) for g in gates)])
+    start = dict(zip(gates, ends.tolist(), strict=False))
+    if learning:
+        places = [start[g] + k for g in learning for k in (g.low, g.high)]
+        pairs = torch.softmax(torch.stack([g.logits for g in learning]) / temperature, 1)
+        flat = flat.index_add(0, torch.tensor(places, device=flat.device), pairs.flatten())
+    if certain := [start[g] for g in gates if not len(g.logits)]:
+        flat = flat.index_fill(0, torch.tensor(certain, device=flat.device), 1.0)
+    return split_like(flat, gates)
 
 
 class Prunode(nn.Module):

@@ -3,81 +3,77 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dnas.nets.bipath_block import GatedBlock, Made, Prunode
-from dnas.nets.markov_gate import draw_index, gumbel_softmax
+from dnas.nets.gate import Gate, gumbel, split_like
 from dnas.spec.space import DROP, KEEP, Option
 
 Answer = Option | Tensor | dict[str, Tensor]  # one option (hard), or the gate's weights (soft)
 Answers = Mapping[str, Answer]  # decision -> answer
 
 
-class ChoiceGate(nn.Module):
+class ChoiceGate(Gate):
     """Which block: a logit for each live candidate (FBNet's Gumbel-softmax)."""
 
     def __init__(self, options: Sequence[str]) -> None:
         super().__init__()
-        self.options = list(options)
-        self.live = list(range(len(options)))  # indices into options
-        self.temperature = 1.0
+        self.options = tuple(options)
+        self.alive = list(range(len(options)))  # indices into options
         self.logits = nn.Parameter(torch.zeros(len(options)))
 
-    def clean(self) -> Tensor:
-        """Softmax of the live logits without noise, [live]."""
-        return torch.softmax(self.logits / self.temperature, 0)
+    def live(self) -> list[int]:
+        """Those that were not removed."""
+        return self.alive
 
-    def probabilities(self) -> Tensor:
-        """[number of options], zero for removed blocks."""
-        return choice_distributions([self])[0]
+    def probabilities(self, temperature: float = 1.0) -> Tensor:
+        """[number of options], zero for removed blocks: the softmax of the live logits, without noise."""
+        return choice_distributions([self], temperature)[0]
 
-    def soft(self, generator: torch.Generator | None = None, paths: int = 0) -> dict[str, Tensor] | str:
-        """Gumbel-softmax weights ``{block: weight}`` of the live blocks; the name itself where one is left.
+    def soft(
+        self, temperature: float = 1.0, generator: torch.Generator | None = None, paths: int = 0,
+        p: np.ndarray | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Gumbel-softmax weights ``{block: weight}`` of the live blocks.
 
         ``paths`` > 0 takes only that many blocks, those that the noise favours, with their weights scaled to sum to 1
         (as ProxylessNAS trains two paths at a time): the cost of a step then does not grow with the number of blocks.
+        ``p`` are the probabilities at this temperature, where they have been read already.
         """
-        if len(self.live) == 1:
-            return self.options[self.live[0]]
-        weights = gumbel_softmax(self.logits, self.temperature, generator)
-        taken = weights.topk(min(paths or len(weights), len(weights))).indices.tolist()
-        share = weights[taken] / weights[taken].sum()
-        return {self.options[self.live[k]]: w for k, w in sorted(zip(taken, share, strict=True), key=lambda kw: kw[0])}
+        if p is None:
+            p = self.probabilities(temperature).detach().double().cpu().numpy()
+        noise = gumbel(len(self.alive), generator)
+        favoured = temperature * np.log(np.maximum(p[self.alive], 1e-300)) + noise.numpy()  # logits, up to a constant
+        taken = sorted(np.argsort(-favoured, kind="stable")[: paths or len(favoured)].tolist())
+        weights = torch.softmax((self.logits + noise.to(self.logits)) / temperature, 0)
+        weights = weights[taken] / weights[taken].sum()
+        return {self.options[self.alive[k]]: w for k, w in zip(taken, weights, strict=True)}
 
-    def draw(self, generator: torch.Generator | None = None, uniform: bool = False) -> str:
-        """One live block, by the clean softmax or evenly."""
-        p = self.clean()
-        return self.options[self.live[draw_index(torch.ones_like(p) if uniform else p, generator)]]
-
-    def best(self) -> str:
-        """The likeliest live block."""
-        return self.options[self.live[int(self.logits.argmax())]]
-
-    def below(self, threshold: float) -> list[str]:
-        """Live blocks whose clean softmax is under ``threshold``, least likely first, never the best one."""
-        p = self.clean().tolist()
-        order = sorted(range(len(p)), key=p.__getitem__)
-        return [self.options[self.live[k]] for k in order[:-1] if p[k] < threshold]
+    def below(self, threshold: float, p: np.ndarray) -> list[str]:
+        """Live blocks whose probability in ``p`` is under ``threshold``, least likely first, never the best one."""
+        order = sorted(self.alive, key=p.__getitem__)
+        return [str(self.options[k]) for k in order[:-1] if p[k] < threshold]
 
 
-def choice_distributions(gates: Sequence[ChoiceGate]) -> list[Tensor]:
+def choice_distributions(gates: Sequence[ChoiceGate], temperature: float = 1.0) -> list[Tensor]:
     """Distributions over all options, removed ones included: a few operations on all gates, not a few on each."""
     logits = torch.cat([g.logits for g in gates])
-    most, first = max(len(g.live) for g in gates), 0
+    most, first = max(len(g.alive) for g in gates), 0
     slots: list[int] = []
     places: list[int] = []
     for row, gate in enumerate(gates):
-        slots += range(row * most, row * most + len(gate.live))
-        places += [first + k for k in gate.live]
+        slots += range(row * most, row * most + len(gate.alive))
+        places += [first + k for k in gate.alive]
         first += len(gate.options)
     slot, place = torch.tensor([slots, places], device=logits.device)
     rows = logits.new_full((len(gates) * most,), -math.inf).index_copy(0, slot, logits).view(len(gates), most)
-    p = torch.softmax(rows / rows.new_tensor([g.temperature for g in gates])[:, None], 1).flatten()
-    return list(p.new_zeros(first).index_copy(0, place, p[slot]).split([len(g.options) for g in gates]))
+    p = torch.softmax(rows / temperature, 1).flatten()
+    return split_like(p.new_zeros(first).index_copy(0, place, p[slot]), gates)
 
 
-class SkipGate(nn.Module):
+class SkipGate(Gate):
     """Whether a residual layer stays: a coefficient ``s = sigmoid(3 kappa / T)`` on its branch (PruNet).
 
     Before ``open()`` the layer is simply there. The skip scales the branch; it is never averaged with the candidates,
@@ -85,52 +81,43 @@ class SkipGate(nn.Module):
     cross 1/2 in a third of the steps that the bare logit would take.
     """
 
+    options = (DROP, KEEP)
+
     def __init__(self) -> None:
         super().__init__()
         self.kappa = nn.Parameter(torch.tensor(0.0))  # `open` sets it
-        self.temperature = 1.0
         self.is_open, self.is_removed = False, False
 
     @torch.no_grad()
-    def open(self, start: float = 0.9) -> None:
-        """Let the layer be dropped from now on, beginning at s = ``start`` whatever the temperature is by now."""
+    def open(self, start: float = 0.9, temperature: float = 1.0) -> None:
+        """Let the layer be dropped from now on, beginning at s = ``start`` at this temperature."""
         self.is_open = True
-        self.kappa.fill_(math.log(start / (1 - start)) / 3 * self.temperature)
+        self.kappa.fill_(math.log(start / (1 - start)) / 3 * temperature)
 
-    def coefficient(self) -> Tensor:
+    def live(self) -> list[int]:
+        """Both once it is open."""
+        return [0] if self.is_removed else [0, 1] if self.is_open else [1]
+
+    def reachable(self) -> list[int]:
+        """Both until the layer is removed: a closed skip opens later."""
+        return [0] if self.is_removed else [0, 1]
+
+    def coefficient(self, temperature: float = 1.0) -> Tensor:
         """s, a scalar in [0, 1]."""
-        return torch.sigmoid(3 * self.kappa / self.temperature)
+        return torch.sigmoid(3 * self.kappa / temperature)
 
-    def probabilities(self) -> Tensor:
+    def probabilities(self, temperature: float = 1.0) -> Tensor:
         """(P(drop), P(keep))."""
-        return skip_distributions([self])[0]
-
-    def soft(self, generator: torch.Generator | None = None) -> Tensor | str:
-        """The coefficient itself, never sampled, or the fixed answer while closed or removed."""
-        return self.coefficient() if self.is_open and not self.is_removed else self.best()
-
-    def draw(self, generator: torch.Generator | None = None, uniform: bool = False) -> str:
-        """Keep with probability s; a uniform draw leaves the layer in until the skip is open."""
-        if self.is_removed or not self.is_open:
-            return self.best()
-        s = 0.5 if uniform else float(self.coefficient().detach())
-        return KEEP if float(torch.rand((), generator=generator)) < s else DROP
-
-    def best(self) -> str:
-        """Drop below s = 1/2."""
-        return DROP if self.is_removed or (self.is_open and float(self.kappa.detach()) < 0) else KEEP
+        return skip_distributions([self], temperature)[0]
 
 
-def skip_distributions(gates: Sequence[SkipGate]) -> list[Tensor]:
+def skip_distributions(gates: Sequence[SkipGate], temperature: float = 1.0) -> list[Tensor]:
     """(P(drop), P(keep)) of all gates at once. Those that cannot learn (closed or removed) get no gradient either."""
-    learning = [g for g in gates if g.is_open and not g.is_removed]
-    fixed = (g for g in gates if g not in learning)
-    found = {g: g.kappa.new_tensor([float(g.is_removed), float(not g.is_removed)]) for g in fixed}
-    if learning:
-        cooling = gates[0].kappa.new_tensor([3 / g.temperature for g in learning])
-        s = torch.sigmoid(torch.stack([g.kappa for g in learning]) * cooling)
-        found |= dict(zip(learning, torch.stack([1 - s, s], 1), strict=True))
-    return [found[g] for g in gates]
+    learning = [not g.settled for g in gates]
+    s = torch.sigmoid(3 * torch.stack([g.kappa for g in gates]) / temperature)
+    fixed = s.new_tensor([float(not g.is_removed) for g in gates])
+    s = torch.where(torch.tensor(learning, device=s.device), s, fixed)
+    return list(torch.stack([1 - s, s], 1))
 
 
 class StochasticLayer(nn.Module):

@@ -288,8 +288,7 @@ class MacroSupernet(Supernet):
         gates = self.gates()
         needs: dict[tuple[nn.Module, str], int] = {}
         for name, places in self.slices().items():
-            gate = gates[name]
-            width = int(gate.widths[-1] if isinstance(gate, MarkovGate) else gate.large)
+            width = int(gates[name].widest())
             for place in places:
                 needs[place] = max(width, needs.get(place, 0))
         for (module, side), width in needs.items():

@@ -3,11 +3,12 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
+import numpy as np
+from scipy.special import expit, logit
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dnas.nets.bipath_block import Prunode
+from dnas.nets.bipath_block import PairGate, Prunode
 from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.supernet import Supernet
 from dnas.nets.surgery import forget, move_pair, narrow, remove_block, remove_layer
@@ -23,6 +24,14 @@ def cut_width(net: Supernet, name: str, width: int, optimizers: Sequence[Optimiz
     narrow(gate, width, optimizers)
 
 
+def moved_pair(gate: PairGate, p: np.ndarray, temperature: float, threshold: float) -> tuple[int, int] | None:
+    """`PairGate.update` by the probabilities at a temperature; the rule looks at those at temperature 1."""
+    if gate.settled:
+        return None
+    large = float(np.clip(p[gate.high], 1e-12, 1 - 1e-12))
+    return gate.update(float(expit(temperature * logit(large))), threshold)
+
+
 def shrink(
     net: Supernet,
     optimizers: Sequence[Optimizer],
@@ -33,6 +42,7 @@ def shrink(
     layer_below: float,
     width_below: float,
     patience: int,
+    temperature: float = 1.0,
 ) -> list[dict]:
     """All three tiers of pruning after a step of the gates; returns what happened, one record an event.
 
@@ -42,34 +52,33 @@ def shrink(
     ``may_end_with(live options)`` is asked first.
     """
     events: list[dict] = []
+    p = net.seen(temperature)
 
     def allowed(name: str, options: Sequence[int]) -> bool:
         return may_end_with(net.live_options() | {name: list(options)})
 
     for layer in net.layers:
         skip, choice = layer.skip, layer.choice
-        open_skip = skip is not None and skip.is_open and not skip.is_removed
-        low = open_skip and float(skip.coefficient().detach()) < layer_below
+        low = skip is not None and not skip.settled and p[f"{layer.name}/keep"][1] < layer_below
         if low and allowed(f"{layer.name}/keep", [0]):
             remove_layer(layer)
             events.append({"layer": layer.name})
             continue
         if choice is not None:
-            for name in choice.below(block_below):
-                rest = [k for k in choice.live if choice.options[k] != name]
+            for name in choice.below(block_below, p[f"{layer.name}/block"]):
+                rest = [k for k in choice.alive if choice.options[k] != name]
                 if allowed(f"{layer.name}/block", rest):
                     remove_block(layer, name, optimizers)
                     events.append({"block": f"{layer.name}/{name}"})
         for block in layer.blocks.values():
-            moved = block.gate.update(move_above) if isinstance(block, Prunode) else None
-            if moved:
+            if isinstance(block, Prunode) and (moved := moved_pair(block.gate, p[block.mid], temperature, move_above)):
                 move_pair(block, *moved, optimizers)
                 events.append({"pair": block.mid, "widths": [block.gate.small, block.gate.large]})
     for name, gate in net.gates().items():
         if isinstance(gate, MarkovGate) and len(gate.widths) > 1:
-            low = gate.keep().detach()[1:] < width_below  # marginals only fall along the chain: the dead are its tail
-            gate.idle = torch.where(low, gate.idle + 1, 0)
-            alive = 1 + int((gate.idle < patience).sum())
+            marginals = p[name][::-1].cumsum()[::-1][1 : len(gate.widths)]  # they only fall: the dead are the tail
+            gate.idle = [k + 1 if low else 0 for k, low in zip(gate.idle, marginals < width_below, strict=True)]
+            alive = 1 + sum(k < patience for k in gate.idle)
             if alive < len(gate.widths) and allowed(name, range(alive)):
                 cut_width(net, name, gate.widths[alive - 1], optimizers)
                 events.append({"width": name, "channels": gate.widths[-1]})

@@ -3,20 +3,23 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dnas.nets.bipath_block import PairGate, Prunode, pair_distributions
 from dnas.nets.channels import ChannelAxis
+from dnas.nets.gate import Gate
 from dnas.nets.layer_choice import Answer, Answers, ChoiceGate, SkipGate, choice_distributions, skip_distributions
 from dnas.nets.markov_gate import MarkovGate, chain_distributions
 from dnas.nets.surgery import forget, move_pair, narrow, remove_block, remove_layer
+from dnas.runtime.distributed import to_host
 from dnas.spec.cost import CostTable
-from dnas.spec.space import DROP, KEEP, Arch, Option, Space
+from dnas.spec.space import Arch, Option, Space
 
-Gate = MarkovGate | PairGate | ChoiceGate | SkipGate
-DISTRIBUTIONS: dict[type, Callable[[Sequence[Any]], list[Tensor]]] = {
+# kind of gate -> the distributions of many gates at a temperature: one by one they would be thousands of operations
+DISTRIBUTIONS: dict[type, Callable[[Sequence[Any], float], list[Tensor]]] = {
     MarkovGate: chain_distributions,
     PairGate: pair_distributions,
     ChoiceGate: choice_distributions,
@@ -77,68 +80,83 @@ class Supernet(nn.Module):
         of_gates = {id(p) for p in self.gate_parameters()}
         return [p for p in self.parameters() if id(p) not in of_gates]
 
-    def probabilities(self) -> dict[str, Tensor]:
-        """Decision -> distribution over its original options, for every live decision.
-
-        All gates of a kind at once: one by one they would be thousands of small operations.
-        """
+    def probabilities(self, temperature: float = 1.0) -> dict[str, Tensor]:
+        """Decision -> distribution over its original options, for every live decision."""
         gates = self.gates()
         found: dict[str, Tensor] = {}
         for kind, distributions in DISTRIBUTIONS.items():
             own = {name: gate for name, gate in gates.items() if isinstance(gate, kind)}
             if own:
-                found |= dict(zip(own, distributions([*own.values()]), strict=True))
+                found |= dict(zip(own, distributions([*own.values()], temperature), strict=True))
         return {name: found[name] for name in gates}
 
-    def soft(self, generator: torch.Generator | None = None, paths: int = 0) -> dict[str, Answer]:
-        """What the net is multiplied by while the gates learn; ``paths`` blocks a layer (0: all live ones)."""
+    def probabilities_on_host(self, temperature: float = 1.0) -> dict[str, Tensor]:
+        """The same in float64 on the CPU, differentiable: one copy for all gates, which is all that a GPU waits for."""
+        found = self.probabilities(temperature)
+        flat = to_host(torch.cat([p.double() for p in found.values()]))
+        return dict(zip(found, flat.split([len(p) for p in found.values()]), strict=True))
+
+    @torch.no_grad()
+    def seen(self, temperature: float = 1.0) -> dict[str, np.ndarray]:
+        """The same as arrays, for drawing and cutting."""
+        return {name: p.detach().numpy() for name, p in self.probabilities_on_host(temperature).items()}
+
+    def soft(
+        self, generator: torch.Generator | None = None, paths: int = 0, temperature: float = 1.0,
+        p: Mapping[str, np.ndarray] | None = None, with_scale: bool = False,
+    ) -> dict[str, Answer]:  # fmt: skip
+        """What the net is multiplied by while the gates learn; ``paths`` blocks a layer (0: all live ones).
+
+        ``p``: what `seen` gives, where it has been read already. ``with_scale``: see `MarkovGate.soft`.
+        """
+        p = self.seen(temperature) if p is None else p
         answers: dict[str, Answer] = {}
         for name, gate in self.gates().items():
-            if isinstance(gate, ChoiceGate):
-                answers[name] = gate.soft(generator, paths)
-            elif isinstance(gate, MarkovGate) and len(gate.widths) == 1:
-                answers[name] = gate.widths[0]
-            else:
-                answers[name] = gate.soft(generator)
-        return answers
-
-    def draw(self, generator: torch.Generator | None = None, uniform: bool = False) -> dict[str, Answer]:
-        """One hard network, by the gates' probabilities or evenly over what is alive."""
-        return {name: gate.draw(generator, uniform) for name, gate in self.gates().items()}
-
-    def widest(self, generator: torch.Generator | None = None) -> dict[str, Answer]:
-        """Every live width at its widest, every live layer in; blocks are drawn by their probabilities."""
-        answers: dict[str, Answer] = {}
-        for name, gate in self.gates().items():
-            if isinstance(gate, ChoiceGate):
-                answers[name] = gate.draw(generator)
+            if gate.settled:
+                answers[name] = gate.widest()
+            elif isinstance(gate, ChoiceGate):
+                answers[name] = gate.soft(temperature, generator, paths, p[name])
+            elif isinstance(gate, PairGate):
+                answers[name] = gate.soft(temperature, generator)
             elif isinstance(gate, SkipGate):
-                answers[name] = DROP if gate.is_removed else KEEP
+                answers[name] = gate.coefficient(temperature)
             else:
-                answers[name] = gate.widths[-1] if isinstance(gate, MarkovGate) else gate.large
+                answers[name] = gate.soft(temperature, with_scale)
         return answers
 
-    def narrowest(self, generator: torch.Generator | None = None) -> dict[str, Answer]:
+    def draw(
+        self, generator: torch.Generator | None = None, uniform: bool = False, temperature: float = 1.0
+    ) -> dict[str, Answer]:
+        """One hard network, by the gates' probabilities or evenly over what is alive."""
+        gates, p = self.gates(), {} if uniform else self.seen(temperature)
+        draws = torch.rand(len(gates), generator=generator, dtype=torch.float64).numpy()
+        nothing = np.empty(0)
+        return {n: g.pick(p.get(n, nothing), u, uniform) for (n, g), u in zip(gates.items(), draws, strict=True)}
+
+    def widest(self, generator: torch.Generator | None = None, temperature: float = 1.0) -> dict[str, Answer]:
+        """Every live width at its widest, every live layer in; blocks are drawn by their probabilities."""
+        return self._end(Gate.widest, generator, temperature)
+
+    def narrowest(self, generator: torch.Generator | None = None, temperature: float = 1.0) -> dict[str, Answer]:
         """Every live width at its narrowest, every layer out that may go by now; blocks are drawn as in `widest`."""
-        answers = self.widest(generator)
-        for name, gate in self.gates().items():
-            if isinstance(gate, SkipGate):
-                answers[name] = DROP if gate.is_open else KEEP
-            elif not isinstance(gate, ChoiceGate):
-                answers[name] = gate.widths[0] if isinstance(gate, MarkovGate) else gate.small
+        return self._end(Gate.narrowest, generator, temperature)
+
+    def _end(
+        self, end: Callable[[Gate], Option], generator: torch.Generator | None, temperature: float
+    ) -> dict[str, Answer]:
+        gates = self.gates()
+        answers: dict[str, Answer] = {name: end(gate) for name, gate in gates.items()}
+        choices = {name: gate for name, gate in gates.items() if isinstance(gate, ChoiceGate) and not gate.settled}
+        if choices:
+            p = self.seen(temperature)
+            draws = torch.rand(len(choices), generator=generator, dtype=torch.float64).numpy()
+            answers |= {n: g.pick(p[n], u) for (n, g), u in zip(choices.items(), draws, strict=True)}
         return answers
 
     def live_options(self) -> dict[str, list[int]]:
         """Decision -> indices of the options that the search can still end with."""
         live = {d.name: list(range(len(d.options))) for d in self.space.decisions}
-        for name, gate in self.gates().items():
-            if isinstance(gate, MarkovGate):
-                live[name] = live[name][: len(gate.widths)]
-            elif isinstance(gate, ChoiceGate):
-                live[name] = list(gate.live)
-            elif isinstance(gate, SkipGate) and gate.is_removed:
-                live[name] = [0]
-        return live
+        return live | {name: gate.reachable() for name, gate in self.gates().items()}
 
     def best(self) -> Arch:
         """The most likely option of every decision, whatever it costs."""
@@ -148,15 +166,13 @@ class Supernet(nn.Module):
     def live_cost(self, table: CostTable) -> float:
         """Cost of the dearest network that is physically there: of its live widths, blocks and layers."""
         live = self.live_options()
-        for name, gate in self.gates().items():
-            if isinstance(gate, PairGate):
-                live[name] = live[name][: gate.high + 1]
+        live |= {name: [k for k in live[name] if k <= gate.live()[-1]] for name, gate in self.gates().items()}
         return table.of(table.extremes(live)[1])
 
     def structure(self) -> dict[str, list[int]]:
         """Decision -> indices of the options that are physically there, of a pair of widths those two; see `cut_to`."""
-        pairs = {name: gate for name, gate in self.gates().items() if isinstance(gate, PairGate)}
-        return self.live_options() | {name: sorted({gate.low, gate.high}) for name, gate in pairs.items()}
+        pairs = {name: gate.live() for name, gate in self.gates().items() if isinstance(gate, PairGate)}
+        return self.live_options() | pairs
 
     def cut_to(self, left: Mapping[str, Sequence[int]], optimizers: Sequence[Optimizer] = ()) -> None:
         """Cut the supernet down until only the options ``left`` (decision -> indices) are there."""
@@ -180,18 +196,22 @@ class Supernet(nn.Module):
     # What is left, beside the tensors: with it `load_state_dict` restores a supernet that has been cut, whole.
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Plain data: see `structure`; which skips are open; the temperature of every gate."""
+        """Plain data: see `structure`; which skips are open; what gates remember of the steps before."""
         gates = self.gates()
         return {
             "structure": self.structure(),
             "open": [name for name, gate in gates.items() if isinstance(gate, SkipGate) and gate.is_open],
-            "temperature": {name: gate.temperature for name, gate in gates.items()},
+            "idle": {name: list(gate.idle) for name, gate in gates.items() if isinstance(gate, MarkovGate)},
+            "average": {name: gate.average for name, gate in gates.items() if isinstance(gate, PairGate)},
         }
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Cut to the structure of ``state``, of which this supernet must have all options left."""
         self.cut_to(state["structure"])
         for name, gate in self.gates().items():
-            gate.temperature = state["temperature"][name]
             if isinstance(gate, SkipGate):
                 gate.is_open = name in state["open"]
+            elif isinstance(gate, MarkovGate):
+                gate.idle = list(state["idle"][name])
+            elif isinstance(gate, PairGate):
+                gate.average = state["average"][name]

@@ -18,7 +18,7 @@ def narrow(gate: MarkovGate, width: int, optimizers: Sequence[Optimizer] = ()) -
     """Leave a Markov gate only its widths up to ``width``, which is one of them."""
     gate.widths = gate.widths[: gate.widths.index(width) + 1]
     resize_tensor(gate, "alpha", 0, len(gate.widths) - 1, optimizers)
-    gate.idle = gate.idle[: len(gate.widths) - 1].clone()
+    gate.idle = gate.idle[: len(gate.widths) - 1]
 
 
 def move_pair(block: Prunode, low: int, high: int, optimizers: Sequence[Optimizer] = ()) -> None:
@@ -47,15 +47,15 @@ def move_pair(block: Prunode, low: int, high: int, optimizers: Sequence[Optimize
 def remove_block(layer: StochasticLayer, name: str, optimizers: Sequence[Optimizer] = ()) -> None:
     """Delete one candidate of a layer for good. ValueError if it is the last."""
     choice = layer.choice
-    if choice is None or len(choice.live) < 2:
+    if choice is None or len(choice.alive) < 2:
         raise ValueError(f"{layer.name}: {name} is the only block left")
-    gone = choice.live.index(choice.options.index(name))
+    gone = choice.alive.index(choice.options.index(name))
     del layer.blocks[name]
     # The logit moves out of the vector: the ones behind it close up, in the optimizer's buffers too.
-    keep = [k for k in range(len(choice.live)) if k != gone]
+    keep = [k for k in range(len(choice.alive)) if k != gone]
     for tensor in (choice.logits.data, *_buffers_like(choice.logits, optimizers)):
         tensor[: len(keep)] = tensor[keep].clone()
-    choice.live = [choice.live[k] for k in keep]
+    choice.alive = [choice.alive[k] for k in keep]
     resize_tensor(choice, "logits", 0, len(keep), optimizers)
 
 

@@ -306,7 +306,7 @@ class TimmSupernet(Supernet):
         if not self.reads or next(iter(self.reads.values()))[1].device != like.device:
             self.reads = read_by(self.model, self.channels)
         for name, gate in self.gates().items():
-            answer, step, widest = answers[name], self.steps[name], gate.widths[-1]
+            answer, step, widest = answers[name], self.steps[name], gate.widest()
             if isinstance(answer, Tensor):
                 factors[name] = answer[::step]
             elif answer < widest:
@@ -320,7 +320,7 @@ class TimmSupernet(Supernet):
 
     def fit(self, optimizers: Sequence[Optimizer] = ()) -> None:
         """Cut every module to what the live gates need."""
-        sizes = {name: gate.widths[-1] // self.steps[name] for name, gate in self.gates().items()}
+        sizes = {name: gate.widest() // self.steps[name] for name, gate in self.gates().items()}
         self.channels, goes = self.channels.cut(sizes)
         remove_channels(self.model, goes, optimizers)
         self.reads = {}  # found anew in the next step

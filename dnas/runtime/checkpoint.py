@@ -3,6 +3,7 @@
 A checkpoint is plain data: tensors, numbers, text, and lists and dicts of them. It is read with ``weights_only=True``.
 """
 
+import copy
 import hashlib
 import io
 import os
@@ -25,7 +26,7 @@ from dnas.spec.validation import UserError
 
 LAST, BEFORE = "checkpoint.pt", "checkpoint.before.pt"
 WORTH_KEEPING = (LAST, BEFORE, "metrics.json")  # a run folder with one of these can go on, or is complete
-FORMAT = 1
+FORMAT = 2
 
 
 def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:
@@ -46,8 +47,8 @@ def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:
     os.replace(new, folder / LAST)
 
 
-def _read(path: Path, device: torch.device) -> dict[str, Any]:
-    """UserError for whatever is wrong with a checkpoint."""
+def _read(path: Path) -> dict[str, Any]:
+    """The content, on the CPU. UserError for whatever is wrong with a checkpoint."""
     try:
         outer = torch.load(path, map_location="cpu", weights_only=True)
         content = outer["content"].numpy().tobytes()
@@ -55,22 +56,22 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
             raise ValueError(f"its format is {outer['format']!r}, not {FORMAT}")
         if hashlib.sha256(content).hexdigest() != outer["sha256"]:
             raise ValueError("its checksum is wrong")
-        found: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        found: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         return found
     except Exception as error:  # on damaged files torch raises almost anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{str(path)!r} is no checkpoint, or a damaged one: {reason}") from None
 
 
-def read_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """The last checkpoint that is whole; None if there never was one.
+def read_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The last checkpoint that is whole, its tensors on the CPU wherever they were; None if there never was one.
 
     A damaged last one gives way to the one before, with a warning. Raises UserError if all are damaged.
     """
     there = [folder / name for name in (LAST, BEFORE) if (folder / name).exists()]
     for path in there:
         try:
-            return _read(path, device)
+            return _read(path)
         except UserError as error:
             if path == there[-1]:
                 raise
@@ -90,16 +91,19 @@ def of_this_run() -> Iterator[None]:
         raise UserError(f"the checkpoint is not of this run, or of another version of dnas: {reason[:200]}") from None
 
 
-def module_data(module: nn.Module) -> dict[str, Tensor]:
+def module_data(module: nn.Module) -> dict[str, Any]:
     """The state of a module, to be read back by `load_module`."""
-    return {name: tensor.detach() for name, tensor in module.state_dict().items()}
+    return {name: t.detach() if isinstance(t, Tensor) else t for name, t in module.state_dict().items()}
 
 
-def load_module(module: nn.Module, data: dict[str, Tensor]) -> None:
-    """Put a module back as it was, to the strides of its parameters: what kernels run hangs on them, and so do bits."""
+def load_module(module: nn.Module, data: dict[str, Any]) -> None:
+    """Restore a module, including the memory layout of its parameters: kernels, and hence bits, depend on it.
+
+    ``data`` may be on another device: each parameter stays on its own.
+    """
     module.load_state_dict(data)
     for name, p in module.named_parameters():
-        p.data = data[name]
+        p.data = data[name].to(p.device, copy=True)
 
 
 def optimizer_data(optimizer: Optimizer, module: nn.Module) -> list[dict[str, Any]]:
@@ -119,13 +123,24 @@ def optimizer_data(optimizer: Optimizer, module: nn.Module) -> list[dict[str, An
 
 
 def load_optimizer(optimizer: Optimizer, module: nn.Module, data: list[dict[str, Any]]) -> None:
-    """Put the state of `optimizer_data` into an optimizer of the same kind."""
+    """Put the state of `optimizer_data` into an optimizer of the same kind, on the devices of its parameters.
+
+    A tensor "step" stays on the CPU, as torch's own ``load_state_dict`` leaves it, unless the optimizer needs it there.
+    """
     by_name = dict(module.named_parameters())
     optimizer.state.clear()
     for group, saved in zip(optimizer.param_groups, data, strict=True):
         group.update(saved["options"])
         group["params"] = [by_name[name] for name in saved["names"]]
-        optimizer.state.update({by_name[name]: state for name, state in saved["state"].items()})
+        steps_on_device = group.get("capturable") or group.get("fused")
+        for name, state in saved["state"].items():
+            p = by_name[name]
+            optimizer.state[p] = {
+                key: value.to(p.device, copy=True)
+                if isinstance(value, Tensor) and (key != "step" or steps_on_device)
+                else copy.copy(value)
+                for key, value in state.items()
+            }
 
 
 def random_data(device: torch.device) -> dict[str, Any]:
@@ -172,7 +187,7 @@ class Journal:
 
     def __init__(self, folder: Path, device: torch.device, every_s: float, stop: Callable[[], int]) -> None:
         self.folder, self.device, self.every_s, self.stop = folder, device, every_s, stop
-        saved = gathered(read_checkpoint(folder, device) if rank() == 0 else None)[0]
+        saved = gathered(read_checkpoint(folder) if rank() == 0 else None)[0]
         if saved is None:
             saved = {"done": {}, "under_way": {}}
         with of_this_run():

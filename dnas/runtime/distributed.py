@@ -113,15 +113,31 @@ def gathered(value: Any) -> list[Any]:
     return found
 
 
+def to_host(tensor: Tensor) -> Tensor:
+    """``tensor`` on the CPU, differentiable. All copies that the steps of a training or a search wait for are here.
+
+    A GPU works behind; whoever reads a number of it waits until it has caught up.
+    """
+    return tensor.cpu()
+
+
 def from_first(tensors: Iterable[Tensor]) -> None:
-    """Give all processes the first one's values, in place: decisions that hang on them cannot differ then."""
-    if world_size() > 1:
-        first = dist.get_global_rank(_group, 0) if _group else 0
-        with torch.no_grad():
-            for tensor in tensors:
-                own = tensor.contiguous()  # what lies channels last cannot be sent by every backend
-                dist.broadcast(own, first, group=_group)
-                tensor.copy_(own)
+    """Give all processes the first one's values, in place: decisions that hang on them cannot differ then.
+
+    One message for each dtype and device, however many tensors there are.
+    """
+    if world_size() == 1:
+        return
+    first = dist.get_global_rank(_group, 0) if _group else 0
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    with torch.no_grad():
+        for own in alike.values():
+            flat = torch.cat([tensor.flatten() for tensor in own])
+            dist.broadcast(flat, first, group=_group)
+            for tensor, part in zip(own, flat.split([t.numel() for t in own]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
 
 
 def shared_statistics() -> AbstractContextManager:

@@ -3,13 +3,14 @@
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any
 
 import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3, random_seed
-from torch import Tensor, nn
+from torch import nn
 
 from dnas.runtime.checkpoint import load_module, module_data, of_this_run
 from dnas.runtime.distributed import from_first, rank
@@ -50,7 +51,7 @@ def train_from_scratch(
     model.train()
     batches = data.train_batches(recipe.batch_size, seed=seed)
     learner = make_learner(model, model.parameters(), recipe, len(batches))
-    losses: deque[Tensor] = deque(maxlen=len(batches))
+    losses: deque[float] = deque(maxlen=len(batches))
     with of_this_run():
         if saved:
             load_module(model, saved["model"])
@@ -78,7 +79,7 @@ def train_from_scratch(
     final = model if ema is None else ema.module
     scores = evaluate(final, data.val_batches(max(recipe.batch_size, 256)), recipe)
     seconds = time.perf_counter() - started
-    scores["train_loss"] = float(torch.stack([*losses]).mean())
+    scores["train_loss"] = fmean(losses)
     skipped = {"skipped": learner.skipped} if learner.skipped else {}
     return final, {**scores, **skipped, "epochs": recipe.epochs, "seconds": round(seconds, 2), "seed": seed}
 

@@ -1,5 +1,6 @@
 """One ``train`` and one ``evaluate``, for searching and for training from scratch alike, made of timm's parts."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dnas.runtime.checkpoint import load_optimizer, optimizer_data
-from dnas.runtime.distributed import average_gradients, mean, shared_statistics
+from dnas.runtime.distributed import average_gradients, mean, shared_statistics, to_host
 from dnas.spec.validation import UserError
 from dnas.training.data import Batches
 from dnas.training.onednn import subsampled
@@ -34,14 +35,18 @@ class Learner:
     skipped_now: int = 0
 
 
+def make_scaler(device: torch.device, recipe: Recipe) -> torch.amp.GradScaler:
+    """Keeps small gradients of float16 from vanishing; disabled for any other precision."""
+    dtype = AMP_DTYPES[recipe.amp_dtype] or torch.get_autocast_dtype(device.type)
+    return torch.amp.GradScaler(device.type, enabled=recipe.amp and dtype == torch.float16)
+
+
 def make_learner(
     module: nn.Module, parameters: Iterable[nn.Parameter], recipe: Recipe, updates_per_epoch: int
 ) -> Learner:
     """Of a training of these parameters of ``module`` that is about to begin. Raises UserError for names timm lacks."""
     optimizer = make_optimizer(parameters, recipe)
-    device = optimizer.param_groups[0]["params"][0].device.type
-    dtype = AMP_DTYPES[recipe.amp_dtype] or torch.get_autocast_dtype(device)
-    scaler = torch.amp.GradScaler(device, enabled=recipe.amp and dtype == torch.float16)
+    scaler = make_scaler(optimizer.param_groups[0]["params"][0].device, recipe)
     return Learner(module, optimizer, make_scheduler(optimizer, recipe, updates_per_epoch), scaler)
 
 
@@ -65,38 +70,40 @@ def load_learner(learner: Learner, data: Mapping[str, Any]) -> None:
 MAX_SKIPPED = 25  # steps in a row; float16 needs up to 16 to find its scale
 
 
-def all_finite(gradients: Iterable[Tensor | None]) -> bool:
-    """Whether there is no NaN and no infinity in any of them. Waits for a GPU."""
-    return bool(torch.nn.utils.get_total_norm([g for g in gradients if g is not None]).isfinite())
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether there is no NaN and no infinity in any of them."""
+    return math.isfinite(to_host(nn.utils.get_total_norm(tensors)).item())
 
 
 @torch.no_grad()
-def _step(learner: Learner, recipe: Recipe, loss: Tensor) -> None:
+def _step(learner: Learner, recipe: Recipe, loss: Tensor) -> float:
     """A step of the optimizer, or none if a gradient is not finite: one bad batch must not cost the whole training.
 
-    Statistics of batch norms that such a batch has spoilt start anew. Raises UserError after too many in a row.
+    Returns the loss, over all processes, which is read together with the norm of the gradients. Statistics of batch
+    norms that such a batch has spoilt start anew. Raises UserError after too many in a row.
     """
     optimizer, scaler = learner.optimizer, learner.scaler
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scaler.unscale_(optimizer)
     total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if total.isfinite():
+    value, norm = to_host(torch.stack([mean(loss.detach()).double(), total.double()])).tolist()
+    if math.isfinite(norm):
         if recipe.clip_grad:
             nn.utils.clip_grads_with_norm_(parameters, recipe.clip_grad, total)
         scaler.step(optimizer)
         learner.skipped_now = 0
     else:
         learner.skipped, learner.skipped_now = learner.skipped + 1, learner.skipped_now + 1
-        norms = (m for m in learner.module.modules() if isinstance(m, nn.BatchNorm2d))
-        for norm in norms:
-            if norm.running_mean is not None and not all_finite((norm.running_mean, norm.running_var)):
-                norm.reset_running_stats()
+        for m in [m for m in learner.module.modules() if isinstance(m, nn.BatchNorm2d)]:
+            if not all_finite([t for t in (m.running_mean, m.running_var) if t is not None]):
+                m.reset_running_stats()
     scaler.update()
     if learner.skipped_now >= MAX_SKIPPED:
         raise UserError(
-            f"the loss is {float(loss)} at step {learner.update}, and {MAX_SKIPPED} steps in a row had gradients that "
+            f"the loss is {value} at step {learner.update}, and {MAX_SKIPPED} steps in a row had gradients that "
             f"are not finite: a lower --lr than {recipe.lr}, or --clip-grad, is needed"
         )
+    return value
 
 
 def train(
@@ -106,8 +113,8 @@ def train(
     recipe: Recipe,
     *,
     mixup: Mixup | None = None,
-) -> Iterator[Tensor]:
-    """Weight steps from ``learner.update`` to the end of the last epoch; each yields its loss, a scalar.
+) -> Iterator[float]:
+    """Weight steps from ``learner.update`` to the end of the last epoch; each yields its loss.
 
     ``loss_of(images, labels)`` is the loss, a scalar. What is to come between two steps is the caller's: the search's
     gates, the EMA, the progress bar. A step whose gradients are not finite is skipped; UserError after `MAX_SKIPPED` in
@@ -129,11 +136,11 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             average_gradients(p for group in optimizer.param_groups for p in group["params"])
-            _step(learner, recipe, loss)
+            value = _step(learner, recipe, loss)
+            del loss  # and its graph: what follows may change the shape of parameters
             learner.update += 1
             learner.scheduler.step_update(learner.update)
-            loss = mean(loss.detach())  # frees the graph: what follows may change the shape of parameters
-            yield loss
+            yield value
 
 
 def cycle(batches: Batches, taken: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

@@ -15,7 +15,10 @@ from dnas.spec.validation import UserError
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights are trained: the tools' flags, with timm's names and meanings. ``model_ema_decay`` 0: no EMA."""
+    """How weights are trained: the flags of the command line, with timm's names and meanings.
+
+    ``model_ema_decay`` 0: no EMA. Raises UserError for a number or a name that makes no sense, naming the flag.
+    """
 
     epochs: int = 10
     batch_size: int = 64
@@ -36,26 +39,23 @@ class Recipe:
     amp_dtype: str = "auto"
     channels_last: bool = True
 
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("epochs", 1, 100_000), ("batch_size", 2, 65536), ("lr", 1e-9, 1e3), ("weight_decay", 0, 10),
+            ("min_lr", 0, 1e3),
+            ("smoothing", 0, 0.99), ("mixup", 0, 10), ("cutmix", 0, 10), ("drop", 0, 0.99), ("drop_path", 0, 0.99),
+            ("model_ema_decay", 0, 0.999999), ("warmup_epochs", 0, 100_000), ("clip_grad", 0, 1e6),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+        if self.amp_dtype not in AMP_DTYPES:
+            raise UserError(f"--amp-dtype {self.amp_dtype!r} is not one of {', '.join(AMP_DTYPES)}")
+        make_scheduler(make_optimizer([nn.Parameter(torch.zeros(1))], self), self, 1)  # do their names exist?
+
 
 # auto: what torch takes on the device, float16 on a GPU and bfloat16 on a CPU.
 AMP_DTYPES = {"auto": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def check_recipe(recipe: Recipe) -> Recipe:
-    """``recipe`` itself if every number makes sense. Raises UserError naming the flag."""
-    for name, low, high in (
-        ("epochs", 1, 100_000), ("batch_size", 2, 65536), ("lr", 1e-9, 1e3), ("weight_decay", 0, 10),
-        ("min_lr", 0, 1e3),
-        ("smoothing", 0, 0.99), ("mixup", 0, 10), ("cutmix", 0, 10), ("drop", 0, 0.99), ("drop_path", 0, 0.99),
-        ("model_ema_decay", 0, 0.999999), ("warmup_epochs", 0, 100_000), ("clip_grad", 0, 1e6),
-    ):  # fmt: skip
-        value = getattr(recipe, name)
-        if not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
-    if recipe.amp_dtype not in AMP_DTYPES:
-        raise UserError(f"--amp-dtype {recipe.amp_dtype!r} is not one of {', '.join(AMP_DTYPES)}")
-    make_scheduler(make_optimizer([nn.Parameter(torch.zeros(1))], recipe), recipe, 1)  # do their names exist?
-    return recipe
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> Optimizer:
