@@ -22,8 +22,8 @@ import iso_report  # noqa: E402
 import iso_stats as stats  # noqa: E402
 import variants  # noqa: E402
 
-from dnas.training.recipe import Recipe
 from dnas.nets.bipath_block import PairGate  # noqa: E402
+from dnas.training.recipe import Recipe
 
 NOISE, SPREAD = 0.7, 1.1
 

@@ -13,7 +13,7 @@ ROOMS = {
     "runtime": ["distributed", "run_folder", "checkpoint", "signals", "progress"],
     "training": ["tar_images", "data", "recipe", "onednn", "loop", "from_scratch"],
     "nets": [
-        *("gate", "markov_gate", "bipath_block", "layer_choice", "channels", "tracing", "resize", "surgery"),
+        *("gate", "markov_gate", "bipath_block", "layer_choice", "channels", "units", "tracing", "resize", "surgery"),
         *("supernet", "macro", "timm_net", "shrink"),
     ],
     "methods": ["budget_loss", "derive", "method", "rules", "rank_and_cut", "gates", "catalog", "loop"],

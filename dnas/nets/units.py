@@ -1,0 +1,190 @@
+"""Units: which channels of a network stay or go together, and how the groups of `dnas.nets.channels` follow from them.
+
+Every element of every tensor in a forward pass belongs to a unit. A unit is a number, so the units of a tensor are a
+second tensor of the same shape. `dnas.nets.tracing` runs the pass and decides which units are joined.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dnas.nets.channels import Axis, Channels, Group, Op
+
+FIXED = 0  # the unit of all that cannot be cut: images, logits, and what is not understood
+
+
+class Units:
+    """Numbered units that can be joined (union-find)."""
+
+    def __init__(self) -> None:
+        self.parent = [FIXED]  # of every unit; a unit that is its own parent stands for all that were joined with it
+
+    def find(self, unit: int) -> int:
+        """The unit that stands for all units joined with this one."""
+        root = unit
+        while self.parent[root] != root:
+            root = self.parent[root]
+        while self.parent[unit] != root:  # shorten the path for the next search
+            self.parent[unit], unit = root, self.parent[unit]
+        return root
+
+    def fresh(self, count: int) -> Tensor:
+        """New units."""
+        start = len(self.parent)
+        self.parent.extend(range(start, start + count))
+        return torch.arange(start, start + count)
+
+    def join(self, a: Tensor, b: Tensor) -> None:
+        """Join the units of two tensors element by element. Their shapes are broadcast."""
+        a, b = torch.broadcast_tensors(a, b)
+        # A dimension along which both tensors only repeat their elements needs one look.
+        once = [slice(0, 1) if not s and not t else slice(None) for s, t in zip(a.stride(), b.stride(), strict=True)]
+        pairs = torch.stack([a[tuple(once)].flatten(), b[tuple(once)].flatten()])
+        for one, two in torch.unique(pairs[:, pairs[0] != pairs[1]], dim=1).t().tolist():
+            low, high = sorted((self.find(one), self.find(two)))
+            self.parent[high] = low  # FIXED is the lowest: what is joined with it becomes fixed
+
+    def fix(self, units: Tensor) -> bool:
+        """Join these units with `FIXED`. False if the tensor held nothing else."""
+        if not bool((units != FIXED).any()):
+            return False
+        self.join(units, torch.zeros_like(units))
+        return True
+
+    def meet(self, a: Tensor, b: Tensor) -> Tensor:
+        """The units of the result of an element-wise operation on two tensors.
+
+        Terms are joined. But if one element of a tensor meets several units of the other (a map of one channel, a
+        single number), then only this tensor is fixed: joining would tie all units of the other.
+        """
+        rank = max(a.ndim, b.ndim)
+        a, b = (t.reshape([1] * (rank - t.ndim) + list(t.shape)) if t.ndim < rank else t for t in (a, b))
+        for t, other in ((a, b), (b, a)):
+            if any(t.shape[d] == 1 and _varies(other, d) for d in range(rank)):
+                self.fix(t)
+                return other
+        self.join(a, b)
+        return torch.maximum(a, b)
+
+
+class Record:
+    """What is known about a network while its forward pass runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+        self.units = Units()
+        self.of: dict[int, Tensor] = {}  # id of a tensor -> units of its elements
+        self.transposed: dict[int, str] = {}  # id of weight.t() -> name of the weight
+        self.axes: dict[Axis, Tensor] = {}  # the units that each axis of the network holds
+        self.loose: dict[str, Tensor] = {}  # units of parameters outside the known layers, such as layer scales
+        self.ops: dict[str, Op] = {}
+        self.norms: list[str] = []
+        self.standardised: list[str] = []
+        self.products = 0
+        self.reasons: list[str] = []
+        self.inside: list[str] = []  # the modules that run now, the innermost last
+
+    def units_of(self, t: Tensor) -> Tensor:
+        """The units of a tensor. Those of a parameter with one line of elements are made when it is first used."""
+        if id(t) in self.of:
+            return self.of[id(t)]
+        name = self.names.get(id(t))
+        if name is None or t.numel() != max(t.shape, default=1) or t.numel() == 1:  # no parameter, or not one line
+            return torch.zeros((), dtype=torch.long).expand(t.shape)
+        if name not in self.loose:
+            self.loose[name] = self.units.fresh(t.numel()).reshape(t.shape)
+        return self.loose[name]
+
+    def set_units(self, t: Tensor, units: Tensor) -> None:
+        """Say which units a tensor has. Their shape is broadcast."""
+        self.of[id(t)] = units.expand(t.shape)
+
+    def set_channels(self, t: Tensor, line: Tensor) -> None:
+        """Say which units a tensor has along dimension 1."""
+        self.set_units(t, line.reshape(1, -1, *[1] * (t.ndim - 2)))
+
+    def units_along(self, t: Tensor, dim: int) -> Tensor:
+        """The units of a tensor along one dimension. Elements at the same place of this dimension are joined first."""
+        units = self.units_of(t)
+        line = first_line(units, dim)
+        self.units.join(units, line.reshape([-1 if d == dim % units.ndim else 1 for d in range(units.ndim)]))
+        return line
+
+    def fix(self, units: Tensor, why: str) -> None:
+        """Fix these units, and note the running module with the reason if any of them could have been cut."""
+        if self.units.fix(units):
+            self.reasons.append(f"{self.inside[-1]}: {why}")
+
+    def add_axis(self, name: str, index: int, units: Tensor) -> None:
+        """Say which units an axis of the network holds. If it is used again, the units of both uses are joined."""
+        if (name, index) in self.axes:
+            self.units.join(self.axes[name, index], units)
+        self.axes[name, index] = units
+
+    def add_sizes(self, lines: Sequence[Tensor]) -> None:
+        """Find the numbers by which the running module split a tensor into these lines.
+
+        An attribute of the module that equals the lengths of the lines is such a number (or list of numbers). It must
+        be cut together with the channels.
+        """
+        wanted, running = [len(line) for line in lines], self.inside[-1]
+        if bool((torch.cat([*lines]) != FIXED).any()):
+            for attribute, value in vars(self.model.get_submodule(running)).items():
+                if _numbers(value) == wanted:
+                    for k, line in enumerate(lines):
+                        self.add_axis(f"{running}.{attribute}", k, line)
+
+
+def first_line(units: Tensor, dim: int) -> Tensor:
+    """The units along one dimension, at the start of all other dimensions."""
+    line = units.movedim(dim, 0)
+    while line.ndim > 1:
+        line = line[:, 0]
+    return line
+
+
+def channels_of(record: Record) -> Channels:
+    """The result of a pass. Units that occur in the same axes, equally often in each, form a group."""
+    for name, units in record.loose.items():
+        record.add_axis(name, int(np.argmax(units.shape)), units.flatten())
+    places: dict[int, dict[Axis, list[int]]] = {}  # of each unit that can be cut
+    for axis, units in record.axes.items():
+        for position, unit in enumerate(units.tolist()):
+            if (root := record.units.find(unit)) != FIXED:
+                places.setdefault(root, {}).setdefault(axis, []).append(position)
+    alike: dict[tuple, list[dict[Axis, list[int]]]] = {}  # (axis, number of positions) of all axes -> units
+    for at in places.values():
+        alike.setdefault(tuple((axis, len(positions)) for axis, positions in at.items()), []).append(at)
+    groups = []
+    for signature, found in alike.items():
+        written = [op.writes for op in record.ops.values() if op.writes in found[0]]
+        if written and len(found) > 1:
+            first = written[0]
+            found.sort(key=lambda at: at[first][0])
+            where = {axis: np.array([at[axis] for at in found]) for axis, _ in signature}
+            name, own = first[0].rpartition(".")[0], where[first]
+            if own.size < len(record.axes[first]):  # the group is a part of what this layer writes
+                name += f"[{own.min()}:{own.max() + 1}]"
+            groups.append(Group(name, len(found), own.shape[1], where))
+    return Channels(
+        groups=tuple(groups),
+        ops=tuple(record.ops.values()),
+        norms=tuple(record.norms),
+        standardised=tuple(record.standardised),
+        products=record.products,
+        fixed=tuple(dict.fromkeys(record.reasons)),
+    )
+
+
+def _varies(units: Tensor, dim: int) -> bool:
+    return units.shape[dim] > 1 and units.stride(dim) != 0 and bool((units != units.narrow(dim, 0, 1)).any())
+
+
+def _numbers(value: Any) -> list:
+    if type(value) is int:
+        return [value]
+    return list(value) if type(value) in (list, tuple) else []
