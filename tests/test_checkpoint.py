@@ -14,9 +14,23 @@ from dnas.export.model_file import build_net
 from dnas.methods.gates import GATES, GatesConfig
 from dnas.methods.loop import begin, load_search, run, search_data
 from dnas.methods.method import Task
+from dnas.nets.bipath_block import PairGate
 from dnas.nets.macro import MacroSupernet
+from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.timm_net import TimmBase, TimmSupernet
-from dnas.runtime.checkpoint import BEFORE, FORMAT, LAST, Journal, Stopped, read_checkpoint, write_checkpoint
+from dnas.runtime.checkpoint import (
+    BEFORE,
+    FORMAT,
+    LAST,
+    Journal,
+    Stopped,
+    load_module,
+    load_optimizer,
+    module_data,
+    optimizer_data,
+    read_checkpoint,
+    write_checkpoint,
+)
 from dnas.spec.budget import parse_budget
 from dnas.spec.cost import CostTable, resolve_budgets
 from dnas.spec.validation import UserError
@@ -168,3 +182,77 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, capsys):
         with pytest.raises(UserError, match="no checkpoint"):
             read_checkpoint(tmp_path)
     assert "executed" not in capsys.readouterr().out
+
+
+def test_what_was_saved_is_read_on_the_cpu_and_put_where_each_parameter_is(tmp_path):
+    """Memory layout included. ``meta`` stands for another device; torch keeps the steps of Adam on the CPU."""
+    layers = [torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1)]
+    net = torch.nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    write_checkpoint(tmp_path, {"net": module_data(net), "optimizer": optimizer_data(optimizer, net)})
+    found = read_checkpoint(tmp_path)
+    for device in ("cpu", "meta"):
+        other = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1)).to(device)
+        theirs = torch.optim.AdamW(other.parameters())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
+            load_module(other, found["net"])
+        load_optimizer(theirs, other, found["optimizer"])
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            state = theirs.state[q]
+            assert q.device.type == device and q.stride() == p.stride()
+            assert state["exp_avg"].device.type == device and state["step"].device.type == "cpu"
+            assert state["exp_avg"].stride() == optimizer.state[p]["exp_avg"].stride()
+            if device == "cpu":
+                assert torch.equal(p, q) and torch.equal(state["exp_avg_sq"], optimizer.state[p]["exp_avg_sq"])
+                assert q.data_ptr() != found["net"][next(iter(found["net"]))].data_ptr()  # not the file's own tensors
+
+
+def test_a_checkpoint_that_was_read_can_be_used_twice(tmp_path):
+    """What a search does to its tensors leaves what was read as it was."""
+    layer = torch.nn.Linear(3, 2)
+    write_checkpoint(tmp_path, {"net": module_data(layer)})
+    found = read_checkpoint(tmp_path)
+    load_module(layer, found["net"])
+    layer.weight.data.zero_()
+    assert found["net"]["weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("make", [prunet, markov, resnet])
+def test_a_state_dict_restores_a_supernet_that_was_cut(make):
+    """Structure, open skips, and what gates remember: all of it is in ``state_dict``."""
+    net = make()
+    for layer in net.layers:
+        if layer.skip:
+            layer.skip.open(0.7)
+    left = net.structure()
+    for name, gate in net.gates().items():
+        if isinstance(gate, MarkovGate) and len(gate.widths) > 2:
+            left[name] = left[name][:-1]
+        elif isinstance(gate, PairGate) and len(gate.widths) > 2:
+            left[name] = [0, 1]
+    for k, layer in enumerate(net.layers):
+        if layer.choice:
+            left[f"{layer.name}/block"] = [k % len(layer.choice.options)]
+        if layer.skip and k % 3 == 0:
+            left[f"{layer.name}/keep"] = [0]
+    net.cut_to(left)
+    for gate in net.gates().values():
+        if isinstance(gate, MarkovGate):
+            gate.idle = list(range(len(gate.idle)))
+        elif isinstance(gate, PairGate):
+            gate.average = 0.25
+    other = make()
+    other.load_state_dict(net.state_dict())
+    assert other.structure() == net.structure() and list(other.gates()) == list(net.gates())
+    assert all(map(torch.equal, net.tensors(), other.tensors()))
+    for name, gate in net.gates().items():
+        twin = other.gates()[name]
+        assert gate.live() == twin.live() and gate.reachable() == twin.reachable()
+        assert getattr(gate, "idle", None) == getattr(twin, "idle", None)
+        assert getattr(gate, "average", None) == getattr(twin, "average", None)
+    x, draws = torch.randn(2, 3, 8, 8), [torch.Generator().manual_seed(0) for _ in range(2)]
+    with torch.no_grad():
+        assert torch.equal(net(x, net.widest(draws[0])), other(x, other.widest(draws[1])))

@@ -19,7 +19,9 @@ from dnas.methods.derive import derive, gate_likelihood
 from dnas.methods.gates import GATES, GatesConfig
 from dnas.methods.loop import search
 from dnas.methods.method import Task
+from dnas.methods.rank_and_cut import L1
 from dnas.nets.macro import MacroSupernet
+from dnas.nets.timm_net import TimmBase, TimmSupernet
 from dnas.runtime.distributed import average_gradients, from_first, mean, rank, share_of, shared_statistics, world_size
 from dnas.spec.budget import Budget
 from dnas.spec.cost import CostTable
@@ -91,6 +93,44 @@ def test_every_image_is_in_one_process(tmp_path):
     seen = torch.cat([x for part in parts for x in part["val"]])
     assert torch.equal(seen.sort().values, torch.cat(one["val"]).sort().values)
     assert [float(part["told"]) for part in parts] == [0, 0]
+
+
+def first_of_many():
+    """Tensors of several dtypes, shapes and layouts, of this process's own, after the first one's were sent."""
+    torch.manual_seed(rank())
+    kinds = [torch.randn(2, 3), torch.randn(4).double(), torch.randint(9, (5,)), torch.rand(()), torch.zeros(0)]
+    kinds.append(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last))
+    strides = [t.stride() for t in kinds]
+    from_first(kinds)
+    assert strides == [t.stride() for t in kinds]
+    return kinds
+
+
+def test_the_first_process_gives_all_its_tensors_at_once(tmp_path, monkeypatch):
+    one, both = first_of_many(), by(2, first_of_many, tmp_path)
+    for tensors in both:
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(tensors, one, strict=True))
+
+
+def ranked():
+    """A short run of l1: what it chooses, and its rows without times."""
+    random_seed(0)
+    data, rows = load_data("digits", img_size=8).take(400), []
+    net = TimmSupernet(TimmBase("resnet18", 10, 3, 8, divisor=2, kwargs={"layers": [1] * 4, "channels": [8] * 4}))
+    net = net.double()
+    net.register_forward_pre_hook(lambda net, args: (args[0].double(), *args[1:]))
+    tables = {"macs": CostTable.build(net.space, "macs")}
+    budgets = (Budget("macs", 0.4 * tables["macs"].of(tables["macs"].extremes()[1])),)
+    task = Task(tables, budgets, data, Recipe(epochs=2, batch_size=20, lr=1e-3), L1.config())
+    _, arch = search(L1, net, task, on_row=rows.append)
+    return dict(arch), [(row["step"], row["loss"], row["live_macs"]) for row in rows]
+
+
+def test_two_processes_rank_as_one_does(tmp_path):
+    one, both = ranked(), by(2, ranked, tmp_path)
+    assert both[0] == both[1] and both[0][0] == one[0]
+    for (step, loss, macs), row in zip(both[0][1], one[1], strict=True):
+        assert (step, macs) == (row[0], row[2]) and loss == pytest.approx(row[1], rel=1e-5)
 
 
 def searched():

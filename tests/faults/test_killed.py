@@ -22,10 +22,11 @@ from dnas.runtime.run_folder import run_folder
 ROOT = Path(__file__).resolve().parents[2]
 SEARCH = ["--supernet", "toy", "--width-mult", "1", "--search-epochs", "5", "--epochs", "2", "--img-size", "8"]
 SEARCH += ["-b", "96", "--budget", "40%", "--num-random", "1", "--name", "found", "--checkpoint-every", "0"]
+RANK = [*SEARCH, "--method", "l1"]
 RETRAIN = ["--epochs", "6", "-b", "64", "--model-ema-decay", "0.9", "--mixup", "0.2", "--drop", "0.1"]
 RETRAIN += ["--checkpoint-every", "0"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-TOOLS = {"search": search_tool, "retrain": retrain_tool}
+TOOLS = {"search": search_tool, "rank": search_tool, "retrain": retrain_tool}
 
 
 def forked(tool, args, said, killed_at):
@@ -91,10 +92,16 @@ def check_same(run, whole):
 def whole(tmp_path_factory):
     """Tool -> (its flags, what a run that was left alone ended with, in a Python with another order of sets)."""
     folder = tmp_path_factory.mktemp("whole")
-    searched, retrained = folder / "search", folder / "retrain"
-    runs = {"search": (SEARCH, searched), "retrain": ([searched, *RETRAIN], retrained)}
+    searched, ranked, retrained = folder / "search", folder / "rank", folder / "retrain"
+    runs = {"search": (SEARCH, searched), "rank": (RANK, ranked), "retrain": ([searched, *RETRAIN], retrained)}
     for tool, (flags, run) in runs.items():
-        command = [sys.executable, ROOT / "tools" / f"{tool}.py", *flags, "--output", run]
+        command = [
+            sys.executable,
+            ROOT / "tools" / f"{'search' if tool == 'rank' else tool}.py",
+            *flags,
+            "--output",
+            run,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ONE_THREAD)
         assert (done.returncode, done.stderr) == (0, "")
     return runs
@@ -102,6 +109,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("tool, moments", [
     ("search", ["fsync:1", "fsync:2", "replace:8", "fsync:41", "replace:103"]),
+    ("rank", ["fsync:2", "replace:31"]),
     ("retrain", ["replace:5", "fsync:30"]),
 ])  # fmt: skip
 def test_killed_while_a_file_is_written(tool, moments, whole, tmp_path):
@@ -145,7 +153,7 @@ def test_a_signal_stops_between_steps_and_a_folder_has_one_writer(whole, tmp_pat
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("tool, kills", [("search", 18), ("retrain", 12)])
+@pytest.mark.parametrize("tool, kills", [("search", 18), ("rank", 12), ("retrain", 12)])
 def test_killed_at_random_moments(tool, kills, whole, tmp_path):
     flags, wanted = whole[tool]
     rng, done, runs = random.Random(0), 0, 0
