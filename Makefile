@@ -6,13 +6,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BUDGET ?= 8MFLOPs
 ARGS ?=
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist worksteal
 SEARCH_FLAGS = --budget $(BUDGET) --search-epochs 20 --epochs 18 $(ARGS)
 
 PY = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help search test test-faults lint format check wheel clean
+.PHONY: help search test test-slow test-faults lint format check wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -21,9 +21,12 @@ search: $(VENV)/.installed  ## set up, then search on the embedded data (BUDGET,
 	$(PY) tools/search.py $(SEARCH_FLAGS)
 
 # Several run at once: threads that wait are to let others run.
-test test-faults: export OMP_WAIT_POLICY ?= PASSIVE
-test: $(VENV)/.installed  ## set up, then run the tests (PYTEST_ARGS)
+test test-slow test-faults: export OMP_WAIT_POLICY ?= PASSIVE
+test: $(VENV)/.installed  ## set up, then run the tests of a few seconds each: before every commit (PYTEST_ARGS)
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed  ## the tests that `make test` leaves out, but for the long faults
+	$(PY) -m pytest -m "slow and not faults" $(PYTEST_ARGS)
 
 test-faults: $(VENV)/.installed  ## the long form of tests/faults: kills at random moments, fuzzing, a soak
 	$(PY) -m pytest -m "faults or not faults" tests/faults $(PYTEST_ARGS)

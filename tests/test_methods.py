@@ -259,10 +259,10 @@ def test_balanced_widths_account_for_equal_shares_of_the_cost(name, width_mult):
 
 
 def test_random_depends_on_the_seed():
-    archs = {chosen("random", "prunet", seed=seed)[0] for seed in range(4)}
+    archs = {chosen("random", "prunet", seed=seed)[0] for seed in range(2)}
     net, task = net_of("prunet"), chosen("random", "prunet")[1]
-    assert len(archs) == 4 and chosen("random", "prunet", seed=2)[0] == random_arch(
-        net.space, task.tables, task.budgets, 2
+    assert len(archs) == 2 and chosen("random", "prunet", seed=1)[0] == random_arch(
+        net.space, task.tables, task.budgets, 1
     )
 
 

@@ -49,7 +49,7 @@ SEARCH_ERRORS = [
     (["--bugdet", "50%"], "'--bugdet': did you mean --budget?"),
     (["--budget", "50%", "--epohcs", "1"], "'--epohcs': did you mean --epochs?"),
     (
-        ["--budget", "50%", "--search-epoch=1", "--serach-epochs=3"],
+        ["--budget", "50%", "--search-epochs=1", "--serach-epochs=3"],
         "'--serach-epochs': did you mean --search-epochs?",
     ),
     (["--budget", "50%", "--epochs", "0"], "--epochs 0"),

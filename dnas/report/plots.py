@@ -166,7 +166,9 @@ def layers(rows: Sequence[Mapping[str, Any]]) -> str:
         panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
         for axes, metric in zip(panels, metrics, strict=True):
             nets = [
-                net for net in ("widest", "found", "uniform", "balanced") if any(net in row["macs"] for row in rows)
+                net
+                for net in ("widest", "found", "uniform", "balanced")
+                if any(net in row.get("macs", {}) for row in rows)
             ]
             costs = {net: [by_name[name].get(metric, {}).get(net, 0) for name in names] for net in nets}
             axes.barh(at, costs["widest"], height=0.75, color=LINE, label="widest")

@@ -10,7 +10,7 @@ from commands import call, export_tool, profile_tool, retrain_tool, search_tool,
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dnas.runtime.checkpoint import LAST, write_checkpoint
+from dnas.runtime.checkpoint import FORMAT, LAST, write_checkpoint
 from dnas.runtime.run_folder import MAX_BYTES
 from dnas.runtime.signals import stop
 
@@ -91,9 +91,9 @@ CHECKPOINTS = [
     (b"PK\x03\x04", "no checkpoint"),
     (b"\x80\x04cos\nsystem\n(S'true'\ntR.", "no checkpoint"),
     ({}, "no checkpoint"),
-    ({"format": 2, "sha256": "", "content": torch.zeros(1, dtype=torch.uint8)}, "its format is 2"),
-    ({"format": 1, "sha256": "", "content": torch.zeros(9, dtype=torch.uint8)}, "its checksum is wrong"),
-    ({"format": 1, "sha256": "", "content": None}, "no checkpoint"),
+    ({"format": 1, "sha256": "", "content": torch.zeros(1, dtype=torch.uint8)}, "its format is 1"),
+    ({"format": FORMAT, "sha256": "", "content": torch.zeros(9, dtype=torch.uint8)}, "its checksum is wrong"),
+    ({"format": FORMAT, "sha256": "", "content": None}, "no checkpoint"),
     ([1], "no checkpoint"),
 ]
 

@@ -85,7 +85,7 @@ def load_table(path):
 def load_config(path):
     sys.argv = ["search.py", "--resume", str(path.parent)]
     try:
-        args, _ = flags.flags_of(search_tool.parser())
+        args, _ = flags.flags_of(search_tool.parser)
     except SystemExit as stop:  # argparse has said what is wrong
         raise UserError(f"exit {stop.code}") from None
     assert args.output == str(path.parent)
