@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """What other tools find in the same network of timm's, and what it takes them.
 
-pip install -e '.[bench,peers]'
+pip install -e '.[peers]'
 python benchmarks/peers.py timm_resnet_50 --search 5
 python benchmarks/peers.py timm_resnet_50 --report
 
 Each search runs alone, one thread, in a process of its own: its seconds and its peak of memory are set beside those of
-this house's search with the same seed, in the same call. All of them see the training images only, train for the same
+dnas's search with the same seed, in the same call. All of them see the training images only, train for the same
 number of epochs on the same 70 % of them and may look at the rest. The nets are trained from scratch by the set-up's
 recipe, with three seeds. What ends is a row in results/peers_<setup>.jsonl, and is not done again.
 
