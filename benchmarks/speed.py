@@ -64,7 +64,7 @@ SECTIONS = ("search", "memory", "modes", "scale", "gates")
 
 
 def supernet_of(name: str, img_size: int) -> Supernet:
-    """One of the house's, at half of its width, or a network of timm's; ten classes."""
+    """One of `supernets`, at half of its width, or a network of timm's; ten classes."""
     if name in SUPERNETS:
         return MacroSupernet(SUPERNETS[name](num_classes=10, img_size=img_size, width_mult=0.5))
     return TimmSupernet(TimmBase(name, 10, 3, img_size))
@@ -388,7 +388,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Print a line a measurement; write all of it as JSON if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("nets", nargs="*", default=NETS, help="for search and memory: of the house's or of timm's")
+    parser.add_argument("nets", nargs="*", default=NETS, help="for search and memory: names of supernets or of timm's networks")
     parser.add_argument("--only", nargs="*", choices=SECTIONS, default=SECTIONS, help="these sections")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller steps")
     parser.add_argument("-b", "--batch-size", type=int, help="default 64; 32 if quick")

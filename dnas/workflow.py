@@ -303,7 +303,7 @@ def find(plan: Plan, goal: BudgetRun, journal: Journal, begun: Callable[[bool], 
     with of_this_run():
         searched, space = journal.done["search"], plan.net.space
         first = {key: searched[key] for key in FIGURES}
-        last = {key: searched[key] for key in DETAILS if key in searched}  # checkpoints of older versions lack them
+        last = {key: searched[key] for key in DETAILS}
         nets = {what: (space.complete(net["arch"]), dict(net["costs"])) for what, net in searched["nets"].items()}
     for what, (arch, costs) in nets.items():
         twin = next((other for other in journal.done if other in nets and nets[other][0] == arch), None)

@@ -28,9 +28,10 @@ class NoConfig:
 
 @dataclass(frozen=True)
 class Task:
-    """What a method is asked. Nothing in it changes while a search goes on.
+    """What a method is asked.
 
-    ``tables`` has the cost table of every metric that a budget is in; ``budgets`` are absolute. ``recipe`` says how the
+    ``tables`` has the cost table of every metric that a budget is in; ``budgets`` are absolute, and empty in ``init``
+    and in the part of a search that several budgets share: nothing may depend on them there. ``recipe`` says how the
     weights of the supernet are trained, ``config`` is the method's own.
     """
 

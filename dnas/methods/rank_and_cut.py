@@ -55,8 +55,8 @@ def most_score(space: Space, scores: Scores) -> dict[str, np.ndarray]:
 def rank_and_cut(score: Callable[[Search, Task], Scores], summary: str, source: str) -> Method:
     """The method that trains the dense network and then keeps the most ``score`` that fits, one shot.
 
-    Deviation from most papers, which cut all scores below one global threshold: `derive` weighs scores against what
-    channels cost.
+    Deviation from the papers, which cut a share of each layer (Li et al.) or all scores below one global threshold:
+    `derive` weighs scores against what channels cost.
     """
 
     def choose(search: Search, task: Task) -> Arch:

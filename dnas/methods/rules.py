@@ -47,7 +47,7 @@ def balanced_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequen
     """The base net with the largest product of widths at equal cost.
 
     At the optimum all widths that are not at an end of their grid account for the same share of the cost: w dC/dw is
-    the same for all of them.
+    the same for all of them. Where the base blocks are too cheap even at full width, a few layers take dearer ones.
     """
     return derive(space, tables, budgets, _base_blocks(space, lambda d: np.log(np.array(d.options, dtype=float))))
 
