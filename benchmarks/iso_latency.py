@@ -37,7 +37,7 @@ from dnas.cli.process import keep_freed_memory  # noqa: E402
 from dnas.export.model_file import build_net  # noqa: E402
 from dnas.latency.measured_parts import parts_of  # noqa: E402
 from dnas.latency.profile import calibrated, time_nets  # noqa: E402
-from dnas.latency.timing import Pace, check_target, target_of  # noqa: E402
+from dnas.latency.timing import CpuSpeedReference, check_target, target_of  # noqa: E402
 from dnas.methods.derive import Likelihood, derive, gate_likelihood  # noqa: E402
 from dnas.methods.rules import uniform_arch  # noqa: E402
 from dnas.runtime.run_folder import provenance  # noqa: E402
@@ -92,7 +92,7 @@ def measure(lab: Lab, table: LatencyTable, archs: Sequence[Mapping]) -> list[flo
     target = check_target(target_of(table.header, torch.device(lab.device)))
     torch.set_num_threads(target.threads)
     shape = (lab.data.in_chans, lab.setup.img_size, lab.setup.img_size)
-    ms = time_nets(models, shape, target, Pace(target, table.header["pace_us"]), 50, 20.0)
+    ms = time_nets(models, shape, target, CpuSpeedReference(target, table.header["pace_us"]), 50, 20.0)
     return [round(float(value), 6) for value in np.median(ms, 1)]
 
 

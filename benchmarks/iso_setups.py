@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dnas.nets.macro import Macro, MacroSupernet
+from dnas.nets.macro import EfficientNetSpace, MacroSupernet
 from dnas.nets.supernet import Supernet
 from dnas.nets.timm_net import TimmBase, TimmSupernet
 from dnas.spec.budget import Budget, parse_budget
@@ -93,7 +93,7 @@ class Lab:
         return supernet_of(self.net.outline, bipath).to(self.device)
 
 
-def supernet_of(outline: Macro | TimmBase, bipath: bool = True) -> Supernet:
+def supernet_of(outline: EfficientNetSpace | TimmBase, bipath: bool = True) -> Supernet:
     """The supernet of a description, with or without pairs of inner widths."""
     if isinstance(outline, TimmBase):
         return TimmSupernet(outline)
@@ -109,7 +109,7 @@ def open_lab(setup: Setup, data_dir: str, device: str) -> Lab:
     else:
         raise UserError("this set-up needs --data-dir (or DNAS_CIFAR10): a folder or .tar.gz of CIFAR-10's images")
     fixed = {"num_classes": data.num_classes, "img_size": setup.img_size, "divisor": setup.divisor}
-    outline: Macro | TimmBase
+    outline: EfficientNetSpace | TimmBase
     if setup.supernet in SUPERNETS:
         macro = SUPERNETS[setup.supernet](**fixed, width_mult=setup.width_mult)
         stages = tuple(replace(s, depth=min(s.depth, setup.most_layers)) for s in macro.stages)

@@ -43,7 +43,7 @@ from dnas.export.model_file import build_net  # noqa: E402
 from dnas.methods.gates import GATES, GatesConfig, live_tables  # noqa: E402
 from dnas.methods.loop import begin, run  # noqa: E402
 from dnas.methods.method import Task  # noqa: E402
-from dnas.nets.macro import Candidate, Macro, MacroSupernet, Stage  # noqa: E402
+from dnas.nets.macro import Candidate, EfficientNetSpace, MacroSupernet, Stage  # noqa: E402
 from dnas.nets.supernet import Supernet  # noqa: E402
 from dnas.nets.timm_net import TimmBase, TimmSupernet  # noqa: E402
 from dnas.runtime.run_folder import peak_memory_mb, provenance, write_json  # noqa: E402
@@ -283,7 +283,7 @@ def scaled(what: str, count: int) -> MacroSupernet:
     kinds = KINDS[:count] if what == "blocks" else KINDS[:1]
     stage, most = Stage(64, 3, 1, kinds, droppable=True), 32 if what == "blocks" else count
     sizes = {"num_classes": 10, "img_size": 16, "divisor": 1, "most_widths": most}
-    return MacroSupernet(Macro("scaled", 64, 1, (stage,), 128, "relu", what != "chains", **sizes))
+    return MacroSupernet(EfficientNetSpace("scaled", 64, 1, (stage,), 128, "relu", what != "chains", **sizes))
 
 
 def both_steps(net: MacroSupernet, args: argparse.Namespace) -> Callable[[], None]:
@@ -388,7 +388,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Print a line a measurement; write all of it as JSON if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("nets", nargs="*", default=NETS, help="for search and memory: names of supernets or of timm's networks")
+    parser.add_argument(
+        "nets", nargs="*", default=NETS, help="for search and memory: names of supernets or of timm's networks"
+    )
     parser.add_argument("--only", nargs="*", choices=SECTIONS, default=SECTIONS, help="these sections")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller steps")
     parser.add_argument("-b", "--batch-size", type=int, help="default 64; 32 if quick")

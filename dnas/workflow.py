@@ -23,14 +23,14 @@ from torch import nn
 
 from dnas.export.model_file import arch_document, build_net, count_macs, save_weights, verify_export, write_export
 from dnas.latency.profile import calibrated, time_nets
-from dnas.latency.timing import Pace, target_of
+from dnas.latency.timing import CpuSpeedReference, target_of
 from dnas.methods.loop import load_search, run, search_data, steps_of
 from dnas.methods.method import Method, Search, Task
 from dnas.methods.rules import balanced_arch, random_arch, uniform_arch
 from dnas.nets.supernet import Supernet
 from dnas.report.diagnosis import no_better_than_a_guess, over_budget, signs_of_collapse
 from dnas.report.metrics import decision_rows, effort, facts, layer_rows, search_figures
-from dnas.runtime.checkpoint import Journal, of_this_run
+from dnas.runtime.checkpoint import Journal, checkpoint_errors
 from dnas.runtime.distributed import gathered, rank
 from dnas.runtime.progress import console, progress_bar
 from dnas.runtime.run_folder import append_row, read_rows, write_json, write_rows
@@ -105,7 +105,7 @@ def in_steps(train: Callable[..., Trained], journal: Journal, text: str, steps: 
     saved = journal.under_way(text)
     with progress_bar(f"training {text}", steps) as advance, stop.between_steps():
         if saved:
-            with of_this_run():
+            with checkpoint_errors():
                 done = saved["learner"]["update"]
             advance(steps=done)
             console.print(f"the training of {text} goes on at step {done} of {steps}")
@@ -163,7 +163,7 @@ def measured_ms(plan: Plan, models: Sequence[nn.Module]) -> list[float]:
     if rank() == 0 and plan.latency and plan.latency_device:
         shape = (plan.data.in_chans, plan.data.img_size, plan.data.img_size)
         target = target_of(plan.latency.header, plan.latency_device)
-        ms = time_nets(models, shape, target, Pace(target, plan.latency.header["pace_us"]), 25, 20.0)
+        ms = time_nets(models, shape, target, CpuSpeedReference(target, plan.latency.header["pace_us"]), 25, 20.0)
         found = [float(value) for value in np.median(ms, 1)]
     return gathered(found)[0]
 
@@ -234,7 +234,7 @@ def search_stage(
     path, data = goal.folder / "history.jsonl", plan.data
     search, rows, seconds = begun(not journal.knows("search"))
     method, task = plan.method, replace(plan.task, budgets=goal.budgets)
-    with of_this_run():
+    with checkpoint_errors():
         if saved := journal.under_way("search"):
             load_search(method, search, saved["search"])
             rows, seconds = read_rows(path, saved["rows"]), saved["seconds"]
@@ -300,7 +300,7 @@ def find(plan: Plan, goal: BudgetRun, journal: Journal, begun: Callable[[bool], 
     """
     if "search" not in journal.done:
         journal.finish("search", search_stage(plan, goal, journal, begun, plain_ms))
-    with of_this_run():
+    with checkpoint_errors():
         searched, space = journal.done["search"], plan.net.space
         first = {key: searched[key] for key in FIGURES}
         last = {key: searched[key] for key in DETAILS}

@@ -1,6 +1,6 @@
 """DMCP's own space: MobileNetV2 with a width gate on every stage width and every inner width."""
 
-from dnas.nets.macro import Candidate, Macro, Stage, fit_strides, round_width
+from dnas.nets.macro import Candidate, EfficientNetSpace, Stage, fit_strides, round_width
 
 # (expansion, channels, layers, stride): table 2 of the MobileNetV2 paper (arXiv 1801.04381).
 ROWS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -8,7 +8,7 @@ ROWS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1
 
 def mobilenet_v2(
     *, num_classes: int, in_chans: int = 3, img_size: int = 32, width_mult: float = 1.0, divisor: int = 8
-) -> Macro:
+) -> EfficientNetSpace:
     """MobileNetV2 at ``width_mult`` as the widest net (DMCP searches from 1.5). Its base net is the widest itself."""
 
     def width(channels: int) -> int:
@@ -19,7 +19,7 @@ def mobilenet_v2(
         Stage(width(c), n, s, (Candidate("ds" if e == 1 else "ir", 3, e, e),))
         for (e, c, n, _), s in zip(ROWS, strides, strict=True)
     )
-    return Macro(
+    return EfficientNetSpace(
         name="mobilenet_v2",
         stem=width(32),
         stem_stride=stem_stride,

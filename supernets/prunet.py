@@ -6,7 +6,7 @@ chosen so that their widest cost is of the order of the plain ones'; otherwise t
 "half of the widest net" means, would be a matter of fused 5x5 convolutions alone.
 """
 
-from dnas.nets.macro import Candidate, Macro, Stage, fit_strides, round_width
+from dnas.nets.macro import Candidate, EfficientNetSpace, Stage, fit_strides, round_width
 
 PLAIN = tuple(Candidate("ir", k, expand=6, base=4, se=se) for se in (0, 0.25) for k in (3, 5))
 FUSED = tuple(Candidate("er", k, expand=e, base=b, se=se) for se in (0, 0.25) for k, e, b in ((3, 3, 2), (5, 1.5, 1)))
@@ -23,7 +23,7 @@ ROWS = (
 
 def prunet(
     *, num_classes: int, in_chans: int = 3, img_size: int = 32, width_mult: float = 1.0, divisor: int = 8
-) -> Macro:
+) -> EfficientNetSpace:
     """Stage widths on Markov gates, blocks and inner widths on bi-path blocks, layers that may be dropped.
 
     Its base net is plain 3x3 inverted residuals of expansion 4 in every layer.
@@ -37,7 +37,7 @@ def prunet(
         Stage(width(c), n, s, candidates, droppable=True)
         for (c, n, _, candidates), s in zip(ROWS, strides, strict=True)
     )
-    return Macro(
+    return EfficientNetSpace(
         name="prunet",
         stem=width(32),
         stem_stride=stem_stride,

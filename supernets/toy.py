@@ -10,7 +10,7 @@ search with a learning rate of nearly zero.
 import torch
 from torch import nn
 
-from dnas.nets.macro import Candidate, Macro, Stage, round_width
+from dnas.nets.macro import Candidate, EfficientNetSpace, Stage, round_width
 from dnas.nets.supernet import Supernet
 from dnas.training.data import Data, in_memory
 
@@ -20,7 +20,7 @@ BEST = {"stage0/0/block": "ir-k5", "stage0/0/ir-k5/mid": 12, "stage0/1/keep": "d
 
 def toy(
     *, num_classes: int = 4, in_chans: int = 3, img_size: int = 12, width_mult: float = 1.0, divisor: int = 4
-) -> Macro:
+) -> EfficientNetSpace:
     """Three layers, two of which may go; 3x3 or 5x5 kernels; inner widths up to 32. The other widths are 4.
 
     Its grid is coarse: no network costs 88 to 90 % of the widest, for one.
@@ -28,7 +28,7 @@ def toy(
     candidates = (Candidate("ir", 3, expand=8, base=6), Candidate("ir", 5, expand=8, base=6))
     width = round_width(4 * width_mult, divisor)
     stage = Stage(width, 3, 1, candidates, droppable=True)
-    return Macro("toy", width, 1, (stage,), width, "relu", True, num_classes, in_chans, img_size, divisor)
+    return EfficientNetSpace("toy", width, 1, (stage,), width, "relu", True, num_classes, in_chans, img_size, divisor)
 
 
 def planted_data(seed: int = 0, num_train: int = 2048, num_val: int = 512, img_size: int = 12) -> Data:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dnas.export.model_file import build_net
-from dnas.nets.macro import Candidate, Macro, MacroSupernet, Stage, net_of
+from dnas.nets.macro import Candidate, EfficientNetSpace, MacroSupernet, Stage, net_of
 from dnas.nets.shrink import plain_state
 from supernets import SUPERNETS
 
@@ -21,7 +21,7 @@ def mixed(bipath, *, in_chans=2, img_size=16):
     fused = (Candidate("er", 3, 2, 2), Candidate("er", 5, 1, 1, se=0.25))
     stages = (Stage(16, 2, 1, ds, droppable=True), Stage(24, 3, 2, plain + fused, droppable=True))
     stages += (Stage(32, 2, 1, (plain[1], ds[0])), Stage(40, 1, 2, plain[:1]))
-    return Macro("mixed", 24, 1, stages, 48, "hard_swish", bipath, CLASSES, in_chans, img_size, 8)
+    return EfficientNetSpace("mixed", 24, 1, stages, 48, "hard_swish", bipath, CLASSES, in_chans, img_size, 8)
 
 
 SMALL = {"num_classes": CLASSES, "img_size": 16, "width_mult": 0.25}

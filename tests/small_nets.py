@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from dnas.nets.bipath_block import PairGate
 from dnas.nets.layer_choice import SkipGate
-from dnas.nets.macro import Candidate, Macro, MacroSupernet, Stage
+from dnas.nets.macro import Candidate, EfficientNetSpace, MacroSupernet, Stage
 
 CLASSES, IMG = 4, 12
 FEW = {"move_above": 2.0, "block_below": 0.0, "layer_below": 0.0, "width_below": 0.0, "patience": 1}  # nothing happens
@@ -20,7 +20,7 @@ def macro_of(bipath):
     candidates = (Candidate("ir", 3, 4, 4), Candidate("ir", 5, 4, 4, se=0.25), Candidate("er", 3, 2, 2, se=0.25))
     candidates += (Candidate("ds", 3, se=0.25),)
     stages = (Stage(16, 1, 1, (Candidate("ds", 3),)), Stage(16, 3, 2, candidates, droppable=True))
-    return Macro("small", 16, 1, stages, 32, "hard_swish", bipath, CLASSES, 3, IMG, 4)
+    return EfficientNetSpace("small", 16, 1, stages, 32, "hard_swish", bipath, CLASSES, 3, IMG, 4)
 
 
 OPTIMIZERS = {

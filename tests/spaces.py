@@ -3,7 +3,7 @@
 import numpy as np
 
 from dnas.methods.derive import enumerate_archs
-from dnas.nets.macro import Candidate, Macro, Stage, space_of
+from dnas.nets.macro import Candidate, EfficientNetSpace, Stage, space_of
 from dnas.spec.cost import CostTable
 from supernets import SUPERNETS
 
@@ -16,11 +16,11 @@ def ir(kernel, expand, se=0.0):
 
 # Spaces of up to 10^4 networks: widths alone; choices of block and depth; depth.
 SMALL = {
-    "widths": Macro(
+    "widths": EfficientNetSpace(
         *("widths", 32, 1, (Stage(32, 1, 2, (ir(3, 2),)), Stage(40, 1, 1, (ir(3, 1),))), 32, "relu", False, 4),
         img_size=8,
     ),
-    "blocks": Macro(
+    "blocks": EfficientNetSpace(
         *("blocks", 8, 1),
         (
             Stage(16, 2, 1, (ir(3, 2), ir(5, 1, 0.25), Candidate("er", 3, 1)), droppable=True),
@@ -29,7 +29,9 @@ SMALL = {
         *(16, "relu", True, 4),
         img_size=8,
     ),
-    "depth": Macro("depth", 8, 1, (Stage(16, 5, 1, (ir(3, 2),), droppable=True),), 8, "relu", True, 4, img_size=8),
+    "depth": EfficientNetSpace(
+        "depth", 8, 1, (Stage(16, 5, 1, (ir(3, 2),), droppable=True),), 8, "relu", True, 4, img_size=8
+    ),
 }
 LARGE = [("mobilenet_v2", 0.5), ("mobilenet_v2", 1.0), ("prunet", 0.5), ("prunet", 1.0)]
 

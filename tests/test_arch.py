@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from dnas.methods.derive import enumerate_archs
-from dnas.nets.macro import Candidate, Macro, Stage, space_of
+from dnas.nets.macro import Candidate, EfficientNetSpace, Stage, space_of
 from dnas.spec.space import DROP, KEEP, Arch, Decision, Site, Space
 from dnas.spec.validation import UserError
 
@@ -36,7 +36,7 @@ SMALL = {"width": 8, "keep": DROP}
 def small_macros():
     """Spaces that can be enumerated, with every kind of decision: (macro, number of networks counted by hand)."""
     ir3, ir5 = Candidate("ir", 3, 2, 2), Candidate("ir", 5, 1, 1, se=0.25)
-    plain = Macro("p", 8, 1, (Stage(16, 2, 1, (ir3,)),), 24, "relu", False, 2, img_size=4)
+    plain = EfficientNetSpace("p", 8, 1, (Stage(16, 2, 1, (ir3,)),), 24, "relu", False, 2, img_size=4)
     yield plain, 2 * 3 * 2 * 4  # stage, head, inner widths (2x the input)
     drop = dataclasses.replace(plain, stages=(Stage(16, 3, 1, (ir3,), droppable=True),))
     yield drop, 2 * 3 * 2 * (1 + 4) ** 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dnas.methods.derive import enumerate_archs
-from dnas.nets.macro import Candidate, Macro, Stage, fit_strides, space_of
+from dnas.nets.macro import Candidate, EfficientNetSpace, Stage, fit_strides, space_of
 from dnas.spec.cost import CLOSED_FORMS, CostTable
 from dnas.spec.space import DROP, KEEP, Decision, Site, Space
 from supernets import SUPERNETS
@@ -28,7 +28,7 @@ def small_macro():
             24, 2, 2, (Candidate("ir", 3, 2, 2, se=0.25), Candidate("er", 3, 1, 1), Candidate("ds", 5)), droppable=True
         ),
     )
-    return Macro("small", 16, 1, stages, 16, "relu", True, 5, img_size=9)
+    return EfficientNetSpace("small", 16, 1, stages, 16, "relu", True, 5, img_size=9)
 
 
 def random_arch(space, rng):
@@ -219,7 +219,9 @@ def test_along_differs_between_options_as_whole_networks_do(name):
 def tiny_macro():
     """Like `small_macro`, but it can be enumerated."""
     stage = Stage(16, 2, 2, (Candidate("ir", 3, 1.5, 1, se=0.25), Candidate("er", 3, 1, 1), Candidate("ds", 5)), True)
-    return Macro("tiny", 16, 1, (Stage(16, 1, 1, (Candidate("ds", 3),)), stage), 16, "relu", True, 5, img_size=9)
+    return EfficientNetSpace(
+        "tiny", 16, 1, (Stage(16, 1, 1, (Candidate("ds", 3),)), stage), 16, "relu", True, 5, img_size=9
+    )
 
 
 @pytest.mark.parametrize("metric", METRICS)

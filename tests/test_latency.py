@@ -17,7 +17,7 @@ from dnas.methods.gates import GATES, GatesConfig
 from dnas.methods.loop import search
 from dnas.methods.method import Task
 from dnas.methods.rules import random_arch, uniform_arch
-from dnas.nets.macro import Candidate, Macro, MacroSupernet, Stage
+from dnas.nets.macro import Candidate, EfficientNetSpace, MacroSupernet, Stage
 from dnas.nets.markov_gate import MarkovGate
 from dnas.spec.budget import Budget, parse_budget
 from dnas.spec.cost import CostTable, resolve_budgets
@@ -206,7 +206,7 @@ def test_a_table_of_something_else_needs_insisting(asked):
 
 # The staircase.
 
-STAIRS = Macro(
+STAIRS = EfficientNetSpace(
     *("stairs", 128, 1, tuple(Stage(128, 1, stride, (Candidate("ir", 3, 1, 1),)) for stride in (2, 1)), 128, "relu"),
     *(False, 10, 1, 8, 8),
 )

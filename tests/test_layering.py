@@ -167,7 +167,7 @@ BUDGET, COST, LOOP = "dnas/spec/budget.py", "dnas/spec/cost.py", "dnas/training/
         (BUDGET, "import dnas.spec.space", "dnas.spec.budget does not stand below dnas.spec.space"),
         (BUDGET, "import os, dnas.spec.space as a", "dnas.spec.budget does not stand below dnas.spec.space"),
         (COST, "from dnas.nets import macro", "dnas.spec.cost does not stand below dnas.nets.macro"),
-        (COST, "from dnas.nets.macro import Macro", "dnas.spec.cost does not stand below dnas.nets.macro"),
+        (COST, "from dnas.nets.macro import EfficientNetSpace", "dnas.spec.cost does not stand below dnas.nets.macro"),
         (COST, "from ..nets import macro", "dnas.spec.cost does not stand below dnas.nets.macro"),
         (COST, "import importlib\nimportlib.import_module('dnas.nets.macro')", "dnas.spec.cost does not stand below"),
         (COST, "__import__('dnas.nets.macro')", "dnas.spec.cost does not stand below dnas.nets.macro"),

@@ -14,7 +14,7 @@ from dnas.latency import profile as profiling
 from dnas.latency import timing
 from dnas.latency.measured_parts import parts_of
 from dnas.latency.profile import calibrated, check_figures, fit_scale, kendall_tau, row_of, spread_archs, time_nets
-from dnas.latency.timing import Pace, Target, check_target, ready, time_calls
+from dnas.latency.timing import CpuSpeedReference, Target, check_target, ready, time_calls
 from dnas.methods.rules import uniform_arch
 from dnas.nets.macro import MacroSupernet
 from dnas.nets.timm_net import TimmBase, TimmSupernet
@@ -43,7 +43,7 @@ def profiled(monkeypatch, ms, measured, noise=0.0, tolerance=0.05):
     cheap = [profiling.Part(part.site, lambda widths, batch: (nn.Identity(), ()), part.more) for part in PARTS]
     told = []
     rows = profiling.profile(
-        cheap, NET.space, CPU, measured, pace=Pace(CPU), tolerance=tolerance, rounds=25, block_ms=1.0,
+        cheap, NET.space, CPU, measured, pace=CpuSpeedReference(CPU), tolerance=tolerance, rounds=25, block_ms=1.0,
         on_rows=lambda rows, left: told.append((len(rows), left)),
     )  # fmt: skip
     return rows, told
@@ -263,7 +263,7 @@ def test_more_work_takes_longer(target):
         )
         for width, size in ((8, 8), (64, 128))
     ]
-    ms = np.median(time_calls(calls, target, Pace(target), 3, 1.0), 1)
+    ms = np.median(time_calls(calls, target, CpuSpeedReference(target), 3, 1.0), 1)
     assert 0 < 4 * ms[0] < ms[1]
 
 
@@ -282,17 +282,17 @@ class Machine:
 
 def test_a_machine_that_is_half_as_fast_for_half_of_the_time(monkeypatch):
     machine = Machine(monkeypatch, lambda now: 1.0 if now % 20 < 10 else 2.0)
-    pace = Pace(CPU)
+    pace = CpuSpeedReference(CPU)
     ms = time_calls(machine.calls, CPU, pace, 901, 10.0)
     assert machine.now > 25
     for call, alone in zip(ms, (2.0, 3.0), strict=True):
         assert np.isclose(call, alone, rtol=1e-6).mean() > 0.99  # all but the blocks in which it changed
     # Whoever begins in the slow half tells all by that pace, and can bring it to any other.
     machine.now = 10.0
-    later = Pace(CPU)
+    later = CpuSpeedReference(CPU)
     assert later.usual_us == pytest.approx(2 * pace.usual_us)
     assert np.median(time_calls(machine.calls, CPU, later, 5, 10.0), 1) == pytest.approx([4.0, 6.0], rel=1e-6)
-    same = Pace(CPU, pace.usual_us)
+    same = CpuSpeedReference(CPU, pace.usual_us)
     assert np.median(time_calls(machine.calls, CPU, same, 5, 10.0), 1) == pytest.approx([2.0, 3.0], rel=1e-6)
     assert same.typical_us() == pytest.approx(2 * pace.usual_us, rel=1e-6)
 
@@ -300,7 +300,7 @@ def test_a_machine_that_is_half_as_fast_for_half_of_the_time(monkeypatch):
 def test_a_clock_that_creeps_is_divided_out(monkeypatch):
     machine = Machine(monkeypatch, lambda now: 1.0 + 0.3 * math.sin(now))
     machine.now = math.pi / 2
-    ms = time_calls(machine.calls, CPU, Pace(CPU), 501, 10.0)
+    ms = time_calls(machine.calls, CPU, CpuSpeedReference(CPU), 501, 10.0)
     assert machine.now > 10 and ms == pytest.approx(1.3 * np.array([[2.0], [3.0]]) * np.ones((2, 501)), rel=0.01)
 
 
@@ -310,7 +310,7 @@ def test_a_clock_that_creeps_is_divided_out(monkeypatch):
 def test_on_a_gpu(runtime, dtype):
     target = Target(torch.device("cuda"), runtime, dtype)
     calls = [ready(nn.Conv2d(64, 64, 3), [torch.rand(8, 64, size, size)], target) for size in (16, 512)]
-    ms = np.median(time_calls(calls, target, Pace(target), 5, 2.0), 1)
+    ms = np.median(time_calls(calls, target, CpuSpeedReference(target), 5, 2.0), 1)
     assert 0 < 4 * ms[0] < ms[1]
 
 

@@ -15,7 +15,7 @@ from tables import HEADER, costs_of, rows_of, stairs
 
 from dnas.nets.macro import MacroSupernet
 from dnas.nets.timm_net import TimmBase, TimmSupernet
-from dnas.report.metrics import Run, beside, grouped, interval, layer_rows, read_run, verdict
+from dnas.report.metrics import Run, grouped, interval, layer_rows, read_run, sibling_runs, verdict
 from dnas.report.pages import again, experiments, network, write_report
 from dnas.report.plots import POINTS, _curve, layers
 from dnas.runtime.checkpoint import Stopped
@@ -234,7 +234,7 @@ def test_runs_beside(runs, tmp_path):
     config = json.loads((other / "config.json").read_text())
     config["args"] |= {"seed": 2, "lr": 1}
     (other / "config.json").write_text(json.dumps(config))
-    assert [run.folder for run in beside(read_run(copies[1]))] == [copies[1], copies[0]]
+    assert [run.folder for run in sibling_runs(read_run(copies[1]))] == [copies[1], copies[0]]
 
 
 def test_a_long_curve_has_few_points():

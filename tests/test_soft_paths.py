@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from dnas.nets.bipath_block import GatedBlock, PairGate, Prunode
 from dnas.nets.layer_choice import ChoiceGate
-from dnas.nets.macro import Candidate, Macro, MacroSupernet, Stage
+from dnas.nets.macro import Candidate, EfficientNetSpace, MacroSupernet, Stage
 from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.shrink import move_pair
 from dnas.spec.space import DROP, KEEP
@@ -319,7 +319,7 @@ UNEVEN = {
 def test_candidates_of_any_widths_can_share(case):
     torch.manual_seed(0)
     stage = Stage(16, 2, 1, UNEVEN[case])
-    macro = Macro("uneven", 16, 1, (stage,), 24, "relu", True, CLASSES, 3, 8, 8)
+    macro = EfficientNetSpace("uneven", 16, 1, (stage,), 24, "relu", True, CLASSES, 3, 8, 8)
     net = unsettle(MacroSupernet(macro)).eval()
     names, x = [c.name for c in UNEVEN[case]], images(macro)
     soft = net(x, net.soft(torch.Generator().manual_seed(0)))

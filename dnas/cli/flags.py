@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from timm.utils import ParseKwargs
 
-from dnas.nets.macro import Macro
+from dnas.nets.macro import EfficientNetSpace
 from dnas.nets.timm_net import TimmBase
 from dnas.runtime.distributed import rank
 from dnas.runtime.run_folder import MAX_BYTES, check_new_folder, provenance
@@ -62,7 +62,7 @@ def add_space_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--divisor", type=int, help="widths are multiples of this (default 8; 4 for toy)")
 
 
-def outline_of(args: argparse.Namespace, fixed: dict[str, int]) -> TimmBase | Callable[..., Macro]:
+def outline_of(args: argparse.Namespace, fixed: dict[str, int]) -> TimmBase | Callable[..., EfficientNetSpace]:
     """What the flags of `add_space_flags` mean: a network of timm's, or what makes a macro of a width multiplier.
 
     ``fixed`` are ``num_classes``, ``in_chans`` and ``img_size``. Raises UserError for flags that do not fit.

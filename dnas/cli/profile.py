@@ -20,7 +20,7 @@ from dnas.cli.flags import OneLineParser, add_space_flags, device_of, new_folder
 from dnas.export.model_file import build_net
 from dnas.latency.measured_parts import parts_of
 from dnas.latency.profile import check_figures, fit_scale, point_of, profile, spread_archs, time_nets
-from dnas.latency.timing import Pace, Target, check_target, target_of
+from dnas.latency.timing import CpuSpeedReference, Target, check_target, target_of
 from dnas.nets.macro import MacroSupernet
 from dnas.nets.supernet import Supernet
 from dnas.nets.timm_net import TimmBase, TimmSupernet
@@ -86,7 +86,7 @@ def space_flags(args, net: Supernet) -> dict[str, Any]:
 
 
 def rows_beside(path: Path, header: dict[str, Any]) -> tuple[float, list[dict[str, Any]]]:
-    """Pace and rows that a run that did not end has left; its last line may be torn.
+    """CpuSpeedReference and rows that a run that did not end has left; its last line may be torn.
 
     Raises UserError if its settings were others.
     """
@@ -117,7 +117,7 @@ def new_table(args, target: Target) -> None:
     beside = out.with_name(f"{out.name}.part.jsonl")
     usual_us, known = gathered(rows_beside(beside, header))[0]
     measured = {point_of(row): row for row in known}
-    started, pace = time.perf_counter(), Pace(target, usual_us)
+    started, pace = time.perf_counter(), CpuSpeedReference(target, usual_us)
     pace.usual_us = gathered(pace.usual_us)[0]
     sites, archs = [part.site for part in parts], spread_archs(net.space, args.scale_nets, seed=1)
     whole = time_archs(args, net, archs, target, pace)  # before the parts, and once more after them
@@ -158,7 +158,7 @@ def scale_of(net: Supernet, sites, rows, archs: Sequence[Arch], measured: np.nda
     return fit_scale(ms, mparams, measured)
 
 
-def time_archs(args, net: Supernet, archs: Sequence[Arch], target: Target, pace: Pace) -> np.ndarray:
+def time_archs(args, net: Supernet, archs: Sequence[Arch], target: Target, pace: CpuSpeedReference) -> np.ndarray:
     """Milliseconds of whole networks, [len(archs), rounds]."""
     sizes = {"num_classes": args.num_classes, "in_chans": args.in_chans}
     nets = (build_net(net.net_of(arch), **sizes) for arch in archs)
@@ -182,7 +182,7 @@ def check_table(args) -> None:
     net = supernet_of(args)
     costs = CostTable.measured(net.space, [part.site for part in parts_of(net)], table)
     archs = spread_archs(net.space, args.check_nets, seed=0)
-    pace = Pace(target, table.header["pace_us"])
+    pace = CpuSpeedReference(target, table.header["pace_us"])
     ms = [time_archs(args, net, archs, target, pace) for _ in range(2)]
     figures = {
         key: value if isinstance(value, int) else float(f"{value:.4g}")

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from dnas.export import native
 from dnas.nets.channels import Op
-from dnas.nets.macro import Macro, layers_of, space_of, squeeze_width
+from dnas.nets.macro import EfficientNetSpace, layers_of, space_of, squeeze_width
 from dnas.nets.resize import remove_channels
 from dnas.nets.supernet import Supernet
 from dnas.nets.timm_net import TimmSupernet
@@ -68,7 +68,7 @@ def parts_of(net: Supernet) -> tuple[Part, ...]:
 # Macros.
 
 
-def _macro_parts(macro: Macro) -> tuple[Part, ...]:
+def _macro_parts(macro: EfficientNetSpace) -> tuple[Part, ...]:
     sites = {site.name: site for site in space_of(macro).sites}
     last, side = f"stage{len(macro.stages) - 1}/width", 0
     parts = []
@@ -105,7 +105,7 @@ def _native(
     return native.network(net, num_classes=1, in_chans=in_chans).eval()
 
 
-def _stem(macro: Macro, widths: Widths, batch: int) -> Built:
+def _stem(macro: EfficientNetSpace, widths: Widths, batch: int) -> Built:
     stem = {"width": widths["out"], "stride": macro.stem_stride}
     net = _native(macro.act, widths["out"], stem=stem, in_chans=widths["in"])
     return nn.Sequential(net.conv_stem, net.bn1), (torch.rand(batch, widths["in"], macro.img_size, macro.img_size),)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dnas.latency.measured_parts import RUN, Build, Part
-from dnas.latency.timing import Pace, Target, ready, time_calls
+from dnas.latency.timing import CpuSpeedReference, Target, ready, time_calls
 from dnas.runtime.distributed import gathered, rank, world_size
 from dnas.spec.cost import CostTable
 from dnas.spec.latency_table import SLOTS, Unit, units_of
@@ -117,7 +117,7 @@ def profile(
     target: Target,
     measured: Measured,
     *,
-    pace: Pace,
+    pace: CpuSpeedReference,
     tolerance: float,
     rounds: int,
     block_ms: float,
@@ -205,7 +205,12 @@ def spread_archs(space: Space, count: int, seed: int) -> list[Arch]:
 
 
 def time_nets(
-    nets: Iterable[nn.Module], shape: Sequence[int], target: Target, pace: Pace, rounds: int, block_ms: float
+    nets: Iterable[nn.Module],
+    shape: Sequence[int],
+    target: Target,
+    pace: CpuSpeedReference,
+    rounds: int,
+    block_ms: float,
 ) -> np.ndarray:
     """Milliseconds of whole networks on images of (channels, height, width), [len(nets), rounds].
 

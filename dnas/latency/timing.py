@@ -137,7 +137,7 @@ def _graph_call(module: nn.Module, given: Sequence[Tensor]) -> Callable[[], obje
     return call
 
 
-class Pace:
+class CpuSpeedReference:
     """How fast a CPU runs just now: on a shared machine a neighbour may halve that for a minute. A GPU is not asked.
 
     Told by a small network that computes and moves about as much as larger ones do. ``usual_us`` is what it takes at
@@ -177,13 +177,18 @@ class Pace:
 
 
 def time_calls(
-    calls: Sequence[Callable[[], object]], target: Target, pace: Pace, rounds: int, block_ms: float, seed: int = 0
+    calls: Sequence[Callable[[], object]],
+    target: Target,
+    pace: CpuSpeedReference,
+    rounds: int,
+    block_ms: float,
+    seed: int = 0,
 ) -> np.ndarray:
     """Milliseconds of a run at the usual pace, [len(calls), rounds]: the mean over a block of about ``block_ms``.
 
     A round takes a block of every call, in an order of its own: what else the machine does, and what it does with its
     clock, spreads over all of them. A block of several runs begins with one that does not count (caches, other threads
-    asleep). It is divided by the mean of the `Pace.slowness` before and after it.
+    asleep). It is divided by the mean of the `CpuSpeedReference.slowness` before and after it.
     """
     sync = torch.cuda.synchronize if target.device.type == "cuda" else (lambda: None)
 

@@ -1,7 +1,7 @@
 """Supernets made of layers: timm's own blocks at full width, several to a layer.
 
-The outline is that of timm's EfficientNet: stem, stages of layers, head. A `Macro` describes it as plain data; the
-space and the rows of a found network follow from that data alone, and the modules are built from it.
+The outline is that of timm's EfficientNet: stem, stages of layers, head. An `EfficientNetSpace` describes it as plain
+data; the space and the rows of a found network follow from that data alone, and the modules are built from it.
 """
 
 import math
@@ -64,7 +64,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Macro:
+class EfficientNetSpace:
     """A whole search space as plain data. Widths are the widest ones; ``divisor`` is the step of the width grids.
 
     ``most_widths`` bounds the number of widths of a grid. ``bipath`` searches inner widths with pairs (PruNet),
@@ -117,7 +117,7 @@ def fit_strides(img_size: int, strides: Sequence[int], smallest: int = 4) -> tup
     return tuple(fitted)
 
 
-def layers_of(macro: Macro) -> Iterable[tuple[str, int, int, Stage, str, str, int, int]]:
+def layers_of(macro: EfficientNetSpace) -> Iterable[tuple[str, int, int, Stage, str, str, int, int]]:
     """Every layer: (name, stage index, layer index, stage, in decision, out decision, stride, input side length)."""
     before, side = "stem", math.ceil(macro.img_size / macro.stem_stride)
     for s, stage in enumerate(macro.stages):
@@ -128,7 +128,7 @@ def layers_of(macro: Macro) -> Iterable[tuple[str, int, int, Stage, str, str, in
             before, side = width, math.ceil(side / stride)
 
 
-def squeeze_width(macro: Macro, candidate: Candidate, widest_in: int) -> int:
+def squeeze_width(macro: EfficientNetSpace, candidate: Candidate, widest_in: int) -> int:
     """Squeeze channels: a fixed number for each layer (timm ties it to the input width, which is searched here)."""
     return max(4, round(candidate.se * widest_in)) if candidate.se else 0
 
@@ -138,7 +138,7 @@ def hidden_top(candidate: Candidate, widest_in: int, divisor: int) -> int:
     return round_width(candidate.expand * widest_in, math.lcm(8, divisor))
 
 
-def space_of(macro: Macro) -> Space:
+def space_of(macro: EfficientNetSpace) -> Space:
     """All decisions and sites of a macro, without building a module."""
     tops = {"stem": macro.stem} | {f"stage{s}/width": stage.width for s, stage in enumerate(macro.stages)}
     grid_of = partial(width_grid, divisor=macro.divisor, most=macro.most_widths)
@@ -172,7 +172,7 @@ def space_of(macro: Macro) -> Space:
     return Space(tuple(decisions), tuple(sites))
 
 
-def net_of(macro: Macro, arch: Mapping[str, Option]) -> dict:
+def net_of(macro: EfficientNetSpace, arch: Mapping[str, Option]) -> dict:
     """The rows of one network, as `dnas.export.native.build` reads them."""
     stages: list[list[dict]] = [[] for _ in macro.stages]
     tops = {"stem": macro.stem} | {f"stage{s}/width": stage.width for s, stage in enumerate(macro.stages)}
@@ -188,7 +188,9 @@ def net_of(macro: Macro, arch: Mapping[str, Option]) -> dict:
     return {"act": macro.act, "stem": stem, "stages": stages, "head": arch["head"]}
 
 
-def size_to(outline: Callable[[float], Macro], budgets: Sequence[Budget], share: float = 0.5) -> Macro:
+def size_to(
+    outline: Callable[[float], EfficientNetSpace], budgets: Sequence[Budget], share: float = 0.5
+) -> EfficientNetSpace:
     """The macro whose widest net costs about 1 / ``share`` of the tightest absolute budget.
 
     ``outline`` maps a width multiplier in [1/4, 16] to a macro. Found by bisection on the multiplier's logarithm.
@@ -221,7 +223,7 @@ def _timm_block(
 class MacroSupernet(Supernet):
     """All networks of a macro's space: stem, layers of candidate blocks, head."""
 
-    def __init__(self, macro: Macro) -> None:
+    def __init__(self, macro: EfficientNetSpace) -> None:
         super().__init__()
         self.outline, self.space = macro, space_of(macro)
         act = ACTS[macro.act]

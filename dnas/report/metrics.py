@@ -164,7 +164,7 @@ def grouped(runs: Sequence[Run]) -> list[list[Run]]:
     return groups
 
 
-def beside(run: Run) -> list[Run]:
+def sibling_runs(run: Run) -> list[Run]:
     """``run``, and the complete runs in folders beside it that differ in the seed only."""
     here, others = run.folder.absolute(), []
     try:
@@ -196,7 +196,7 @@ def top1s(runs: Sequence[Run]) -> dict[str, list[float]]:
     return found
 
 
-def minus(runs: Sequence[Run], kind: str) -> tuple[float, float, float] | None:
+def paired_difference(runs: Sequence[Run], kind: str) -> tuple[float, float, float] | None:
     """Top-1 of the found nets minus that of another kind, paired by run, as an `interval`; None if there is none."""
     pairs = [(run.nets["found"], run.nets[kind]) for run in runs if kind in run.nets]
     if not pairs:
@@ -209,7 +209,7 @@ def verdict(runs: Sequence[Run]) -> tuple[str, str]:
 
     ``better`` than every rule, ``worse`` than one of them, ``open``, or ``alone`` where there is no rule beside it.
     """
-    found = {rule: difference for rule in RULES if (difference := minus(runs, rule))}
+    found = {rule: difference for rule in RULES if (difference := paired_difference(runs, rule))}
     if not found:
         return "alone", "The net was trained; there is no uniform net beside it to compare it with."
     if len(runs) == 1:

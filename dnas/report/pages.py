@@ -16,12 +16,12 @@ from dnas.report.metrics import (
     METRICS,
     RULES,
     Run,
-    beside,
     effort,
     facts,
     grouped,
-    minus,
+    paired_difference,
     read_run,
+    sibling_runs,
     top1s,
     verdict,
 )
@@ -48,9 +48,9 @@ def _page(path: Path, **content: Any) -> None:
 
 
 def write_report(folder: Path) -> None:
-    """``report.html`` of a complete run folder, from its files alone and those of runs beside it (see `beside`)."""
+    """``report.html`` of a complete run folder, from its files and those of runs beside it (`sibling_runs`)."""
     run = read_run(folder)
-    runs, metrics = beside(run), run.metrics
+    runs, metrics = sibling_runs(run), run.metrics
     config = json.loads((folder / "config.json").read_text())
     history = folder / "history.jsonl"
     rows = [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
@@ -93,7 +93,7 @@ def _pictures(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> list[Pi
         found.append((heading, note, Markup(text)))  # SVG that matplotlib has escaped
 
     note = "Every dot is a training; the bar is a standard deviation."
-    if (difference := minus(runs, "random")) and len(runs) > 1:
+    if (difference := paired_difference(runs, "random")) and len(runs) > 1:
         note += " Found minus random nets: {:+.2f} [{:+.2f}, {:+.2f}].".format(*difference)
     add("Accuracy", note, plots.top1(top1s(runs)))
     if metrics.get("layers"):
@@ -148,7 +148,7 @@ def experiments(runs: Sequence[Run]) -> list[dict[str, Any]]:
         found = [row for run in group for row in run.nets["found"]]
         costs = {m: fmean(r[m] for r in found) if all(m in r for r in found) else None for m in METRICS}
         tops, more = top1s(group), len(group) - 1
-        differences = {f"minus_{rule}": minus(group, rule) for rule in RULES}
+        differences = {f"minus_{rule}": paired_difference(group, rule) for rule in RULES}
         table.append({
             "run": group[0].folder.absolute().name + (f" and {more} more" if more else ""),
             "seeds": len(group),

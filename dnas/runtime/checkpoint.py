@@ -80,7 +80,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def of_this_run() -> Iterator[None]:
+def checkpoint_errors() -> Iterator[None]:
     """Inside, what does not fit is a checkpoint that is not of this run: a UserError."""
     try:
         yield
@@ -190,7 +190,7 @@ class Journal:
         saved = gathered(read_checkpoint(folder) if rank() == 0 else None)[0]
         if saved is None:
             saved = {"done": {}, "under_way": {}}
-        with of_this_run():
+        with checkpoint_errors():
             self.done: dict[str, Any] = {**saved["done"]}
             self._under_way: dict[str, Any] = {**saved["under_way"]}
         self._written = time.monotonic()
@@ -204,7 +204,7 @@ class Journal:
         if not self.knows(what):
             return None
         found, self._under_way = self._under_way, {}
-        with of_this_run():
+        with checkpoint_errors():
             load_random(found["random"], self.device)
             return found["state"]
 

@@ -36,7 +36,7 @@ HEADER: dict[str, Any] = {
     "date": str,
     "space": dict,  # the flags that make what was profiled, of `SPACE`
     "protocol": dict,  # how it was measured
-    "pace_us": float,  # time of the small network of `dnas.latency.timing.Pace` while this was measured; 0: a GPU
+    "pace_us": float,  # time of the network of `dnas.latency.timing.CpuSpeedReference` meanwhile; 0: a GPU
     "scale": float,  # a network takes this times the sum of its units' milliseconds ...
     "ms_per_mparam": float,  # ... and this for every million of numbers that they hold (`fit_scale`)
     "check": dict,  # whole nets, predicted and measured; empty until --check has been run

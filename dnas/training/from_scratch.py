@@ -12,7 +12,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 
-from dnas.runtime.checkpoint import load_module, module_data, of_this_run
+from dnas.runtime.checkpoint import checkpoint_errors, load_module, module_data
 from dnas.runtime.distributed import from_first, rank
 from dnas.training.data import Data
 from dnas.training.loop import cycle, evaluate, learner_data, load_learner, make_learner, train
@@ -52,7 +52,7 @@ def train_from_scratch(
     batches = data.train_batches(recipe.batch_size, seed=seed)
     learner = make_learner(model, model.parameters(), recipe, len(batches))
     losses: deque[float] = deque(maxlen=len(batches))
-    with of_this_run():
+    with checkpoint_errors():
         if saved:
             load_module(model, saved["model"])
             load_learner(learner, saved["learner"])
