@@ -43,8 +43,8 @@ from dnas.methods.loop import search  # noqa: E402
 from dnas.methods.method import Method, Search, Task  # noqa: E402
 from dnas.methods.rules import random_arch, uniform_arch  # noqa: E402
 from dnas.runtime.run_folder import provenance, write_json  # noqa: E402
+from dnas.spec.checks import UserError  # noqa: E402
 from dnas.spec.space import Arch  # noqa: E402
-from dnas.spec.validation import UserError  # noqa: E402
 from dnas.training.from_scratch import train_from_scratch  # noqa: E402
 
 TRAININGS = 3  # of each found net; search k has the training seeds 3k, 3k + 1, 3k + 2

@@ -42,10 +42,10 @@ from dnas.methods.derive import Likelihood, derive, gate_likelihood  # noqa: E40
 from dnas.methods.rules import uniform_arch  # noqa: E402
 from dnas.runtime.run_folder import provenance  # noqa: E402
 from dnas.spec.budget import Budget  # noqa: E402
+from dnas.spec.checks import UserError  # noqa: E402
 from dnas.spec.cost import CostTable  # noqa: E402
 from dnas.spec.latency_table import LatencyTable, check_use, read_table  # noqa: E402
 from dnas.spec.space import Arch  # noqa: E402
-from dnas.spec.validation import UserError  # noqa: E402
 
 METHODS = ("macs", "ms", "uniform")
 

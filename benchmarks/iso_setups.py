@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from dnas.nets.macro import EfficientNetSpace, MacroSupernet
+from dnas.nets.layer_supernet import EfficientNetSpace, MacroSupernet
 from dnas.nets.supernet import Supernet
-from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.nets.timm_supernet import TimmBase, TimmSupernet
 from dnas.spec.budget import Budget, parse_budget
+from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets
-from dnas.spec.validation import UserError
 from dnas.training.data import Data, load_data
 from dnas.training.recipe import Recipe
 from supernets import SUPERNETS

@@ -20,7 +20,7 @@ from dnas.methods.rules import random_arch
 from dnas.nets.supernet import Supernet
 from dnas.spec.space import Arch
 from dnas.training.loop import cycle, make_learner, train
-from dnas.training.onednn import subsampled
+from dnas.training.onednn_workaround import subsampled
 
 if TYPE_CHECKING:
     from iso_setups import Lab

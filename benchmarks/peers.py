@@ -44,8 +44,8 @@ from torch import Tensor, nn  # noqa: E402
 
 from dnas.methods.gates import GatesConfig  # noqa: E402
 from dnas.runtime.run_folder import peak_memory_mb, provenance  # noqa: E402
+from dnas.spec.checks import UserError  # noqa: E402
 from dnas.spec.space import Arch  # noqa: E402
-from dnas.spec.validation import UserError  # noqa: E402
 from dnas.training.loop import cycle  # noqa: E402
 
 STEPS = 400  # of Torch-Pruning from the whole network to none

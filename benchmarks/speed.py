@@ -43,16 +43,16 @@ from dnas.export.model_file import build_net  # noqa: E402
 from dnas.methods.gates import GATES, GatesConfig, live_tables  # noqa: E402
 from dnas.methods.loop import begin, run  # noqa: E402
 from dnas.methods.method import Task  # noqa: E402
-from dnas.nets.macro import Candidate, EfficientNetSpace, MacroSupernet, Stage  # noqa: E402
+from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, MacroSupernet, Stage  # noqa: E402
 from dnas.nets.supernet import Supernet  # noqa: E402
-from dnas.nets.timm_net import TimmBase, TimmSupernet  # noqa: E402
+from dnas.nets.timm_supernet import TimmBase, TimmSupernet  # noqa: E402
 from dnas.runtime.run_folder import peak_memory_mb, provenance, write_json  # noqa: E402
 from dnas.spec.budget import Budget  # noqa: E402
 from dnas.spec.cost import CostTable  # noqa: E402
 from dnas.spec.space import Arch  # noqa: E402
 from dnas.training.data import Data, load_data  # noqa: E402
 from dnas.training.loop import cycle  # noqa: E402
-from dnas.training.onednn import subsampled  # noqa: E402
+from dnas.training.onednn_workaround import subsampled  # noqa: E402
 from dnas.training.recipe import Recipe, autocast, make_optimizer  # noqa: E402
 from supernets import SUPERNETS  # noqa: E402
 

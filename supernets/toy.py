@@ -10,7 +10,7 @@ search with a learning rate of nearly zero.
 import torch
 from torch import nn
 
-from dnas.nets.macro import Candidate, EfficientNetSpace, Stage, round_width
+from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, Stage, round_width
 from dnas.nets.supernet import Supernet
 from dnas.training.data import Data, in_memory
 

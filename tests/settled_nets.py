@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dnas.export.model_file import build_net
-from dnas.nets.macro import Candidate, EfficientNetSpace, MacroSupernet, Stage, net_of
+from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, MacroSupernet, Stage, net_of
 from dnas.nets.shrink import plain_state
 from supernets import SUPERNETS
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from dnas.methods.derive import enumerate_archs
-from dnas.nets.macro import Candidate, EfficientNetSpace, Stage, space_of
+from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, Stage, space_of
 from dnas.spec.cost import CostTable
 from supernets import SUPERNETS
 

@@ -12,9 +12,9 @@ import sys
 import pytest
 
 from dnas.methods.derive import enumerate_archs
-from dnas.nets.macro import Candidate, EfficientNetSpace, Stage, space_of
+from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, Stage, space_of
+from dnas.spec.checks import UserError
 from dnas.spec.space import DROP, KEEP, Arch, Decision, Site, Space
-from dnas.spec.validation import UserError
 
 IN_LAYER = (("keep", KEEP),)
 IN_A = (*IN_LAYER, ("block", "a"))

@@ -2,10 +2,10 @@
 
 import pytest
 
-from dnas.nets.macro import space_of
+from dnas.nets.layer_supernet import space_of
 from dnas.spec.budget import Budget, parse_budget, show
+from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets
-from dnas.spec.validation import UserError
 from supernets import SUPERNETS
 
 METRICS = ("macs", "params")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dnas.nets.resize import remove_channels
+from dnas.nets.cut_tensors import remove_channels
 from dnas.nets.tracing import trace
 
 IMAGE = (3, 8, 8)

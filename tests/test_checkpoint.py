@@ -15,9 +15,9 @@ from dnas.methods.gates import GATES, GatesConfig
 from dnas.methods.loop import begin, load_search, run, search_data
 from dnas.methods.method import Task
 from dnas.nets.bipath_block import PairGate
-from dnas.nets.macro import MacroSupernet
+from dnas.nets.layer_supernet import MacroSupernet
 from dnas.nets.markov_gate import MarkovGate
-from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.nets.timm_supernet import TimmBase, TimmSupernet
 from dnas.runtime.checkpoint import (
     BEFORE,
     FORMAT,
@@ -32,8 +32,8 @@ from dnas.runtime.checkpoint import (
     write_checkpoint,
 )
 from dnas.spec.budget import parse_budget
+from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets
-from dnas.spec.validation import UserError
 from dnas.training.data import load_data
 from dnas.training.from_scratch import train_from_scratch
 from dnas.training.recipe import Recipe

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dnas.methods.derive import enumerate_archs
-from dnas.nets.macro import Candidate, EfficientNetSpace, Stage, fit_strides, space_of
+from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, Stage, fit_strides, space_of
 from dnas.spec.cost import CLOSED_FORMS, CostTable
 from dnas.spec.space import DROP, KEEP, Decision, Site, Space
 from supernets import SUPERNETS

@@ -13,7 +13,7 @@ from image_files import (
     write_tar,
 )
 
-from dnas.spec.validation import UserError
+from dnas.spec.checks import UserError
 from dnas.training.data import load_data
 
 # timm leaves closing its image files to the garbage collector, and Python 3.12 dislikes a DataLoader that forks.

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dnas.export.model_file import build_net, count_macs_torch
 from dnas.latency.measured_parts import RUN, parts_of
-from dnas.nets.macro import MacroSupernet
-from dnas.nets.timm_net import TimmBase, TimmSupernet
-from dnas.spec.validation import UserError
+from dnas.nets.layer_supernet import MacroSupernet
+from dnas.nets.timm_supernet import TimmBase, TimmSupernet
+from dnas.spec.checks import UserError
 from supernets import SUPERNETS
 
 FAMILIES = ["resnet18", "lcnet_050", "test_convnext", "test_nfnet", "test_byobnet"]

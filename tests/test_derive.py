@@ -10,11 +10,11 @@ from spaces import LARGE, METRICS, SMALL, Brute, assert_in_band, large, tables_o
 
 from dnas.methods.derive import BAND, derive, gate_likelihood, in_band
 from dnas.methods.rules import random_arch, uniform_arch
-from dnas.nets.macro import MacroSupernet
+from dnas.nets.layer_supernet import MacroSupernet
 from dnas.nets.shrink import cut_width, remove_block
 from dnas.spec.budget import Budget, show
+from dnas.spec.checks import UserError
 from dnas.spec.space import DROP, KEEP, Decision, Site, Space
-from dnas.spec.validation import UserError
 from supernets import SUPERNETS
 
 

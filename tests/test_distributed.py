@@ -20,12 +20,12 @@ from dnas.methods.gates import GATES, GatesConfig
 from dnas.methods.loop import search
 from dnas.methods.method import Task
 from dnas.methods.rank_and_cut import L1
-from dnas.nets.macro import MacroSupernet
-from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.nets.layer_supernet import MacroSupernet
+from dnas.nets.timm_supernet import TimmBase, TimmSupernet
 from dnas.runtime.distributed import average_gradients, from_first, mean, rank, share_of, shared_statistics, world_size
 from dnas.spec.budget import Budget
+from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
-from dnas.spec.validation import UserError
 from dnas.training.data import load_data
 from dnas.training.from_scratch import train_from_scratch
 from dnas.training.loop import evaluate

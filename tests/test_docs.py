@@ -20,7 +20,7 @@ from commands import call, compare_tool, export_tool, profile_tool, retrain_tool
 from image_files import tree, write_folder, write_tar
 from tables import HEADER, rows_of
 
-from dnas.nets.macro import MacroSupernet
+from dnas.nets.layer_supernet import MacroSupernet
 from dnas.runtime.run_folder import provenance
 from dnas.spec.latency_table import table_text
 from supernets import SUPERNETS

@@ -19,7 +19,7 @@ from documents import (
 from torch import nn
 
 from dnas.export import arch_schema, model_file, native
-from dnas.spec.validation import UserError
+from dnas.spec.checks import UserError
 
 
 @pytest.fixture(scope="module")

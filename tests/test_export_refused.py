@@ -16,7 +16,7 @@ from documents import (
 )
 
 from dnas.export import arch_schema, model_file
-from dnas.spec.validation import UserError
+from dnas.spec.checks import UserError
 
 # Wrong inputs. A path leads to the entry that is replaced; DELETE removes it.
 

@@ -18,7 +18,7 @@ from dnas.methods.method import Task
 from dnas.methods.rules import random_arch, uniform_arch
 from dnas.nets.bipath_block import GatedBlock
 from dnas.nets.gate import Gate
-from dnas.nets.macro import MacroSupernet
+from dnas.nets.layer_supernet import MacroSupernet
 from dnas.spec.budget import parse_budget
 from dnas.spec.cost import CLOSED_FORMS, CostTable, resolve_budgets
 from dnas.training.data import load_data

@@ -13,7 +13,7 @@ import dnas.training.loop
 from dnas.methods.catalog import METHODS
 from dnas.methods.loop import begin, run
 from dnas.methods.method import Task
-from dnas.nets.macro import MacroSupernet
+from dnas.nets.layer_supernet import MacroSupernet
 from dnas.runtime.distributed import to_host
 from dnas.spec.budget import parse_budget
 from dnas.spec.cost import CostTable, resolve_budgets

@@ -17,13 +17,13 @@ from dnas.methods.gates import GATES, GatesConfig
 from dnas.methods.loop import search
 from dnas.methods.method import Task
 from dnas.methods.rules import random_arch, uniform_arch
-from dnas.nets.macro import Candidate, EfficientNetSpace, MacroSupernet, Stage
+from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, MacroSupernet, Stage
 from dnas.nets.markov_gate import MarkovGate
 from dnas.spec.budget import Budget, parse_budget
+from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets
 from dnas.spec.latency_table import check_use, read_table, table_of, table_text, units_of
 from dnas.spec.space import Decision, Site, Space
-from dnas.spec.validation import UserError
 from dnas.training.data import load_data
 from dnas.training.recipe import Recipe
 from supernets.toy import toy

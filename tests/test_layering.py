@@ -9,12 +9,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A file of dnas imports only files that stand before it here: rooms in order, and files in order inside a room.
 ROOMS = {
-    "spec": ["validation", "budget", "space", "latency_table", "cost"],
+    "spec": ["checks", "budget", "space", "latency_table", "cost"],
     "runtime": ["distributed", "run_folder", "checkpoint", "signals", "progress"],
-    "training": ["tar_images", "data", "recipe", "onednn", "loop", "from_scratch"],
+    "training": ["tar_images", "data", "recipe", "onednn_workaround", "loop", "from_scratch"],
     "nets": [
-        *("gate", "markov_gate", "bipath_block", "layer_choice", "channels", "units", "tracing", "resize", "surgery"),
-        *("supernet", "macro", "timm_net", "shrink"),
+        *(
+            "gate",
+            "markov_gate",
+            "bipath_block",
+            "layer_choice",
+            "channels",
+            "channel_units",
+            "tracing",
+            "cut_tensors",
+            "remove_options",
+        ),
+        *("supernet", "layer_supernet", "timm_supernet", "shrink"),
     ],
     "methods": ["budget_loss", "derive", "method", "rules", "rank_and_cut", "gates", "catalog", "loop"],
     "export": ["native", "narrowed", "arch_schema", "model_file"],
@@ -140,8 +150,8 @@ def test_benchmarks_import_each_other_in_one_direction():
 ALLOWED = {
     "dnas/__init__.py": "from dnas.methods.gates import search\nfrom .report import pages\nimport dnas.spec.budget\n",
     "dnas/spec/__init__.py": "",
-    "dnas/spec/validation.py": "import math\nfrom collections import abc\nfrom importlib import import_module\n",
-    "dnas/spec/budget.py": "from dnas import __version__\nfrom dnas.spec import validation\n",
+    "dnas/spec/checks.py": "import math\nfrom collections import abc\nfrom importlib import import_module\n",
+    "dnas/spec/budget.py": "from dnas import __version__\nfrom dnas.spec import checks\n",
     "dnas/spec/cost.py": "from . import space, budget\nfrom .space import Space\nimport dnas.spec.latency_table as t\n",
     "dnas/methods/gates.py": "def f():\n    from .derive import derive\n    import timm.data, torch\n",
     "dnas/report/pages.py": "import supernets_of_others\nfrom tools_of_others import x\nimport dnasty\n",
@@ -166,11 +176,23 @@ BUDGET, COST, LOOP = "dnas/spec/budget.py", "dnas/spec/cost.py", "dnas/training/
         # A file below, in every way it can be imported; in the same room and in another.
         (BUDGET, "import dnas.spec.space", "dnas.spec.budget does not stand below dnas.spec.space"),
         (BUDGET, "import os, dnas.spec.space as a", "dnas.spec.budget does not stand below dnas.spec.space"),
-        (COST, "from dnas.nets import macro", "dnas.spec.cost does not stand below dnas.nets.macro"),
-        (COST, "from dnas.nets.macro import EfficientNetSpace", "dnas.spec.cost does not stand below dnas.nets.macro"),
-        (COST, "from ..nets import macro", "dnas.spec.cost does not stand below dnas.nets.macro"),
-        (COST, "import importlib\nimportlib.import_module('dnas.nets.macro')", "dnas.spec.cost does not stand below"),
-        (COST, "__import__('dnas.nets.macro')", "dnas.spec.cost does not stand below dnas.nets.macro"),
+        (COST, "from dnas.nets import layer_supernet", "dnas.spec.cost does not stand below dnas.nets.layer_supernet"),
+        (
+            COST,
+            "from dnas.nets.layer_supernet import EfficientNetSpace",
+            "dnas.spec.cost does not stand below dnas.nets.layer_supernet",
+        ),
+        (COST, "from ..nets import layer_supernet", "dnas.spec.cost does not stand below dnas.nets.layer_supernet"),
+        (
+            COST,
+            "import importlib\nimportlib.import_module('dnas.nets.layer_supernet')",
+            "dnas.spec.cost does not stand below",
+        ),
+        (
+            COST,
+            "__import__('dnas.nets.layer_supernet')",
+            "dnas.spec.cost does not stand below dnas.nets.layer_supernet",
+        ),
         # Hidden in a function, a class, a branch.
         (LOOP, "def f():\n    from .from_scratch import Run", "dnas.training.loop does not stand below"),
         (LOOP, "class A:\n    def f(self):\n        import dnas.methods.gates", "dnas.training.loop does not stand"),

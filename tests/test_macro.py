@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from dnas.nets.macro import fit_strides, round_width, size_to, space_of, width_grid
+from dnas.nets.layer_supernet import fit_strides, round_width, size_to, space_of, width_grid
 from dnas.spec.budget import Budget
 from dnas.spec.cost import CostTable
 from supernets import SUPERNETS

@@ -15,12 +15,12 @@ from dnas.methods.loop import begin, load_search, run, search, search_data
 from dnas.methods.method import Task
 from dnas.methods.rank_and_cut import dense_arch, l1_norms, most_score
 from dnas.methods.rules import balanced_arch, random_arch, uniform_arch
-from dnas.nets.macro import MacroSupernet, space_of
-from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.nets.layer_supernet import MacroSupernet, space_of
+from dnas.nets.timm_supernet import TimmBase, TimmSupernet
 from dnas.runtime.checkpoint import read_checkpoint, write_checkpoint
 from dnas.spec.budget import Budget, parse_budget
+from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets
-from dnas.spec.validation import UserError
 from dnas.training.data import load_data
 from dnas.training.recipe import Recipe
 from supernets import SUPERNETS

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dnas.methods.rules import uniform_arch
-from dnas.nets.macro import MacroSupernet
-from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.nets.layer_supernet import MacroSupernet
+from dnas.nets.timm_supernet import TimmBase, TimmSupernet
 from dnas.report.diagnosis import over_budget, signs_of_collapse
 from dnas.spec.budget import Budget
 from dnas.spec.cost import CostTable

@@ -13,7 +13,7 @@ import iso_flops  # noqa: E402
 import peers  # noqa: E402
 
 from dnas.export.model_file import build_net, count_macs  # noqa: E402
-from dnas.spec.validation import UserError  # noqa: E402
+from dnas.spec.checks import UserError  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import torch
 from dnas.methods.gates import GATES, GatesConfig, image_loss
 from dnas.methods.loop import begin, load_search, run, search_data
 from dnas.methods.method import Task
-from dnas.nets.macro import MacroSupernet
+from dnas.nets.layer_supernet import MacroSupernet
 from dnas.spec.budget import Budget
 from dnas.spec.cost import CostTable
 from dnas.training.data import load_data

@@ -16,12 +16,12 @@ from dnas.latency.measured_parts import parts_of
 from dnas.latency.profile import calibrated, check_figures, fit_scale, kendall_tau, row_of, spread_archs, time_nets
 from dnas.latency.timing import CpuSpeedReference, Target, check_target, ready, time_calls
 from dnas.methods.rules import uniform_arch
-from dnas.nets.macro import MacroSupernet
-from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.nets.layer_supernet import MacroSupernet
+from dnas.nets.timm_supernet import TimmBase, TimmSupernet
 from dnas.spec.budget import Budget
+from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
 from dnas.spec.latency_table import table_of
-from dnas.spec.validation import UserError
 from supernets import SUPERNETS
 
 CPU = Target(torch.device("cpu"))

@@ -14,13 +14,13 @@ from dnas.methods.derive import derive, enumerate_archs, gate_likelihood
 from dnas.methods.gates import GATES, GatesConfig, check_gradients, distilled_loss, mean_entropy
 from dnas.methods.loop import begin, run, search
 from dnas.methods.method import Task
-from dnas.nets.macro import Candidate, MacroSupernet
+from dnas.nets.layer_supernet import Candidate, MacroSupernet
 from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.shrink import cut_width
-from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.nets.timm_supernet import TimmBase, TimmSupernet
 from dnas.spec.budget import Budget, parse_budget
+from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets
-from dnas.spec.validation import UserError
 from dnas.training.data import Data, load_data
 from dnas.training.loop import cycle, make_learner
 from dnas.training.recipe import Recipe, autocast

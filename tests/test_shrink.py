@@ -20,10 +20,10 @@ from torch import nn
 
 from dnas.export.model_file import build_net
 from dnas.nets.bipath_block import PairGate
+from dnas.nets.cut_tensors import resize_module
 from dnas.nets.layer_choice import ChoiceGate, SkipGate
-from dnas.nets.macro import net_of
+from dnas.nets.layer_supernet import net_of
 from dnas.nets.markov_gate import MarkovGate
-from dnas.nets.resize import resize_module
 from dnas.nets.shrink import plain_state, shrink
 from dnas.spec.cost import CostTable
 from dnas.spec.space import KEEP

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from dnas.nets.bipath_block import GatedBlock, PairGate, Prunode
 from dnas.nets.layer_choice import ChoiceGate
-from dnas.nets.macro import Candidate, EfficientNetSpace, MacroSupernet, Stage
+from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, MacroSupernet, Stage
 from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.shrink import move_pair
 from dnas.spec.space import DROP, KEEP

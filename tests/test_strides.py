@@ -14,12 +14,12 @@ from torch.overrides import TorchFunctionMode
 from dnas.methods.gates import GATES, GatesConfig
 from dnas.methods.loop import search
 from dnas.methods.method import Task
-from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.nets.timm_supernet import TimmBase, TimmSupernet
 from dnas.spec.budget import parse_budget
 from dnas.spec.cost import CostTable, resolve_budgets
 from dnas.training.data import load_data
 from dnas.training.from_scratch import time_step, train_from_scratch
-from dnas.training.onednn import subsampled
+from dnas.training.onednn_workaround import subsampled
 from dnas.training.recipe import Recipe
 
 # Without `subsampled` glibc ends this with "free(): invalid pointer" or the like, where oneDNN has AVX2 or AVX-512.

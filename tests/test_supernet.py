@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from dnas.export.model_file import build_net, count_macs, count_macs_torch, count_params
 from dnas.nets.bipath_block import PairGate, Prunode
 from dnas.nets.layer_choice import ChoiceGate, SkipGate
-from dnas.nets.macro import MacroSupernet, net_of, space_of
+from dnas.nets.layer_supernet import MacroSupernet, net_of, space_of
 from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.shrink import cut_width, plain_state, remove_block, remove_layer
-from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.nets.timm_supernet import TimmBase, TimmSupernet
 from dnas.spec.cost import CostTable
 from dnas.spec.space import DROP, KEEP
 from supernets import SUPERNETS

@@ -26,7 +26,7 @@ from small_nets import (
 from dnas.export.model_file import build_net, count_params
 from dnas.nets.bipath_block import PairGate, Prunode
 from dnas.nets.layer_choice import ChoiceGate
-from dnas.nets.macro import MacroSupernet, net_of
+from dnas.nets.layer_supernet import MacroSupernet, net_of
 from dnas.nets.shrink import cut_width, extract, move_pair, plain_state, remove_block, remove_layer, shrink
 from dnas.spec.space import DROP, KEEP
 from supernets import SUPERNETS

@@ -18,7 +18,7 @@ from commands import call, check_refused, export_tool, retrain_tool, search_tool
 
 import dnas.cli
 from dnas.export.model_file import read_arch, verify_export, write_export
-from dnas.nets.macro import space_of
+from dnas.nets.layer_supernet import space_of
 from dnas.report.diagnosis import no_better_than_a_guess
 from dnas.runtime import progress
 from dnas.spec.cost import CostTable

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from dnas.spec.budget import Budget, parse_budget, show
-from dnas.spec.validation import UserError
+from dnas.spec.checks import UserError
 
 VALID = {
     "300MFLOPs": [("macs", 300e6)],

@@ -12,7 +12,7 @@ from dnas.report.metrics import grouped, read_run
 from dnas.report.pages import as_text, experiments, write_comparison
 from dnas.runtime.progress import console
 from dnas.runtime.run_folder import write_json
-from dnas.spec.validation import UserError
+from dnas.spec.checks import UserError
 
 
 def folders_of(given: list[str]) -> list[Path]:

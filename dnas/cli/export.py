@@ -12,7 +12,7 @@ from dnas.export.model_file import check_name, read_arch, verify_export, write_e
 from dnas.runtime.progress import console
 from dnas.runtime.run_folder import check_new_folder, run_folder
 from dnas.spec.budget import show
-from dnas.spec.validation import UserError
+from dnas.spec.checks import UserError
 
 
 def main() -> None:

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from timm.utils import ParseKwargs
 
-from dnas.nets.macro import EfficientNetSpace
-from dnas.nets.timm_net import TimmBase
+from dnas.nets.layer_supernet import EfficientNetSpace
+from dnas.nets.timm_supernet import TimmBase
 from dnas.runtime.distributed import rank
 from dnas.runtime.run_folder import MAX_BYTES, check_new_folder, provenance
+from dnas.spec.checks import UserError, read_json
 from dnas.spec.latency_table import LatencyTable, check_use, read_table
-from dnas.spec.validation import UserError, read_json
 from dnas.training.data import Data, load_data
 from dnas.training.recipe import AMP_DTYPES, Recipe
 from supernets import SUPERNETS

@@ -12,7 +12,7 @@ from dnas.runtime.checkpoint import Stopped
 from dnas.runtime.distributed import processes, rank
 from dnas.runtime.progress import console
 from dnas.runtime.signals import stop
-from dnas.spec.validation import UserError
+from dnas.spec.checks import UserError
 
 # fvcore scripts its helpers when it is imported, which newer torch deprecates: nothing that a user could mend.
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")

@@ -21,16 +21,16 @@ from dnas.export.model_file import build_net
 from dnas.latency.measured_parts import parts_of
 from dnas.latency.profile import check_figures, fit_scale, point_of, profile, spread_archs, time_nets
 from dnas.latency.timing import CpuSpeedReference, Target, check_target, target_of
-from dnas.nets.macro import MacroSupernet
+from dnas.nets.layer_supernet import MacroSupernet
 from dnas.nets.supernet import Supernet
-from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.nets.timm_supernet import TimmBase, TimmSupernet
 from dnas.runtime.distributed import gathered, rank, world_size
 from dnas.runtime.progress import console, progress_bar
 from dnas.runtime.run_folder import provenance, write_whole
+from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
 from dnas.spec.latency_table import DTYPES, RUNTIMES, SCHEMA, SPACE, check_use, read_table, table_of, table_text
 from dnas.spec.space import Arch
-from dnas.spec.validation import UserError
 
 
 def parser() -> OneLineParser:

@@ -30,7 +30,7 @@ from dnas.runtime.progress import console
 from dnas.runtime.run_folder import MAX_BYTES, provenance, run_folder, write_json
 from dnas.runtime.signals import stop
 from dnas.spec.budget import show
-from dnas.spec.validation import UserError, read_json
+from dnas.spec.checks import UserError, read_json
 from dnas.training.from_scratch import train_from_scratch
 from dnas.workflow import in_steps
 

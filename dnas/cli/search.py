@@ -37,9 +37,9 @@ from dnas.latency.measured_parts import parts_of
 from dnas.methods.catalog import METHODS
 from dnas.methods.loop import begin, steps_of
 from dnas.methods.method import Task
-from dnas.nets.macro import MacroSupernet, size_to
+from dnas.nets.layer_supernet import MacroSupernet, size_to
 from dnas.nets.supernet import Supernet
-from dnas.nets.timm_net import TimmBase, TimmSupernet
+from dnas.nets.timm_supernet import TimmBase, TimmSupernet
 from dnas.report.pages import write_report
 from dnas.runtime.checkpoint import WORTH_KEEPING
 from dnas.runtime.distributed import check_shares, rank, split, world_size
@@ -47,9 +47,9 @@ from dnas.runtime.progress import console
 from dnas.runtime.run_folder import MAX_BYTES, provenance, run_folder, write_json
 from dnas.runtime.signals import stop
 from dnas.spec.budget import Budget, parse_budget, show
+from dnas.spec.checks import UserError, read_json
 from dnas.spec.cost import CostTable, resolve_budgets
 from dnas.spec.latency_table import LatencyTable
-from dnas.spec.validation import UserError, read_json
 from dnas.training.data import Data
 from dnas.training.from_scratch import time_step
 from dnas.workflow import RULES, Begun, BudgetRun, Plan, dry_run, find, print_table, run_search

@@ -11,8 +11,8 @@ import torch
 from timm.models import is_model, model_entrypoint
 
 from dnas.export import narrowed, native
-from dnas.nets.timm_net import check_kwargs
-from dnas.spec.validation import UserError, check, fail
+from dnas.nets.timm_supernet import check_kwargs
+from dnas.spec.checks import UserError, check, fail
 
 Floats = Sequence[float]
 

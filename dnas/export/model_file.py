@@ -28,9 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dnas.export import narrowed, native
 from dnas.export.arch_schema import ARCH, DATA, MAX_BYTES, SCHEMA, Floats, check_data, check_name, check_net
-from dnas.nets.timm_net import measure
+from dnas.nets.timm_supernet import measure
 from dnas.runtime.run_folder import write_whole
-from dnas.spec.validation import UserError, check, fail, parse_json, read_json
+from dnas.spec.checks import UserError, check, fail, parse_json, read_json
 
 
 def check_document(document: Any) -> None:

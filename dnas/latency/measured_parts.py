@@ -20,12 +20,12 @@ from torch.overrides import TorchFunctionMode
 
 from dnas.export import native
 from dnas.nets.channels import Op
-from dnas.nets.macro import EfficientNetSpace, layers_of, space_of, squeeze_width
-from dnas.nets.resize import remove_channels
+from dnas.nets.cut_tensors import remove_channels
+from dnas.nets.layer_supernet import EfficientNetSpace, layers_of, space_of, squeeze_width
 from dnas.nets.supernet import Supernet
-from dnas.nets.timm_net import TimmSupernet
+from dnas.nets.timm_supernet import TimmSupernet
+from dnas.spec.checks import UserError
 from dnas.spec.space import Option, Site, Space
-from dnas.spec.validation import UserError
 
 Widths = Mapping[str, int]
 Built = tuple[nn.Module, tuple[Tensor, ...]]  # a module in eval mode, and inputs for it: on the CPU, float32

@@ -19,10 +19,10 @@ from torch import nn
 from dnas.latency.measured_parts import RUN, Build, Part
 from dnas.latency.timing import CpuSpeedReference, Target, ready, time_calls
 from dnas.runtime.distributed import gathered, rank, world_size
+from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
 from dnas.spec.latency_table import SLOTS, Unit, units_of
 from dnas.spec.space import Arch, Space
-from dnas.spec.validation import UserError
 
 TOGETHER = 200, 2**31  # calls that are kept ready side by side, and measured in turn; bytes that they read
 SIDE_BY_SIDE = 4  # whole networks that are measured in turn

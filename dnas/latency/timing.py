@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dnas.runtime.run_folder import provenance
+from dnas.spec.checks import UserError
 from dnas.spec.latency_table import RUNTIMES
-from dnas.spec.validation import UserError
 
 
 @dataclass(frozen=True)

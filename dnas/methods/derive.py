@@ -1,7 +1,7 @@
-"""From probabilities to one architecture inside the budget, by construction; also the uniform and the random nets.
+"""From scores or probabilities to one architecture inside the budget, by construction.
 
-Found and uniform net answer one question: of all networks with a cost in [0.98, 1.00] x budget, which one do the given
-log-likelihoods like best? A random net is an even draw from those networks.
+Of all networks with a cost in [0.98, 1.00] x budget, which one has the highest sum of log-likelihoods? Most methods end
+with this question, and so do the rules (`dnas.methods.rules`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,9 +10,9 @@ import numpy as np
 
 from dnas.nets.supernet import Supernet
 from dnas.spec.budget import Budget, show
+from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
 from dnas.spec.space import Arch, Decision, Space
-from dnas.spec.validation import UserError
 
 BAND = 0.98
 Likelihood = Mapping[str, np.ndarray]  # decision -> log-likelihood of each option

@@ -24,11 +24,11 @@ from dnas.nets.shrink import shrink
 from dnas.nets.supernet import Supernet
 from dnas.runtime.checkpoint import load_optimizer, optimizer_data
 from dnas.runtime.distributed import average_gradients, from_first, mean, shared_statistics, to_host, world_size
+from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
 from dnas.spec.space import Arch
-from dnas.spec.validation import UserError
 from dnas.training.loop import MAX_SKIPPED, make_scaler
-from dnas.training.onednn import subsampled
+from dnas.training.onednn_workaround import subsampled
 from dnas.training.recipe import autocast
 
 WeightsOn = Literal["hard", "soft", "sandwich"]

@@ -8,9 +8,9 @@ from dnas.methods.method import HeldOut, Method, Search, Task
 from dnas.nets.supernet import Supernet
 from dnas.runtime.checkpoint import load_module, module_data
 from dnas.runtime.distributed import from_first
+from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
 from dnas.spec.space import Arch
-from dnas.spec.validation import UserError
 from dnas.training.loop import cycle, learner_data, load_learner, make_learner, train
 
 

@@ -219,7 +219,7 @@ class PairGate(Gate):
         A bracketing search on the grid: while the gap is wider than one step the loser moves half-way to the winner
         (the optimum is below, between or above); at the smallest gap the pair slides by one step, so that a wrong early
         halving can be mended. The gap never grows. Returns the new (low, high) grid indices, or None to stay; the
-        caller moves the gate and resizes the block (`dnas.nets.surgery.move_pair`).
+        caller moves the gate and resizes the block (`dnas.nets.remove_options.move_pair`).
         """
         if self.settled:
             return None

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from dnas.nets.bipath_block import PairGate, Prunode
 from dnas.nets.markov_gate import MarkovGate
+from dnas.nets.remove_options import forget, move_pair, narrow, remove_block, remove_layer
 from dnas.nets.supernet import Supernet
-from dnas.nets.surgery import forget, move_pair, narrow, remove_block, remove_layer
 from dnas.spec.space import Arch, Option
 
 

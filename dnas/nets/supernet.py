@@ -13,7 +13,7 @@ from dnas.nets.channels import ChannelAxis
 from dnas.nets.gate import Gate
 from dnas.nets.layer_choice import Answer, Answers, ChoiceGate, SkipGate, choice_distributions, skip_distributions
 from dnas.nets.markov_gate import MarkovGate, chain_distributions
-from dnas.nets.surgery import forget, move_pair, narrow, remove_block, remove_layer
+from dnas.nets.remove_options import forget, move_pair, narrow, remove_block, remove_layer
 from dnas.runtime.distributed import to_host
 from dnas.spec.cost import CostTable
 from dnas.spec.space import Arch, Option, Space
@@ -28,12 +28,12 @@ DISTRIBUTIONS: dict[type, Callable[[Sequence[Any], float], list[Tensor]]] = {
 
 
 class Supernet(nn.Module):
-    """What the search, the surgery and the derivation know of a supernet.
+    """All networks of a space in one module.
 
     ``forward(x, answers)`` runs any network of ``space``: ``answers`` maps each decision to an option (an `Arch` will
     do) or to the weights that its gate gives while the gates learn; see `widest`, `draw` and `soft`. There are two
-    kinds: `dnas.nets.macro.MacroSupernet`, built of layers, and `dnas.nets.timm_net.TimmSupernet`, around a network
-    of timm's.
+    kinds: `dnas.nets.layer_supernet.MacroSupernet`, built of layers, and `dnas.nets.timm_supernet.TimmSupernet`, around
+    a network of timm's.
     """
 
     outline: Any  # the plain data (a dataclass) that it was built from

@@ -1,10 +1,10 @@
 """Which channels of a network must share a width (`dnas.nets.channels`), found by running it once.
 
-The pass keeps the units of every tensor (`dnas.nets.units`). Each operation of torch has a rule that says what it does
-to units: a convolution makes new ones, an addition joins those of its terms, a view or a concatenation moves them. The
-rules know operations and no model classes, except timm's weight-standardised convolutions. If no rule understands an
-operation, then the units that enter it are fixed: in doubt a channel stays. The pass runs on the device ``meta``, which
-needs no arithmetic and no memory.
+The pass keeps the units of every tensor (`dnas.nets.channel_units`). Each operation of torch has a rule that says what
+it does to units: a convolution makes new ones, an addition joins those of its terms, a view or a concatenation moves
+them. The rules know operations and no model classes, except timm's weight-standardised convolutions. If no rule
+understands an operation, then the units that enter it are fixed: in doubt a channel stays. The pass runs on the device
+``meta``, which needs no arithmetic and no memory.
 """
 
 import copy
@@ -16,8 +16,8 @@ from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dnas.nets.channel_units import Record, channels_of, first_line
 from dnas.nets.channels import Axis, Channels, Op
-from dnas.nets.units import Record, channels_of, first_line
 
 MOST_WITHIN = 4  # a convolution with at most so many groups keeps their number, and each group gets narrower
 

@@ -1,4 +1,4 @@
-"""What a search came to: figures from the rows of its history, signs of collapse, runs set beside each other."""
+"""What a run came to: figures of its search, costs of its layers, and the verdict over runs of one experiment."""
 
 import math
 import os
@@ -17,10 +17,10 @@ from dnas.latency.measured_parts import parts_of
 from dnas.nets.supernet import Supernet
 from dnas.runtime.run_folder import MAX_BYTES, peak_memory_mb
 from dnas.spec.budget import show
+from dnas.spec.checks import UserError, check, read_json
 from dnas.spec.cost import CostTable
 from dnas.spec.latency_table import LatencyTable
 from dnas.spec.space import Arch, Site, Space
-from dnas.spec.validation import UserError, check, read_json
 from dnas.training.recipe import Recipe
 
 METRICS = ("macs", "params", "ms")

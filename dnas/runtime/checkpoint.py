@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from dnas.runtime.distributed import gathered, rank
 from dnas.runtime.run_folder import write_whole
-from dnas.spec.validation import UserError
+from dnas.spec.checks import UserError
 
 LAST, BEFORE = "checkpoint.pt", "checkpoint.before.pt"
 WORTH_KEEPING = (LAST, BEFORE, "metrics.json")  # a run folder with one of these can go on, or is complete
@@ -109,7 +109,7 @@ def load_module(module: nn.Module, data: dict[str, Any]) -> None:
 def optimizer_data(optimizer: Optimizer, module: nn.Module) -> list[dict[str, Any]]:
     """Groups of an optimizer of parameters of ``module``, with their state, by the parameters' names.
 
-    By name, because surgery takes parameters out, and swaps them.
+    By name, because cutting takes parameters out, and swaps them.
     """
     names = {id(p): name for name, p in module.named_parameters()}
     return [

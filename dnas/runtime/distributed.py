@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from dnas.spec.validation import UserError
+from dnas.spec.checks import UserError
 
 _group: dist.ProcessGroup | None = None  # those that train together; None: all
 

@@ -19,7 +19,7 @@ import timm
 import torch
 
 from dnas import __version__
-from dnas.spec.validation import UserError
+from dnas.spec.checks import UserError
 
 if sys.platform != "win32":
     import fcntl

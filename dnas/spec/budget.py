@@ -9,7 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from dnas.spec.validation import UserError
+from dnas.spec.checks import UserError
 
 _UNITS = {"flops": "macs", "macs": "macs", "flop": "macs", "mac": "macs", "": "macs", "params": "params"}
 _SCALE = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from dnas.spec.budget import Budget, show
+from dnas.spec.checks import UserError
 from dnas.spec.latency_table import LatencyTable
 from dnas.spec.space import Arch, Decision, Option, Site, Space
-from dnas.spec.validation import UserError
 
 Form = Callable[..., np.ndarray]
 
@@ -52,7 +52,8 @@ def _fused_macs(*, kernel, size, size_in, se, mid, **width):
     return width["in"] * mid * kernel**2 * size + _squeeze_macs(mid, se) + mid * width["out"] * size
 
 
-# A share of a layer whose widths go with whole groups of channels: its cost for one step of each (dnas.nets.timm_net).
+# A share of a layer whose widths go with whole groups of channels: its cost for one step of each
+# (dnas.nets.timm_supernet).
 
 
 def _channels_macs(*, macs, params, step_in, step_out, **width):

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from dnas.spec.checks import UserError, check, fail, read_json
 from dnas.spec.space import Site, Space
-from dnas.spec.validation import UserError, check, fail, read_json
 
 SCHEMA = 2
 MAX_BYTES = 64_000_000

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dnas.spec.validation import UserError
+from dnas.spec.checks import UserError
 
 Option = int | str
 When = tuple[tuple[str, Option], ...]

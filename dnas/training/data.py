@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from dnas.runtime.distributed import rank, share_of, world_size
-from dnas.spec.validation import UserError
+from dnas.spec.checks import UserError
 from dnas.training.tar_images import MODES, decode, members
 
 Pair = tuple[Tensor, Tensor]  # images and labels

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from dnas.runtime.checkpoint import load_optimizer, optimizer_data
 from dnas.runtime.distributed import average_gradients, mean, shared_statistics, to_host
-from dnas.spec.validation import UserError
+from dnas.spec.checks import UserError
 from dnas.training.data import Batches
-from dnas.training.onednn import subsampled
+from dnas.training.onednn_workaround import subsampled
 from dnas.training.recipe import AMP_DTYPES, Recipe, autocast, make_optimizer, make_scheduler
 
 

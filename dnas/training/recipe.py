@@ -10,7 +10,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
-from dnas.spec.validation import UserError
+from dnas.spec.checks import UserError
 
 
 @dataclass(frozen=True)

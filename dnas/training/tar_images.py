@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dnas.spec.validation import UserError
+from dnas.spec.checks import UserError
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by number of channels
 

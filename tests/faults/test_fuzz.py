@@ -19,8 +19,8 @@ from tables import HEADER, row
 
 from dnas.cli import flags
 from dnas.export.model_file import build_net, count_macs, read_arch
+from dnas.spec.checks import UserError
 from dnas.spec.latency_table import read_table
-from dnas.spec.validation import UserError
 
 STRANGE = ["__import__('os').system('x')", "../../etc/passwd", "a\nb", "\x00", "ir", "in", "nan", "é" * 300, ""]
 leaves = st.one_of(

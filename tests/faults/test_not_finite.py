@@ -9,10 +9,10 @@ from torch import nn
 from dnas.methods.gates import GATES, GatesConfig
 from dnas.methods.loop import search
 from dnas.methods.method import Task
-from dnas.nets.macro import MacroSupernet
+from dnas.nets.layer_supernet import MacroSupernet
 from dnas.spec.budget import Budget
+from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
-from dnas.spec.validation import UserError
 from dnas.training.data import load_data
 from dnas.training.loop import MAX_SKIPPED, make_learner, train
 from dnas.training.recipe import Recipe

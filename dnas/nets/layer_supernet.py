@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 
 from dnas.nets.bipath_block import GatedBlock, PairGate, Prunode, TimmBlock, channel_factors, parts, scaled_norm, share
 from dnas.nets.channels import ChannelAxis
+from dnas.nets.cut_tensors import resize_module
 from dnas.nets.layer_choice import Answers, StochasticLayer
 from dnas.nets.markov_gate import MarkovGate
-from dnas.nets.resize import resize_module
 from dnas.nets.supernet import Gate, Supernet
 from dnas.spec.budget import Budget
 from dnas.spec.cost import CostTable

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dnas.nets.bipath_block import Prunode, parts
+from dnas.nets.cut_tensors import resize_tensor
 from dnas.nets.layer_choice import StochasticLayer
 from dnas.nets.markov_gate import MarkovGate
-from dnas.nets.resize import resize_tensor
 
 
 def narrow(gate: MarkovGate, width: int, optimizers: Sequence[Optimizer] = ()) -> None:

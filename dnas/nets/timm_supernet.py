@@ -27,13 +27,13 @@ from torch.overrides import TorchFunctionMode
 
 from dnas.nets.bipath_block import prefix_mask
 from dnas.nets.channels import Axis, ChannelAxis, Channels
+from dnas.nets.cut_tensors import remove_channels
 from dnas.nets.layer_choice import Answers
 from dnas.nets.markov_gate import MarkovGate
-from dnas.nets.resize import remove_channels
 from dnas.nets.supernet import Gate, Supernet
 from dnas.nets.tracing import trace
+from dnas.spec.checks import UserError
 from dnas.spec.space import Decision, Option, Site, Space
-from dnas.spec.validation import UserError
 
 # What dnas itself tells timm, and what would make reading an arch file load or fetch something.
 RESERVED = {
