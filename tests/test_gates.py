@@ -275,7 +275,7 @@ def test_draws_follow_the_probabilities_of_every_gate():
         for gate, options in cases:
             p = gate.probabilities(temperature).detach()
             assert p.shape == (len(options),) and float(p.sum()) == pytest.approx(1, abs=1e-6)
-            assert_frequencies(frequencies(gate, options, temperature=temperature), p.tolist())
+            assert_frequencies(frequencies(gate, options, 2000, temperature=temperature), p.tolist())
             assert gate.best() == options[int(p.argmax())]
 
 

@@ -81,12 +81,12 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def test_host_reads_of_a_step(name, device, monkeypatch):
     """At most 2 a weight step and 4 more a gate step, however many gates there are."""
     torch.manual_seed(0)
-    data = load_data(img_size=8, device=device).take(360)
-    net = MacroSupernet(SUPERNETS["prunet"](num_classes=10, img_size=8, width_mult=0.15)).to(device)
+    data = load_data(img_size=8, device=device).take(150)
+    net = MacroSupernet(SUPERNETS["prunet"](num_classes=10, img_size=8, width_mult=0.1)).to(device)
     assert len(net.gates()) > 90
     tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
     budgets = resolve_budgets(tables, parse_budget("40%"))
-    task = Task(tables, budgets, data, Recipe(epochs=4, batch_size=32), METHODS[name].config())
+    task = Task(tables, budgets, data, Recipe(epochs=4, batch_size=16), METHODS[name].config())
     state, counts = begin(METHODS[name], net, task), {True: [], False: []}
     with counted(monkeypatch, device) as reads:
 
@@ -96,7 +96,7 @@ def test_host_reads_of_a_step(name, device, monkeypatch):
 
         run(METHODS[name], state, task, on_row=on_row)
     print(f"{name}: at most {max(counts[False])} a weight step, {max(counts[True][1:], default=0)} with a gate step")
-    assert len(counts[False]) > 10 and max(counts[False]) <= 2
+    assert len(counts[False]) > 8 and max(counts[False]) <= 2
     if name == "gates":
         assert len(counts[True]) > 5
         assert max(counts[True][1:]) <= 2 + 4  # the first one looks at every gradient
