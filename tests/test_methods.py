@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from spaces import LARGE, Brute, assert_in_band, widest_cost
+from test_search import planted_best, run_toy
 from timm.utils import random_seed
 
 from dnas.methods.catalog import METHODS
@@ -24,6 +25,7 @@ from dnas.spec.cost import CostTable, resolve_budgets
 from dnas.training.data import load_data
 from dnas.training.recipe import Recipe
 from supernets import SUPERNETS
+from supernets.toy import plant, planted_data, toy
 
 RECIPE = Recipe(epochs=4, batch_size=32)
 NARROW = {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 24]}
@@ -89,10 +91,9 @@ def test_the_same_seed_gives_the_same_network(name):
     assert arch == chosen.__wrapped__(name, "prunet")[0]
 
 
-@pytest.mark.parametrize("stops", [(2, 9), (21,)])
 @every_space
 @pytest.mark.parametrize("name", training)
-def test_a_search_that_was_stopped_ends_as_one_that_was_not(name, space, stops, tmp_path):
+def test_a_search_that_was_stopped_ends_as_one_that_was_not(name, space, tmp_path):
     """From what is on disk, with a supernet that is built anew: rows, tensors and network are the same, to the bit."""
     method = METHODS[name]
 
@@ -119,11 +120,10 @@ def test_a_search_that_was_stopped_ends_as_one_that_was_not(name, space, stops, 
         return rows, net.tensors(), method.choose(state, task)
 
     rows, tensors, arch = part()
-    part(until=stops[0])
-    for stop in stops[1:]:
-        part(read_checkpoint(tmp_path), stop)
+    part(until=2)
+    part(read_checkpoint(tmp_path), 17)
     again, others, found = part(read_checkpoint(tmp_path))
-    assert again == rows and len(rows) > max(stops) and found == arch
+    assert again == rows and len(rows) > 20 and found == arch
     assert all(map(torch.equal, tensors, others))
 
 
@@ -271,15 +271,19 @@ def test_random_depends_on_the_seed():
 
 @pytest.mark.slow
 def test_gates_are_better_than_random_on_the_toy():
-    """The planted network is found with each of three seeds; of ten random networks it is one in a few."""
-    from test_search import planted_best, run_toy
+    """With the planted weights, on images that the search never saw: as good as the best of ten, above their mean."""
+    net = plant(MacroSupernet(toy()), 0).train()
+    tables = {"macs": CostTable.build(net.space, "macs")}
+    budgets = (Budget("macs", 1.02 * tables["macs"].of(planted_best(net.space))),)
+    x, y = next(iter(planted_data(9, num_train=1024).train_batches(1024, seed=0)))
 
-    for seed in range(3):
-        net, arch, _ = run_toy(seed)
-        tables = {"macs": CostTable.build(net.space, "macs")}
-        budgets = (Budget("macs", 1.02 * tables["macs"].of(planted_best(net.space))),)
-        drawn = [random_arch(net.space, tables, budgets, 10 * seed + k) for k in range(10)]
-        assert arch == planted_best(net.space) and drawn.count(arch) < 5
+    def loss(arch):
+        with torch.no_grad():
+            return float(torch.nn.functional.cross_entropy(net(x, arch), y))
+
+    drawn = [loss(random_arch(net.space, tables, budgets, seed)) for seed in range(10)]
+    found = loss(run_toy(0)[1])
+    assert found <= min(drawn) + 1e-6 and found < np.mean(drawn) - 0.05
 
 
 def test_settings_are_checked_when_they_are_made():

@@ -108,7 +108,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("tool, moments", [
-    ("search", ["fsync:1", "fsync:2", "replace:8", "fsync:41", "replace:103"]),
+    ("search", ["fsync:1", "replace:8", "fsync:41"]),
     ("rank", ["fsync:2", "replace:31"]),
     ("retrain", ["replace:5", "fsync:30"]),
 ])  # fmt: skip
