@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BUDGET ?= 8MFLOPs
 ARGS ?=
-PYTEST_ARGS ?= -n 2 --dist worksteal
+PYTEST_ARGS ?= -n 2 --dist loadfile
 SEARCH_FLAGS = --budget $(BUDGET) --search-epochs 20 --epochs 18 $(ARGS)
 
 PY = $(VENV)/bin/python
