@@ -26,7 +26,7 @@ from dnas.latency.profile import calibrated, time_nets
 from dnas.latency.timing import CpuSpeedReference, target_of
 from dnas.methods.loop import load_search, run, search_data, steps_of
 from dnas.methods.method import Method, Search, Task
-from dnas.methods.rules import balanced_arch, random_arch, uniform_arch
+from dnas.methods.rules import RULES, random_arch
 from dnas.nets.supernet import Supernet
 from dnas.report.diagnosis import no_better_than_a_guess, over_budget, signs_of_collapse
 from dnas.report.metrics import decision_rows, effort, facts, layer_rows, search_figures
@@ -71,9 +71,6 @@ class BudgetRun:
     rules: Mapping[str, Arch]  # "uniform" and "balanced"
     folder: Path
     name: str
-
-
-RULES: dict[str, Callable[..., Arch]] = {"uniform": uniform_arch, "balanced": balanced_arch}
 
 
 def export_arch(folder: Path, name: str, net: Supernet, arch: Arch, data: Data, tables, budgets, info) -> dict:

@@ -23,3 +23,8 @@ def frequencies(gate, options, count=4000, seed=0, **how):
         draws.append(gate.draw(g, **how))
     assert set(draws) <= set(options)
     return [draws.count(option) for option in options]
+
+
+def chain_distribution(keep):
+    """Where a chain stops, ``P(width = k) = P(s_k) - P(s_{k+1})``, from its marginals, [G + 1] each."""
+    return keep - torch.cat([keep[1:], keep.new_zeros(1)])

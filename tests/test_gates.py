@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from draws import assert_frequencies, frequencies, generator
+from draws import assert_frequencies, chain_distribution, frequencies, generator
 from torch.nn import functional as F
 
 from dnas.nets.bipath_block import PairGate
 from dnas.nets.gate import gumbel_softmax
 from dnas.nets.layer_choice import ChoiceGate, SkipGate
-from dnas.nets.markov_gate import MarkovGate, chain_distribution, marginals
+from dnas.nets.markov_gate import MarkovGate, marginals
 from dnas.spec.space import DROP, KEEP
 
 HALF = (torch.float16, torch.bfloat16)

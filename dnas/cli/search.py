@@ -37,6 +37,7 @@ from dnas.latency.measured_parts import parts_of
 from dnas.methods.catalog import METHODS
 from dnas.methods.loop import begin, steps_of
 from dnas.methods.method import Task
+from dnas.methods.rules import RULES
 from dnas.nets.layer_supernet import MacroSupernet, size_to
 from dnas.nets.supernet import Supernet
 from dnas.nets.timm_supernet import TimmBase, TimmSupernet
@@ -52,7 +53,7 @@ from dnas.spec.cost import CostTable, resolve_budgets
 from dnas.spec.latency_table import LatencyTable
 from dnas.training.data import Data
 from dnas.training.from_scratch import time_step
-from dnas.workflow import RULES, Begun, BudgetRun, Plan, dry_run, find, print_table, run_search
+from dnas.workflow import Begun, BudgetRun, Plan, dry_run, find, print_table, run_search
 
 
 def parser(argv: Sequence[str] = ()) -> OneLineParser:

@@ -138,10 +138,10 @@ def _graph_call(module: nn.Module, given: Sequence[Tensor]) -> Callable[[], obje
 
 
 class CpuSpeedReference:
-    """How fast a CPU runs just now: on a shared machine a neighbour may halve that for a minute. A GPU is not asked.
+    """Measures the current speed of a CPU with a small reference network. Not used on GPUs.
 
-    Told by a small network that computes and moves about as much as larger ones do. ``usual_us`` is what it takes at
-    the pace at which all milliseconds are told: given (not 0), or what it took when it was first looked at.
+    On a shared machine other processes may halve the speed for a minute. ``usual_us`` is the reference network's time
+    at the speed to which all milliseconds are converted: the value given, or, for 0, its first measurement.
     """
 
     def __init__(self, target: Target, usual_us: float = 0.0) -> None:

@@ -116,7 +116,6 @@ def init(net: Supernet, task: Task) -> GatesState:
     check_length(steps, config)
     gate_steps = max(1.0, steps * (1 - config.warmup) / config.gate_every)
     gate_lr = config.gate_lr or min(0.3, max(0.01, 20 / gate_steps))
-    from_first(net.gate_parameters())
     return GatesState(
         torch.optim.Adam(net.gate_parameters(), lr=gate_lr, betas=(0.5, 0.99)),
         make_scaler(next(net.parameters()).device, task.recipe),
@@ -256,7 +255,7 @@ def gate_step(search: Search, task: Task, progress: float, held_out: HeldOut) ->
             check_gradients(net, search.learner.update - 1 if search.learner else 0)
         own.scaler.step(own.optimizer)
     own.scaler.update()
-    from_first(net.gate_parameters())  # what is cut off hangs on them
+    from_first(net.gate_parameters())  # all processes must cut off the same options
     own.taught += 1
     return {
         "images": images * world_size(),

@@ -18,8 +18,8 @@ def begin(method: Method, net: Supernet, task: Task) -> Search:
     """A search before its first step. Raises UserError if there is nothing to search, or no time for it."""
     if net.space.num_archs() < 2:
         raise UserError(f"nothing can be searched: every decision of the space {net.name} has one option only")
-    own = method.init(net, task)
     from_first(net.tensors())
+    own = method.init(net, task)
     learner = None
     if method.loss:
         per_epoch = len(task.weight_batches(method.held_out(task.config)))
@@ -53,7 +53,8 @@ def run(
     for loss in train(
         lambda x, y: loss_of(search, task, x, y, learner.update / total), learner, batches, task.recipe
     ):  # fmt: skip
-        step, row = learner.update - 1, {"step": learner.update - 1, "loss": float(loss)}
+        step = learner.update - 1
+        row: dict[str, Any] = {"step": step, "loss": loss}
         if learner.skipped_now:
             row["skipped"] = learner.skipped_now
         row["weight_ms"] = 1e3 * (time.perf_counter() - clock)

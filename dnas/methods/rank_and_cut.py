@@ -30,14 +30,16 @@ def only(net: Supernet, arch: Arch) -> dict[str, list[int]]:
     return net.structure() | {name: [net.space.by_name[name].index(option)] for name, option in arch.items()}
 
 
-def cut_to_dense(net: Supernet, task: Task) -> None:
-    """Leave a supernet nothing but the dense network, which is all that is trained and ranked."""
-    net.cut_to(only(net, dense_arch(net.space)))
+def cut_to_dense(net: Supernet, task: Task) -> Arch:
+    """Leave a supernet nothing but the dense network, which is all that is trained and ranked. Returns it."""
+    dense = dense_arch(net.space)
+    net.cut_to(only(net, dense))
+    return dense
 
 
 def dense_loss(search: Search, task: Task, x: Tensor, y: Tensor, progress: float) -> Tensor:
     """Cross entropy of the dense network, with the recipe's label smoothing: a scalar."""
-    logits = search.net(x, dense_arch(search.net.space)).float()
+    logits = search.net(x, search.own).float()
     return F.cross_entropy(logits, y, label_smoothing=task.recipe.smoothing)
 
 

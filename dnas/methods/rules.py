@@ -112,6 +112,9 @@ def _mix(walker: _Walker, rng: np.random.Generator, proposals: int) -> None:
     walker.refresh()
 
 
+# Beside the found network in every run, by the names that metrics.json has.
+RULES: dict[str, Callable[..., Arch]] = {"uniform": uniform_arch, "balanced": balanced_arch}
+
 UNIFORM = Method(
     summary="widths, all scaled alike; no data, no training",
     source="MobileNets, Howard et al., arXiv 1704.04861 (the width multiplier)",

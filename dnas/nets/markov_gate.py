@@ -18,11 +18,6 @@ def marginals(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.cat([logits.new_ones(1), torch.cumsum(nn.functional.logsigmoid(logits / temperature), 0).exp()])
 
 
-def chain_distribution(keep: Tensor) -> Tensor:
-    """Distribution of where the chain stops, ``P(width = k) = P(s_k) - P(s_{k+1})``, from `marginals`, [G + 1] each."""
-    return keep - torch.cat([keep[1:], keep.new_zeros(1)])
-
-
 def without_scale(factor: Tensor) -> Tensor:
     """``factor`` in value; in gradient without its part along ``factor``, a change that scales all of it alike."""
     norm = torch.linalg.vector_norm(factor)

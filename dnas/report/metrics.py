@@ -14,6 +14,7 @@ import torch
 
 from dnas.export.arch_schema import BUDGET
 from dnas.latency.measured_parts import parts_of
+from dnas.methods.rules import RULES
 from dnas.nets.supernet import Supernet
 from dnas.runtime.run_folder import MAX_BYTES, peak_memory_mb
 from dnas.spec.budget import show
@@ -24,7 +25,6 @@ from dnas.spec.space import Arch, Site, Space
 from dnas.training.recipe import Recipe
 
 METRICS = ("macs", "params", "ms")
-RULES = ("uniform", "balanced")  # nets that cost nothing to choose, beside the found one in every run
 
 
 def search_figures(

@@ -11,10 +11,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from dnas.methods.rules import RULES
 from dnas.report import plots
 from dnas.report.metrics import (
     METRICS,
-    RULES,
     Run,
     effort,
     facts,

@@ -122,7 +122,7 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 def from_first(tensors: Iterable[Tensor]) -> None:
-    """Give all processes the first one's values, in place: decisions that hang on them cannot differ then.
+    """Overwrite the tensors of all processes with those of the first one, so that all decide alike.
 
     One message for each dtype and device, however many tensors there are.
     """
