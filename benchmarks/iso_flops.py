@@ -41,8 +41,9 @@ from dnas.methods.derive import derive  # noqa: E402
 from dnas.methods.gates import GATES  # noqa: E402
 from dnas.methods.loop import search  # noqa: E402
 from dnas.methods.method import Method, Search, Task  # noqa: E402
-from dnas.methods.rules import random_arch, uniform_arch  # noqa: E402
+from dnas.methods.rules import RULES, balanced_arch, random_arch  # noqa: E402
 from dnas.runtime.run_folder import provenance, write_json  # noqa: E402
+from dnas.spec.budget import Budget  # noqa: E402
 from dnas.spec.checks import UserError  # noqa: E402
 from dnas.spec.space import Arch  # noqa: E402
 from dnas.training.from_scratch import train_from_scratch  # noqa: E402
@@ -52,7 +53,8 @@ JUDGED = 30  # random nets that a supernet judges
 
 
 # Beside the variants of gates: what is compared with them.
-OTHERS = [*(name for name in METHODS if name not in ("gates", "uniform", "random")), *opponents.OPPONENTS]
+OTHERS = [*(name for name in METHODS if name not in ("gates", "random", *RULES)), *opponents.OPPONENTS]
+HELD = "balanced-widths"  # the blocks and depth of the default search's net, and widths by the rule
 
 
 def run_search(lab: Lab, variant: str, seed: int) -> dict:
@@ -63,7 +65,7 @@ def run_search(lab: Lab, variant: str, seed: int) -> dict:
         found = {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
         return net_row(lab, f"{variant}/{seed}", arch) | found
     if variant in METHODS:
-        arch, found = chosen(lab, METHODS[variant], seed)
+        (arch,), found = chosen(lab, METHODS[variant], seed, [lab.budgets])
         return net_row(lab, f"{variant}/{seed}", arch) | found
     how = VARIANTS[variant]
     done, found = searched(lab, how, seed)
@@ -71,16 +73,21 @@ def run_search(lab: Lab, variant: str, seed: int) -> dict:
     return net_row(lab, f"{variant}/{seed}", arch) | found
 
 
-def chosen(lab: Lab, method: Method, seed: int) -> tuple[Arch, dict]:
-    """The network that a method chooses with its default settings, and what that took."""
+def chosen(lab: Lab, method: Method, seed: int, goals: Sequence[tuple[Budget, ...]]) -> tuple[list[Arch], dict]:
+    """The networks that a method chooses with its default settings, and what that took.
+
+    Several goals share one search: the method must not look at the budget before the end.
+    """
     started, rows = time.perf_counter(), []
     random_seed(seed)
     layout = torch.channels_last if lab.setup.search.channels_last else torch.preserve_format
     net = lab.supernet().to(memory_format=layout)
-    task = Task(lab.tables, lab.budgets, lab.data, lab.setup.search, method.config(), seed)
-    _, arch = search(method, net, task, on_row=rows.append)
+    task = Task(lab.tables, goals[0], lab.data, lab.setup.search, method.config(), seed)
+    done = begin(method, net, task)
+    run(method, done, task, on_row=rows.append)
+    archs = [method.choose(done, replace(task, budgets=budgets)) for budgets in goals]
     images = sum(lab.setup.search.batch_size + row.get("images", 0) for row in rows)
-    return arch, {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
+    return archs, {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
 
 
 def searched(lab: Lab, how: Variant, seed: int) -> tuple[Search, dict]:
@@ -195,9 +202,9 @@ def main() -> None:
     entered = (setup, args.data_dir, args.device)
     with ProcessPoolExecutor(args.jobs, context, initializer=_enter, initargs=entered) as pool:
         do = partial(work, pool=pool, info=info)
-        if "uniform" not in table.nets():
-            arch = uniform_arch(lab.net.space, lab.tables, lab.budgets)
-            table.append(net_row(lab, "uniform", arch) | info)
+        for rule, choose in RULES.items():
+            if rule not in table.nets():
+                table.append(net_row(lab, rule, choose(lab.net.space, lab.tables, lab.budgets)) | info)
         if args.full and "full" not in table.nets():
             table.append(net_row(lab, "full", lab.tables["macs"].extremes()[1]) | info)
         train_all(["full"] * (args.full > 0), lambda name: range(args.full), table, do)
@@ -217,9 +224,18 @@ def main() -> None:
         missing = [(run_search, method, k) for method, k in wanted if f"{method}/{k}" not in nets]
         for _ in do(missing, table=table):
             pass
-        train_all([f"{method}/{k}" for method, k in wanted], own_seeds, table, do)
+        chosen_nets = [f"{method}/{k}" for method, k in wanted]
+        if "default" in args.variant and lab.net.layers:
+            for k in range(args.search):
+                chosen_nets.append(name := f"{HELD}/{k}")
+                if name not in (nets := table.nets()):
+                    held = lab.net.space.complete(nets[f"default/{k}"]["arch"])
+                    arch = balanced_arch(lab.net.space, lab.tables, lab.budgets, held)
+                    took = {key: nets[f"default/{k}"][key] for key in ("search_seconds", "search_images")}
+                    table.append(net_row(lab, name, arch) | took | info)
+        train_all(chosen_nets, own_seeds, table, do)
         taken = max(TRAININGS * args.search, setup.seeds)
-        train_all(["uniform"], lambda name: range(taken), table, do)
+        train_all([*RULES], lambda name: range(taken), table, do)
 
 
 def summarise(table: Table) -> dict:
@@ -254,7 +270,7 @@ def judge_method(table: Table, method: str) -> dict:
     """How the nets of one method compare with the random ones and with the uniform one; empty if one is missing."""
     scores, nets = stats.scores_of(table.rows), table.nets()
     random, found = stats.of_method(scores, "random"), stats.of_method(scores, method)
-    if not random or not found or "uniform" not in scores:
+    if not random or not found or any(rule not in scores for rule in RULES):
         return {}
     means = [fmean(s.values()) for s in random.values()]
     # Trainings of its own nets: those of the random ones may be of a day on which the machine was slower. And a process
@@ -265,7 +281,7 @@ def judge_method(table: Table, method: str) -> dict:
         "search_seeds": len(found),
         "found_top1": fmean(fmean(s.values()) for s in found.values()),
         "found_percentile": fmean(stats.percentile(fmean(s.values()), means) for s in found.values()),
-        "found_minus_uniform": stats.minus_paired(found, scores["uniform"]),
+        **{f"found_minus_{rule}": stats.minus_paired(found, scores[rule]) for rule in RULES},
         "found_minus_random": stats.minus_mean(found, random),
         "found_minus_baseline": stats.minus_method(found, stats.of_method(scores, baseline_of(method))),
         "search_in_trainings": cost,
@@ -277,20 +293,21 @@ def print_summary(path: str | None) -> None:
     """One line a set-up and method; the set-ups with the default search as JSON if asked for."""
     rows = []
     for table in filter(lambda t: t.rows, map(Table, SETUPS)):
-        rows.append(_rounded(summarise(table) | {"search_seeds": 0} | judge_method(table, "default")))
+        rows.append(rounded(summarise(table) | {"search_seeds": 0} | judge_method(table, "default")))
         print(json.dumps(rows[-1]))
         for method in stats.methods(stats.scores_of(table.rows)):
-            print(f"  {method}: " + json.dumps(_rounded(judge_method(table, method))))
+            print(f"  {method}: " + json.dumps(rounded(judge_method(table, method))))
     if path:
         write_json(Path(path), rows)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Floats with three digits, None where they are not finite; what JSON can hold."""
     if isinstance(value, float):
         return round(value, 3) if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _rounded(v) for key, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, tuple) else value
+        return {key: rounded(v) for key, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
 def add_work_flags(parser: argparse.ArgumentParser) -> None:

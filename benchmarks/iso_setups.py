@@ -9,7 +9,8 @@ import torch
 
 from dnas.nets.layer_supernet import EfficientNetSpace, MacroSupernet
 from dnas.nets.supernet import Supernet
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet
+from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_supernet import TimmSupernet
 from dnas.spec.budget import Budget, parse_budget
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets
@@ -25,7 +26,8 @@ class Setup:
     """All that two nets must have in common to be compared.
 
     ``num_train`` images, evenly over the classes; ``search`` is the recipe of a supernet's weights; ``seeds`` trainings
-    of each random net. ``most_layers`` a stage: two processor cores cannot train a few hundred deep nets.
+    of each random net. ``most_layers`` a stage: two processor cores cannot train a few hundred deep nets. ``ties`` and
+    ``most_widths``: see `TimmBase`. Costs are those of images of ``cost_size`` pixels, by default ``img_size``.
     """
 
     supernet: str  # of `SUPERNETS`, or a network of timm's
@@ -40,6 +42,9 @@ class Setup:
     seeds: int
     most_layers: int = 4
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # of timm's network
+    ties: tuple[str, ...] = ()
+    most_widths: int = 32
+    cost_size: int = 0
 
 
 ADAMW = Recipe(epochs=12)
@@ -108,14 +113,16 @@ def open_lab(setup: Setup, data_dir: str, device: str) -> Lab:
         data = load_data("", data_dir, img_size=setup.img_size, device=device)
     else:
         raise UserError("this set-up needs --data-dir (or DNAS_CIFAR10): a folder or .tar.gz of CIFAR-10's images")
-    fixed = {"num_classes": data.num_classes, "img_size": setup.img_size, "divisor": setup.divisor}
+    size = setup.cost_size or setup.img_size
+    fixed = {"num_classes": data.num_classes, "img_size": size, "divisor": setup.divisor}
     outline: EfficientNetSpace | TimmBase
     if setup.supernet in SUPERNETS:
         macro = SUPERNETS[setup.supernet](**fixed, width_mult=setup.width_mult)
         stages = tuple(replace(s, depth=min(s.depth, setup.most_layers)) for s in macro.stages)
         outline = replace(macro, stages=stages)
     else:
-        outline = TimmBase(setup.supernet, **fixed, kwargs=setup.kwargs)
+        widths = {"ties": setup.ties, "most_widths": setup.most_widths}
+        outline = TimmBase(setup.supernet, **fixed, kwargs=setup.kwargs, **widths)
     net = supernet_of(outline)
     tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
     budgets = resolve_budgets(tables, parse_budget(setup.budget))

@@ -10,6 +10,7 @@ from statistics import fmean, median, variance
 
 import scipy.stats
 
+from dnas.methods.rules import RULES
 from dnas.report.metrics import interval
 
 Scores = Mapping[str, Mapping[int, float]]
@@ -26,14 +27,14 @@ def scores_of(rows: Iterable[dict]) -> dict[str, dict[int, float]]:
 
 
 def of_method(scores: Scores, method: str) -> dict[str, Mapping[int, float]]:
-    """The nets ``method/0``, ``method/1``, ... in that order; ``uniform`` is a net and a method."""
+    """The nets ``method/0``, ``method/1``, ... in that order; a rule (``uniform``) is a net and a method."""
     names = [name for name in scores if name.split("/")[0] == method]
     return {name: scores[name] for name in sorted(names, key=lambda n: int(n.split("/")[1]) if "/" in n else 0)}
 
 
 def methods(scores: Scores) -> list[str]:
     """All that chose nets, the default search first."""
-    chose = {name.split("/")[0] for name in scores} - {"random", "uniform", "full"}
+    chose = {name.split("/")[0] for name in scores} - {"random", "full", *RULES}
     return sorted(chose, key=lambda m: (m != "default", m))
 
 

@@ -45,7 +45,8 @@ from dnas.methods.loop import begin, run  # noqa: E402
 from dnas.methods.method import Task  # noqa: E402
 from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, MacroSupernet, Stage  # noqa: E402
 from dnas.nets.supernet import Supernet  # noqa: E402
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet  # noqa: E402
+from dnas.nets.timm_space import TimmBase  # noqa: E402
+from dnas.nets.timm_supernet import TimmSupernet  # noqa: E402
 from dnas.runtime.run_folder import peak_memory_mb, provenance, write_json  # noqa: E402
 from dnas.spec.budget import Budget  # noqa: E402
 from dnas.spec.cost import CostTable  # noqa: E402

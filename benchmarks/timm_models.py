@@ -33,7 +33,8 @@ from dnas.export.model_file import (  # noqa: E402
 )
 from dnas.methods.rules import random_arch, uniform_arch  # noqa: E402
 from dnas.nets.shrink import plain_state  # noqa: E402
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet  # noqa: E402
+from dnas.nets.timm_space import TimmBase  # noqa: E402
+from dnas.nets.timm_supernet import TimmSupernet  # noqa: E402
 from dnas.runtime.run_folder import provenance  # noqa: E402
 from dnas.spec.budget import parse_budget  # noqa: E402
 from dnas.spec.cost import CostTable, resolve_budgets  # noqa: E402

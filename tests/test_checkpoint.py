@@ -17,7 +17,8 @@ from dnas.methods.method import Task
 from dnas.nets.bipath_block import PairGate
 from dnas.nets.layer_supernet import MacroSupernet
 from dnas.nets.markov_gate import MarkovGate
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet
+from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_supernet import TimmSupernet
 from dnas.runtime.checkpoint import (
     BEFORE,
     FORMAT,

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dnas.export.model_file import build_net, count_macs_torch
 from dnas.latency.measured_parts import RUN, parts_of
 from dnas.nets.layer_supernet import MacroSupernet
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet
+from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_supernet import TimmSupernet
 from dnas.spec.checks import UserError
 from supernets import SUPERNETS
 

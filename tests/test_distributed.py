@@ -21,7 +21,8 @@ from dnas.methods.loop import search
 from dnas.methods.method import Task
 from dnas.methods.rank_and_cut import L1
 from dnas.nets.layer_supernet import MacroSupernet
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet
+from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_supernet import TimmSupernet
 from dnas.runtime.distributed import average_gradients, from_first, mean, rank, share_of, shared_statistics, world_size
 from dnas.spec.budget import Budget
 from dnas.spec.checks import UserError

@@ -11,7 +11,8 @@ from tables import costs_of, row, rows_of
 from dnas.latency.measured_parts import parts_of
 from dnas.latency.profile import calibrated, spread_archs
 from dnas.nets.layer_supernet import MacroSupernet
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet
+from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_supernet import TimmSupernet
 from dnas.spec.latency_table import read_table, table_text
 from supernets import SUPERNETS
 from supernets.toy import toy

@@ -24,7 +24,7 @@ ROOMS = {
             "cut_tensors",
             "remove_options",
         ),
-        *("supernet", "layer_supernet", "timm_supernet", "shrink"),
+        *("supernet", "layer_supernet", "timm_space", "timm_supernet", "shrink"),
     ],
     "methods": ["budget_loss", "derive", "method", "rules", "rank_and_cut", "gates", "catalog", "loop"],
     "export": ["native", "narrowed", "arch_schema", "model_file"],

@@ -17,7 +17,8 @@ from dnas.methods.method import Task
 from dnas.methods.rank_and_cut import dense_arch, l1_norms, most_score
 from dnas.methods.rules import balanced_arch, random_arch, uniform_arch
 from dnas.nets.layer_supernet import MacroSupernet, space_of
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet
+from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_supernet import TimmSupernet
 from dnas.runtime.checkpoint import read_checkpoint, write_checkpoint
 from dnas.spec.budget import Budget, parse_budget
 from dnas.spec.checks import UserError

@@ -5,7 +5,8 @@ import torch
 
 from dnas.methods.rules import uniform_arch
 from dnas.nets.layer_supernet import MacroSupernet
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet
+from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_supernet import TimmSupernet
 from dnas.report.diagnosis import over_budget, signs_of_collapse
 from dnas.spec.budget import Budget
 from dnas.spec.cost import CostTable

@@ -17,7 +17,8 @@ from dnas.latency.profile import calibrated, check_figures, fit_scale, kendall_t
 from dnas.latency.timing import CpuSpeedReference, Target, check_target, ready, time_calls
 from dnas.methods.rules import uniform_arch
 from dnas.nets.layer_supernet import MacroSupernet
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet
+from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_supernet import TimmSupernet
 from dnas.spec.budget import Budget
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable

@@ -14,7 +14,8 @@ from playwright.sync_api import sync_playwright
 from tables import HEADER, costs_of, rows_of, stairs
 
 from dnas.nets.layer_supernet import MacroSupernet
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet
+from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_supernet import TimmSupernet
 from dnas.report.metrics import Run, grouped, interval, layer_rows, read_run, sibling_runs, verdict
 from dnas.report.pages import again, experiments, network, write_report
 from dnas.report.plots import POINTS, _curve, layers

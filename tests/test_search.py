@@ -17,7 +17,8 @@ from dnas.methods.method import Task
 from dnas.nets.layer_supernet import Candidate, MacroSupernet
 from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.shrink import cut_width
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet
+from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_supernet import TimmSupernet
 from dnas.spec.budget import Budget, parse_budget
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets

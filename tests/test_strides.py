@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from dnas.methods.gates import GATES, GatesConfig
 from dnas.methods.loop import search
 from dnas.methods.method import Task
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet
+from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_supernet import TimmSupernet
 from dnas.spec.budget import parse_budget
 from dnas.spec.cost import CostTable, resolve_budgets
 from dnas.training.data import load_data

@@ -28,7 +28,8 @@ from dnas.nets.layer_choice import ChoiceGate, SkipGate
 from dnas.nets.layer_supernet import MacroSupernet, net_of, space_of
 from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.shrink import cut_width, plain_state, remove_block, remove_layer
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet
+from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_supernet import TimmSupernet
 from dnas.spec.cost import CostTable
 from dnas.spec.space import DROP, KEEP
 from supernets import SUPERNETS

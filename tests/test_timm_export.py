@@ -22,7 +22,8 @@ from dnas.export.model_file import (
     write_export,
 )
 from dnas.nets.shrink import plain_state
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet
+from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_supernet import TimmSupernet
 from dnas.spec.checks import UserError
 
 DATA = {"img_size": 64, "in_chans": 3, "num_classes": 10, "mean": [0.5, 0.4, 0.25], "std": [0.25, 0.2, 1]}

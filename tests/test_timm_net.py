@@ -17,7 +17,8 @@ from dnas.methods.loop import search
 from dnas.methods.method import Task
 from dnas.methods.rules import random_arch, uniform_arch
 from dnas.nets.shrink import cut_width, extract, plain_state
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet, _WeightedNorms, channel_grid, safe_channels
+from dnas.nets.timm_space import TimmBase, channel_grid
+from dnas.nets.timm_supernet import TimmSupernet, _WeightedNorms, safe_channels
 from dnas.spec.budget import parse_budget
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets

@@ -15,7 +15,7 @@ import torch
 from timm.utils import ParseKwargs
 
 from dnas.nets.layer_supernet import EfficientNetSpace
-from dnas.nets.timm_supernet import TimmBase
+from dnas.nets.timm_space import TimmBase
 from dnas.runtime.distributed import rank
 from dnas.runtime.run_folder import MAX_BYTES, check_new_folder, provenance
 from dnas.spec.checks import UserError, read_json
@@ -58,6 +58,12 @@ def add_space_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-kwargs", nargs="*", default={}, action=ModelKwargs, help="as timm's: layers=[2,2,2,2] ..."
     )
+    parser.add_argument(
+        "--tie",
+        action="append",
+        metavar="NAME,...",
+        help="with --model: groups of channels that match a name (* and ? stand for letters) share a width",
+    )
     parser.add_argument("--width-mult", type=float, help="width of the widest net (search: twice the budget's)")
     parser.add_argument("--divisor", type=int, help="widths are multiples of this (default 8; 4 for toy)")
 
@@ -74,12 +80,12 @@ def outline_of(args: argparse.Namespace, fixed: dict[str, int]) -> TimmBase | Ca
     if args.width_mult is not None and not 0.05 <= args.width_mult <= 32:
         raise UserError(f"--width-mult {args.width_mult} is not between 0.05 and 32")
     if not args.model:
-        if args.model_kwargs:
-            raise UserError("--model-kwargs goes with --model")
+        if args.model_kwargs or args.tie:
+            raise UserError(f"{'--tie' if args.tie else '--model-kwargs'} goes with --model")
         return partial(SUPERNETS[args.supernet or "prunet"], **fixed)
     if args.supernet or args.width_mult is not None:
         raise UserError("--model is the search space: neither --supernet nor --width-mult goes with it")
-    return TimmBase(args.model, **fixed, kwargs=args.model_kwargs)
+    return TimmBase(args.model, **fixed, kwargs=args.model_kwargs, ties=tuple(args.tie or ()))
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:

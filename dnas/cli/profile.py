@@ -23,7 +23,8 @@ from dnas.latency.profile import check_figures, fit_scale, point_of, profile, sp
 from dnas.latency.timing import CpuSpeedReference, Target, check_target, target_of
 from dnas.nets.layer_supernet import MacroSupernet
 from dnas.nets.supernet import Supernet
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet
+from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_supernet import TimmSupernet
 from dnas.runtime.distributed import gathered, rank, world_size
 from dnas.runtime.progress import console, progress_bar
 from dnas.runtime.run_folder import provenance, write_whole

@@ -40,7 +40,8 @@ from dnas.methods.method import Task
 from dnas.methods.rules import RULES
 from dnas.nets.layer_supernet import MacroSupernet, size_to
 from dnas.nets.supernet import Supernet
-from dnas.nets.timm_supernet import TimmBase, TimmSupernet
+from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_supernet import TimmSupernet
 from dnas.report.pages import write_report
 from dnas.runtime.checkpoint import WORTH_KEEPING
 from dnas.runtime.distributed import check_shares, rank, split, world_size

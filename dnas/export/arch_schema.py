@@ -11,7 +11,7 @@ import torch
 from timm.models import is_model, model_entrypoint
 
 from dnas.export import narrowed, native
-from dnas.nets.timm_supernet import check_kwargs
+from dnas.nets.timm_space import check_kwargs
 from dnas.spec.checks import UserError, check, fail
 
 Floats = Sequence[float]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dnas.export import native
-from dnas.nets.channels import Op
+from dnas.nets.channels import Group, Op
 from dnas.nets.cut_tensors import remove_channels
 from dnas.nets.layer_supernet import EfficientNetSpace, layers_of, space_of, squeeze_width
 from dnas.nets.supernet import Supernet
@@ -139,34 +139,45 @@ def _timm_parts(net: TimmSupernet) -> tuple[Part, ...]:
     for op in net.whole.ops:
         slots = _slots(net, op)
         # Equal layers of a stage are one unit: the same calls on the same shapes, hanging on widths in the same way.
-        ways = [(slot, _way(net, op, slot, name)) for slot, name in slots.items()]
-        key = (str(ways), *(call.signature() for call in calls[op.module]))
+        key = (_ways(net, op, [*slots.values()]), *(call.signature() for call in calls[op.module]))
         first, widths = found.setdefault(key, (op.module, slots))
         unit, build = f"{prefix} {first}", partial(_slice, net, plain, first, widths)
         parts.append(Part(Site(op.module, unit, slots, {}), build, {}))
     return tuple(parts)
 
 
-def _slots(net: TimmSupernet, op: Op) -> dict[str, Option]:
-    """Slot -> width decision of one layer."""
-    slots: dict[str, Option] = {}
+def _groups(net: TimmSupernet, op: Op) -> dict[str, Group]:
+    """Slot -> the group of channels of one layer, of those that may get narrower."""
+    groups = {}
     for slot, axis in (("in", op.reads), ("out", op.writes)):
-        names = [g.name for g in net.whole.groups if g.name in net.space.by_name and axis in g.places]
-        if len(names) > 1:
+        found = [g for g in net.whole.groups if g.name in net.decision_of and axis in g.places]
+        if len(found) > 1:
             raise UserError(
-                f"{net.outline}: {op.module} has {len(names)} widths side by side (a concatenation), "
+                f"{net.outline}: {op.module} has {len(found)} widths side by side (a concatenation), "
                 "and a latency table can tell one only"
             )
-        if names and names[0] not in slots.values():
-            slots[slot] = names[0]
+        if found:
+            groups[slot] = found[0]
+    return groups
+
+
+def _slots(net: TimmSupernet, op: Op) -> dict[str, Option]:
+    """Slot -> width decision of one layer; one slot where it reads and writes channels of one width."""
+    slots: dict[str, Option] = {}
+    for slot, group in _groups(net, op).items():
+        if (decision := net.decision_of[group.name]) not in slots.values():
+            slots[slot] = decision
     return slots
 
 
-def _way(net: TimmSupernet, op: Op, slot: str, name: Option) -> tuple[int, ...]:
-    """How channels of a layer hang on a width: step and size of its group, channels of a unit."""
-    group = next(g for g in net.whole.groups if g.name == name)
-    axis = op.reads if slot == "in" else op.writes
-    return (group.step, group.size, group.places[axis].shape[1] if axis else 0)
+def _ways(net: TimmSupernet, op: Op, decisions: Sequence[Option]) -> tuple[tuple, ...]:
+    """How channels of a layer hang on widths: of each slot which one, its step and size, and channels of a unit."""
+    ways = []
+    for slot, group in _groups(net, op).items():
+        axis = op.reads if slot == "in" else op.writes
+        which = decisions.index(net.decision_of[group.name])
+        ways.append((slot, which, group.step, group.size, group.places[axis].shape[1] if axis else 0))
+    return tuple(ways)
 
 
 @dataclass(frozen=True)
@@ -208,7 +219,7 @@ def _tensors(value: Any) -> list[Tensor]:
 def _calls(net: TimmSupernet, plain: nn.Module, widths: Mapping[str, int], batch: int) -> dict[str, list[_Call]]:
     """Layer -> the calls of its part, of the network with these widths (all others at their widest), on ``meta``."""
     base, ops, model = net.outline, net.whole.ops, copy.deepcopy(plain)
-    remove_channels(model, net.whole.cut({name: width // net.steps[name] for name, width in widths.items()})[1])
+    remove_channels(model, net.whole.cut(net.sizes(widths))[1])
     recorder = _Recorder(ops[0].module)
 
     def enter(name: str, *_: Any) -> None:

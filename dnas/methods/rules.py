@@ -14,9 +14,12 @@ from dnas.spec.cost import CostTable
 from dnas.spec.space import KEEP, Arch, Decision, Space
 
 
-def _base_blocks(space: Space, of_width: Callable[[Decision], np.ndarray]) -> dict[str, np.ndarray]:
-    """Widths by ``of_width``; base blocks, and all layers stay."""
+def _held_blocks(
+    space: Space, of_width: Callable[[Decision], np.ndarray], held: Arch | None = None
+) -> dict[str, np.ndarray]:
+    """Widths by ``of_width``; blocks and depth of ``held``, by default base blocks and all layers."""
     base = {d.name: KEEP if KEEP in d.options else d.base for d in space.decisions}
+    base |= held or {}
     return {
         d.name: of_width(d) if d.is_width else np.where(np.array(d.options) == base[d.name], 0.0, -1e3)
         for d in space.decisions
@@ -31,7 +34,7 @@ def uniform_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequenc
     """
 
     def likelihood(scale: float) -> dict[str, np.ndarray]:
-        return _base_blocks(space, lambda d: near(d, scale * float(d.base)))
+        return _held_blocks(space, lambda d: near(d, scale * float(d.base)))
 
     low, high = 0.01, 4.0
     for _ in range(30):
@@ -43,13 +46,15 @@ def uniform_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequenc
     return derive(space, tables, budgets, likelihood(low))
 
 
-def balanced_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequence[Budget]) -> Arch:
-    """The base net with the largest product of widths at equal cost.
+def balanced_arch(
+    space: Space, tables: Mapping[str, CostTable], budgets: Sequence[Budget], held: Arch | None = None
+) -> Arch:
+    """The net with the largest product of widths at equal cost, and the blocks and depth of ``held`` or the base net.
 
     At the optimum all widths that are not at an end of their grid account for the same share of the cost: w dC/dw is
-    the same for all of them. Where the base blocks are too cheap even at full width, a few layers take dearer ones.
+    the same for all of them. Where those blocks are too cheap even at full width, a few layers take dearer ones.
     """
-    return derive(space, tables, budgets, _base_blocks(space, lambda d: np.log(np.array(d.options, dtype=float))))
+    return derive(space, tables, budgets, _held_blocks(space, lambda d: np.log(np.array(d.options, dtype=float)), held))
 
 
 def random_arch(

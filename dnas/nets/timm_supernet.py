@@ -6,20 +6,12 @@ instead of feature maps, applies each gate exactly once on every path, and leave
 """
 
 import copy
-import difflib
-import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
-import timm
 import torch
-from timm.models import get_pretrained_cfg, load_state_dict
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
@@ -31,137 +23,10 @@ from dnas.nets.cut_tensors import remove_channels
 from dnas.nets.layer_choice import Answers
 from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.supernet import Gate, Supernet
+from dnas.nets.timm_space import TimmBase, space_of_channels
 from dnas.nets.tracing import trace
 from dnas.spec.checks import UserError
-from dnas.spec.space import Decision, Option, Site, Space
-
-# What dnas itself tells timm, and what would make reading an arch file load or fetch something.
-RESERVED = {
-    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes"),
-    *("in_chans", "features_only", "scriptable", "exportable", "no_jit"),
-}
-
-
-def check_kwargs(kwargs: Mapping[str, Any]) -> None:
-    """Raise UserError unless these may be arguments of a base: plain data that says the same in JSON and in Python."""
-
-    def is_plain(value: Any) -> bool:
-        if isinstance(value, list):
-            return all(map(is_plain, value))
-        if isinstance(value, str):
-            return re.fullmatch(r"[A-Za-z0-9._-]{0,64}", value) is not None
-        return value is None or type(value) in (bool, int) or (type(value) is float and math.isfinite(value))
-
-    for key, value in kwargs.items():
-        if key in RESERVED or not key.isidentifier():
-            others = ", ".join(sorted(RESERVED - {key}))
-            raise UserError(f"model argument {key!r} may not be given, nor may {others}")
-        if not is_plain(value):
-            shown = " ".join(repr(value).split())[:60]
-            allowed = "numbers, booleans, None, words of letters, digits and . _ -, or [lists] of these"
-            raise UserError(f"model argument {key}={shown} is not one of {allowed}")
-
-
-@dataclass(frozen=True)
-class TimmBase:
-    """A network of timm's, the widest of a space. ``divisor`` is the step of the width grids."""
-
-    name: str
-    num_classes: int
-    in_chans: int = 3
-    img_size: int = 224
-    divisor: int = 8
-    kwargs: Mapping[str, Any] = field(default_factory=dict)  # more arguments of timm.create_model
-
-    def __str__(self) -> str:
-        return f"--model {self.name}" + (f" --model-kwargs {dict(self.kwargs)}" if self.kwargs else "")
-
-    def create(self, pretrained: bool = False, checkpoint: str | None = None, device: str = "cpu") -> nn.Module:
-        """The network itself, with weights of timm's or from a file if asked for.
-
-        Raises UserError if timm has no model of this name, or its weights cannot be had or do not fit.
-        """
-        if not timm.is_model(self.name):
-            near = difflib.get_close_matches(self.name, timm.list_models(), 4, 0.4)
-            raise UserError(f"--model {self.name!r} is no model of timm's; near are {', '.join(near) or 'none'}")
-        check_kwargs(self.kwargs)
-        if checkpoint and not Path(checkpoint).is_file():
-            raise UserError(f"--initial-checkpoint {checkpoint!r} is no file")
-        args = {"num_classes": self.num_classes, "in_chans": self.in_chans, **self.kwargs}
-        given = f"--initial-checkpoint {checkpoint!r}" if checkpoint else f"--model {self.name} with {args}"
-        try:
-            if checkpoint:
-                state = load_state_dict(checkpoint, weights_only=True)
-                classifier = get_pretrained_cfg(self.name).classifier or ()
-                heads = tuple(f"{c}." for c in ((classifier,) if isinstance(classifier, str) else classifier))
-                needed = [n for n, _ in self.create(device="meta").named_parameters() if not n.startswith(heads)]
-                if missing := [n for n in needed if n not in state]:
-                    raise UserError(f"{given} has no weights for {missing[0]} and {len(missing) - 1} more tensors")
-                args["pretrained_cfg_overlay"] = {"state_dict": state}
-            with torch.device(device):
-                return timm.create_model(self.name, pretrained=pretrained or bool(checkpoint), **args)
-        except UserError:
-            raise
-        except (RuntimeError, OSError, ValueError, KeyError, TypeError, UnpicklingError) as error:
-            raise UserError(f"{given} cannot be used: {str(error).splitlines()[0]}") from None
-
-
-def channel_grid(top: int, step: int, divisor: int, most: int = 32) -> tuple[int, ...]:
-    """``top``, and below it at most ``most`` multiples of ``divisor`` and ``step``, down to a tenth of it."""
-    unit = math.lcm(step, divisor)
-    unit *= math.ceil(top / (unit * most))
-    return (*(w for w in range(unit, top, unit) if w >= top / 10), top)
-
-
-def space_of_channels(
-    channels: Channels, shapes: Mapping[str, torch.Size], filters: Mapping[str, torch.Size], divisor: int
-) -> Space:
-    """A width decision for every group with more than one width, and the costs of all layers.
-
-    ``shapes`` are those of all parameters, ``filters`` those of buffers that convolve (BlurPool2d). Costs are products
-    of widths, so that a layer that reads several groups side by side (a concatenation) is a site for each pair of a
-    group that it reads and one that it writes.
-    """
-    grids = {g.name: channel_grid(g.size * g.step, g.step, divisor) for g in channels.groups}
-    decisions = tuple(Decision(name, grid, grid[-1]) for name, grid in grids.items() if len(grid) > 1)
-    open_groups = [g for g in channels.groups if len(grids[g.name]) > 1]
-
-    def parts(axis: tuple[str, int] | None, length: int) -> dict[str | None, tuple[int, int]]:
-        """Group -> (channels of a unit, its step) on an axis; None -> the channels that stay."""
-        at = {g.name: (g.places[axis].shape[1], g.step, g.size) for g in open_groups if axis in g.places}
-        rest = length - sum(n * size for n, _, size in at.values())
-        found: dict[str | None, tuple[int, int]] = {name: (n, step) for name, (n, step, _) in at.items()}
-        return found | ({None: (rest, 1)} if rest else {})
-
-    sites = []
-
-    def add(name: str, macs: int, params: int, ins: tuple, outs: tuple) -> None:
-        (group_in, (n_in, step_in)), (group_out, (n_out, step_out)) = ins, outs
-        fixed = {"macs": macs * n_in * n_out, "params": params * n_in * n_out, "step_in": step_in, "step_out": step_out}
-        layer = name.partition(":")[0]
-        sites.append(Site(name, "channels", {"in": group_in or 1, "out": group_out or 1}, fixed, (), layer))
-
-    counted = set()
-    for op in channels.ops:
-        weight = op.writes[0]
-        out, length, *kernel = {**filters, **shapes}[weight]
-        area = math.prod(kernel)
-        reads = parts(op.reads, length) if op.reads else {None: (length, 1)}
-        for ins in reads.items():
-            for outs in parts(op.writes, out).items():
-                add(f"{op.module}:{ins[0]}:{outs[0]}", area * op.positions, area * (weight in shapes), ins, outs)
-        counted.add(weight)
-    for name, shape in shapes.items():
-        if name not in counted:
-            axes = {axis for g in open_groups for axis in g.places if axis[0] == name}
-            axis = next(iter(axes), (name, 0))
-            other = math.prod(shape) // shape[axis[1]] if shape else 1
-            for outs in parts(axis, shape[axis[1]] if shape else 1).items():
-                add(f"{name}:{outs[0]}", 0, other, (None, (1, 1)), outs)
-    if channels.products:
-        add("products", channels.products, 0, (None, (1, 1)), (None, (1, 1)))
-    return Space(decisions, tuple(sites))
-
+from dnas.spec.space import Option
 
 Factors = Mapping[str, Tensor]  # group -> the factor of each of its units
 Reads = Mapping[Axis, tuple[frozenset[str], Tensor]]  # what reads -> its groups; where each channel finds its factor
@@ -295,9 +160,9 @@ class TimmSupernet(Supernet):
             raise UserError(f"{base} has no channels that can be cut: {why}")
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         filters = {name: b.shape for name, b in self.model.named_buffers() if b.ndim == 4}
-        self.space = space_of_channels(self.channels, shapes, filters, base.divisor)
+        self.space, self.decision_of = space_of_channels(self.channels, shapes, filters, base)
         self.widths = nn.ModuleList(MarkovGate(d.options) for d in self.space.decisions)
-        self.steps = {g.name: g.step for g in self.channels.groups if g.name in self.space.by_name}
+        self.steps = {g.name: g.step for g in self.channels.groups if g.name in self.decision_of}
         self.reads: Reads = {}
 
     def forward(self, x: Tensor, answers: Answers) -> Tensor:
@@ -305,12 +170,13 @@ class TimmSupernet(Supernet):
         like, factors = next(self.model.parameters()), {}
         if not self.reads or next(iter(self.reads.values()))[1].device != like.device:
             self.reads = read_by(self.model, self.channels)
-        for name, gate in self.gates().items():
-            answer, step, widest = answers[name], self.steps[name], gate.widest()
+        gates = self.gates()
+        for group, name in self.decision_of.items():
+            answer, step, widest = answers[name], self.steps[group], gates[name].widest()
             if isinstance(answer, Tensor):
-                factors[name] = answer[::step]
+                factors[group] = answer[::step]
             elif answer < widest:
-                factors[name] = prefix_mask(widest // step, answer // step, like)
+                factors[group] = prefix_mask(widest // step, answer // step, like)
         return gated(self.model, self.channels, self.reads, factors, x)
 
     def gates(self) -> dict[str, Gate]:
@@ -320,19 +186,23 @@ class TimmSupernet(Supernet):
 
     def fit(self, optimizers: Sequence[Optimizer] = ()) -> None:
         """Cut every module to what the live gates need."""
-        sizes = {name: gate.widest() // self.steps[name] for name, gate in self.gates().items()}
-        self.channels, goes = self.channels.cut(sizes)
+        self.channels, goes = self.channels.cut(self.sizes({n: gate.widest() for n, gate in self.gates().items()}))
         remove_channels(self.model, goes, optimizers)
         self.reads = {}  # found anew in the next step
+
+    def sizes(self, widths: Mapping[str, Option]) -> dict[str, int]:
+        """Group -> its number of units, for the widths of decisions."""
+        of = self.decision_of.items()
+        return {group: int(widths[name]) // self.steps[group] for group, name in of if name in widths}
 
     def channel_axes(self) -> dict[str, list[ChannelAxis]]:
         """Width decision -> the tensor axes that hold its channels."""
         writes, reads = {op.writes for op in self.channels.ops}, {op.reads for op in self.channels.ops}
         axes: dict[str, list[ChannelAxis]] = {}
         for group in self.channels.groups:
-            if group.name not in self.space.by_name:
+            if group.name not in self.decision_of:
                 continue
-            own = axes.setdefault(group.name, [])
+            own = axes.setdefault(self.decision_of[group.name], [])
             for (full, dim), index in group.places.items():
                 path, _, name = full.rpartition(".")
                 module = self.model.get_submodule(path)
@@ -343,7 +213,7 @@ class TimmSupernet(Supernet):
 
     def net_of(self, arch: Mapping[str, Option]) -> dict[str, Any]:
         """The network as `dnas.export.narrowed.build` reads it: the base, and what is narrower in each module."""
-        goes = self.whole.cut({name: int(width) // self.steps[name] for name, width in arch.items()})[1]
+        goes = self.whole.cut(self.sizes(arch))[1]
         return narrowed_net(self.outline, goes)
 
     def plain_state(self) -> dict[str, Tensor]:

@@ -46,7 +46,10 @@ CHECK = {  # see `dnas.latency.profile.check_figures`
     **{"bias": float, "kendall_tau": float, "noise_median_error": float, "noise_kendall_tau": float, "date": str},
 }
 USES = ("device", "runtime", "dtype", "batch", "threads", "channels_last")
-SPACE = {"supernet": str, "model": str, "model_kwargs": dict, "width_mult": float, "divisor": COUNT, "img_size": COUNT}
+SPACE = {
+    **{"supernet": str, "model": str, "model_kwargs": dict, "tie": [str, range(1, 1000)], "width_mult": float},
+    **{"divisor": COUNT, "img_size": COUNT},
+}
 # ``params``: parameters and buffers of the unit.
 ROW = {"unit": str, "widths": dict, "params": range(2**40), "ms": float, "p10": float, "p90": float}
 TABLE = {**HEADER, "rows": [ROW, range(1, 10**6)]}

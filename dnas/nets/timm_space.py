@@ -1,0 +1,182 @@
+"""A network of timm's as a search space: its description, the widths of its groups of channels, and their costs."""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg, load_state_dict
+from torch import nn
+
+from dnas.nets.channels import Channels
+from dnas.spec.checks import UserError
+from dnas.spec.space import Decision, Site, Space
+
+# What dnas itself tells timm, and what would make reading an arch file load or fetch something.
+RESERVED = {
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes"),
+    *("in_chans", "features_only", "scriptable", "exportable", "no_jit"),
+}
+
+
+def check_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """Raise UserError unless these may be arguments of a base: plain data that says the same in JSON and in Python."""
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, list):
+            return all(map(is_plain, value))
+        if isinstance(value, str):
+            return re.fullmatch(r"[A-Za-z0-9._-]{0,64}", value) is not None
+        return value is None or type(value) in (bool, int) or (type(value) is float and math.isfinite(value))
+
+    for key, value in kwargs.items():
+        if key in RESERVED or not key.isidentifier():
+            others = ", ".join(sorted(RESERVED - {key}))
+            raise UserError(f"model argument {key!r} may not be given, nor may {others}")
+        if not is_plain(value):
+            shown = " ".join(repr(value).split())[:60]
+            allowed = "numbers, booleans, None, words of letters, digits and . _ -, or [lists] of these"
+            raise UserError(f"model argument {key}={shown} is not one of {allowed}")
+
+
+@dataclass(frozen=True)
+class TimmBase:
+    """A network of timm's, the widest of a space.
+
+    ``divisor`` is the step of the width grids, and ``most_widths`` the largest number of widths on one of them. Each of
+    ``ties`` is a list of shell patterns, joined by commas: all groups of channels whose names match share one width.
+    """
+
+    name: str
+    num_classes: int
+    in_chans: int = 3
+    img_size: int = 224
+    divisor: int = 8
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # more arguments of timm.create_model
+    ties: tuple[str, ...] = ()
+    most_widths: int = 32
+
+    def __str__(self) -> str:
+        return f"--model {self.name}" + (f" --model-kwargs {dict(self.kwargs)}" if self.kwargs else "")
+
+    def create(self, pretrained: bool = False, checkpoint: str | None = None, device: str = "cpu") -> nn.Module:
+        """The network itself, with weights of timm's or from a file if asked for.
+
+        Raises UserError if timm has no model of this name, or its weights cannot be had or do not fit.
+        """
+        if not timm.is_model(self.name):
+            near = difflib.get_close_matches(self.name, timm.list_models(), 4, 0.4)
+            raise UserError(f"--model {self.name!r} is no model of timm's; near are {', '.join(near) or 'none'}")
+        check_kwargs(self.kwargs)
+        if checkpoint and not Path(checkpoint).is_file():
+            raise UserError(f"--initial-checkpoint {checkpoint!r} is no file")
+        args = {"num_classes": self.num_classes, "in_chans": self.in_chans, **self.kwargs}
+        given = f"--initial-checkpoint {checkpoint!r}" if checkpoint else f"--model {self.name} with {args}"
+        try:
+            if checkpoint:
+                state = load_state_dict(checkpoint, weights_only=True)
+                classifier = get_pretrained_cfg(self.name).classifier or ()
+                heads = tuple(f"{c}." for c in ((classifier,) if isinstance(classifier, str) else classifier))
+                needed = [n for n, _ in self.create(device="meta").named_parameters() if not n.startswith(heads)]
+                if missing := [n for n in needed if n not in state]:
+                    raise UserError(f"{given} has no weights for {missing[0]} and {len(missing) - 1} more tensors")
+                args["pretrained_cfg_overlay"] = {"state_dict": state}
+            with torch.device(device):
+                return timm.create_model(self.name, pretrained=pretrained or bool(checkpoint), **args)
+        except UserError:
+            raise
+        except (RuntimeError, OSError, ValueError, KeyError, TypeError, UnpicklingError) as error:
+            raise UserError(f"{given} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def channel_grid(top: int, step: int, divisor: int, most: int) -> tuple[int, ...]:
+    """``top``, and below it at most ``most`` multiples of ``divisor`` and ``step``, down to a tenth of it."""
+    unit = math.lcm(step, divisor)
+    unit *= math.ceil(top / (unit * most))
+    return (*(w for w in range(unit, top, unit) if w >= top / 10), top)
+
+
+def tied(groups: Mapping[str, tuple[int, ...]], ties: Sequence[str]) -> dict[str, str]:
+    """Group -> the first group that it shares its width with, or itself. ``groups`` has the widths of each.
+
+    Raises UserError for a tie of fewer than two groups, of groups with different widths, or of a group in another tie.
+    """
+    found, tie_of = {name: name for name in groups}, {}
+    for tie in ties:
+        patterns = tie.split(",")
+        names = [name for name in groups if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        if len(names) < 2:
+            near = difflib.get_close_matches(patterns[0], groups, 4, 0) or [*groups][:4]
+            raise UserError(f"--tie {tie!r} matches {len(names)} groups of channels, not two or more; near: {near}")
+        for name in names:
+            if groups[name] != groups[names[0]]:
+                a, b = (f"{n} has the widths {_shown(groups[n])}" for n in (names[0], name))
+                raise UserError(f"--tie {tie!r}: {a}, and {b}: groups with the same widths are expected")
+            if name in tie_of:
+                raise UserError(f"--tie {tie!r}: {name} is in --tie {tie_of[name]!r}, too: one tie a group is allowed")
+            found[name], tie_of[name] = names[0], tie
+    return found
+
+
+def _shown(widths: Sequence[int]) -> str:
+    return ", ".join(map(str, widths)) if len(widths) < 4 else f"{widths[0]}, {widths[1]}, ... {widths[-1]}"
+
+
+def space_of_channels(
+    channels: Channels, shapes: Mapping[str, torch.Size], filters: Mapping[str, torch.Size], base: TimmBase
+) -> tuple[Space, dict[str, str]]:
+    """A width decision for every group (or tie of groups) with more than one width, and the costs of all layers.
+
+    Returns the space and {group: its decision}. ``shapes`` are those of all parameters, ``filters`` those of buffers
+    that convolve (BlurPool2d). Costs are products of widths, so that a layer that reads several groups side by side (a
+    concatenation) is a site for each pair of a group that it reads and one that it writes.
+    """
+    grids = {g.name: channel_grid(g.size * g.step, g.step, base.divisor, base.most_widths) for g in channels.groups}
+    grids = {name: grid for name, grid in grids.items() if len(grid) > 1}
+    decision_of = tied(grids, base.ties)
+    decisions = tuple(Decision(n, grids[n], grids[n][-1]) for n in grids if decision_of[n] == n)
+    open_groups = [g for g in channels.groups if g.name in grids]
+
+    def parts(axis: tuple[str, int] | None, length: int) -> dict[str | None, tuple[int, int]]:
+        """Group -> (channels of a unit, its step) on an axis; None -> the channels that stay."""
+        at = {g.name: (g.places[axis].shape[1], g.step, g.size) for g in open_groups if axis in g.places}
+        rest = length - sum(n * size for n, _, size in at.values())
+        found: dict[str | None, tuple[int, int]] = {name: (n, step) for name, (n, step, _) in at.items()}
+        return found | ({None: (rest, 1)} if rest else {})
+
+    sites = []
+
+    def add(name: str, macs: int, params: int, ins: tuple, outs: tuple) -> None:
+        (group_in, (n_in, step_in)), (group_out, (n_out, step_out)) = ins, outs
+        fixed = {"macs": macs * n_in * n_out, "params": params * n_in * n_out, "step_in": step_in, "step_out": step_out}
+        layer = name.partition(":")[0]
+        widths = {"in": decision_of.get(group_in, 1), "out": decision_of.get(group_out, 1)}
+        sites.append(Site(name, "channels", widths, fixed, (), layer))
+
+    counted = set()
+    for op in channels.ops:
+        weight = op.writes[0]
+        out, length, *kernel = {**filters, **shapes}[weight]
+        area = math.prod(kernel)
+        reads = parts(op.reads, length) if op.reads else {None: (length, 1)}
+        for ins in reads.items():
+            for outs in parts(op.writes, out).items():
+                add(f"{op.module}:{ins[0]}:{outs[0]}", area * op.positions, area * (weight in shapes), ins, outs)
+        counted.add(weight)
+    for name, shape in shapes.items():
+        if name not in counted:
+            axes = {axis for g in open_groups for axis in g.places if axis[0] == name}
+            axis = next(iter(axes), (name, 0))
+            other = math.prod(shape) // shape[axis[1]] if shape else 1
+            for outs in parts(axis, shape[axis[1]] if shape else 1).items():
+                add(f"{name}:{outs[0]}", 0, other, (None, (1, 1)), outs)
+    if channels.products:
+        add("products", channels.products, 0, (None, (1, 1)), (None, (1, 1)))
+    return Space(decisions, tuple(sites)), decision_of

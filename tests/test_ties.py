@@ -1,0 +1,111 @@
+"""Groups of channels that share a width because the user says so."""
+
+import random
+
+import pytest
+import torch
+
+from dnas.export import narrowed
+from dnas.export.model_file import count_macs, count_params
+from dnas.latency.measured_parts import parts_of
+from dnas.methods.rules import balanced_arch
+from dnas.nets.shrink import extract, plain_state
+from dnas.nets.timm_space import TimmBase, tied
+from dnas.nets.timm_supernet import TimmSupernet
+from dnas.spec.budget import parse_budget
+from dnas.spec.checks import UserError
+from dnas.spec.cost import CostTable, resolve_budgets
+
+SIZE, CLASSES = 32, 10
+NARROW = {"layers": [2, 1, 1, 1], "channels": [16, 16, 24, 32]}
+TIES = ("layer1.*.conv1,layer2.0.conv1", "conv1,layer1.0.conv2")  # of inner widths; of a stem and its stream
+
+
+def tied_net(ties=TIES):
+    torch.manual_seed(0)
+    base = TimmBase("resnet18", CLASSES, 3, SIZE, divisor=4, kwargs={**NARROW, "stem_width": 8}, ties=ties)
+    return TimmSupernet(base).eval()
+
+
+@pytest.fixture(scope="module")
+def net():
+    return tied_net(("layer1.*.conv1,layer2.0.conv1", "layer3.0.conv*"))
+
+
+def test_tied_groups_are_one_decision(net):
+    free = tied_net(())
+    assert len(net.space.decisions) == len(free.space.decisions) - 3
+    assert set(net.decision_of) == set(free.space.by_name)
+    assert {net.decision_of[f"layer{k}.conv1"] for k in ("1.0", "1.1", "2.0")} == {"layer1.0.conv1"}
+    with torch.no_grad():
+        x = torch.randn(1, 3, SIZE, SIZE)
+        assert torch.equal(net(x, net.widest()), net.model(x))
+
+
+def test_masked_cut_exported_and_counted_alike(net):
+    tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
+    x, rng = torch.randn(2, 3, SIZE, SIZE), random.Random(0)
+    for _ in range(5):
+        arch = net.space.complete({d.name: rng.choice(d.options) for d in net.space.decisions})
+        with torch.no_grad():
+            masked, cut = net(x, arch), extract(net, arch).model(x)
+        assert (masked - cut).abs().max() < 1e-5 * masked.abs().max()
+        found = narrowed.network(net.net_of(arch), num_classes=CLASSES).eval()
+        found.load_state_dict(plain_state(net, arch))
+        with torch.no_grad():
+            assert torch.equal(found(x), cut)
+        convs = dict(found.named_modules())
+        for group, decision in net.decision_of.items():
+            assert convs[group].out_channels == arch[decision]
+        assert count_macs(found, 3, SIZE) == tables["macs"].of(arch)
+        assert count_params(found) == tables["params"].of(arch)
+
+
+def test_every_layer_of_a_tie_is_an_axis_of_its_decision(net):
+    written = [axis for axis in net.channel_axes()["layer1.0.conv1"] if axis.role == "out"]
+    assert [id(axis.module) for axis in written] == [
+        id(net.model.get_submodule(f"layer{k}.conv1")) for k in ("1.0", "1.1", "2.0")
+    ]
+
+
+def test_balanced_widths_count_a_tie_once(net):
+    """At the optimum w dC/dw is the same for all decisions inside their grids, up to the step of the grids."""
+    table = {"macs": CostTable.build(net.space, "macs")}
+    arch = balanced_arch(net.space, table, resolve_budgets(table, parse_budget("50%")))
+    best = sum(torch.tensor([float(width) for width in arch.values()]).log()).item()
+    rng = random.Random(0)
+    limit = table["macs"].of(table["macs"].extremes()[1]) / 2
+    for _ in range(3000):
+        other = net.space.complete({d.name: rng.choice(d.options) for d in net.space.decisions})
+        if 0.98 * limit <= table["macs"].of(other) <= limit:
+            assert sum(torch.tensor([float(width) for width in other.values()]).log()).item() <= best + 1e-6
+
+
+def test_parts_of_a_tied_network_are_cut_together(net):
+    """A part whose layer reads and writes channels of one decision has one slot, and is built with both narrower."""
+    (part,) = (p for p in parts_of(net) if p.site.name == "layer3.0.conv2")
+    assert part.site.widths == {"in": "layer3.0.conv1"}
+    module, inputs = part.build({"in": 8}, 1)
+    assert inputs[0].shape[1] == 8 and module(*inputs).shape[1] == 8
+
+
+@pytest.mark.parametrize(
+    "ties, said",
+    [
+        (("layer1.*.conv1", "no.such"), "'no.such' matches 0 groups"),
+        (("layer1.0.conv1",), "matches 1 groups"),
+        (("layer1.0.conv1,layer4.0.conv1",), "has the widths 4, 8, ... 32"),
+        (("layer1.*.conv1", "layer1.1.conv1,layer2.0.conv1"), "layer1.1.conv1 is in --tie 'layer1.*.conv1', too"),
+    ],
+)
+def test_ties_that_make_no_sense(ties, said):
+    with pytest.raises(UserError, match="--tie") as error:
+        tied_net(ties)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_group_that_is_first_in_one_tie_and_second_in_another():
+    grids = dict.fromkeys("abc", (1, 2))
+    with pytest.raises(UserError, match="'b,c'"):
+        tied(grids, ("a,b", "b,c"))
+    assert tied(grids, ("b,c",)) == {"a": "a", "b": "b", "c": "b"}
