@@ -39,7 +39,7 @@ from dnas.export.model_file import build_net  # noqa: E402
 from dnas.methods.catalog import METHODS  # noqa: E402
 from dnas.methods.derive import derive  # noqa: E402
 from dnas.methods.gates import GATES  # noqa: E402
-from dnas.methods.loop import search  # noqa: E402
+from dnas.methods.loop import begin, run, search  # noqa: E402
 from dnas.methods.method import Method, Search, Task  # noqa: E402
 from dnas.methods.rules import RULES, balanced_arch, random_arch  # noqa: E402
 from dnas.runtime.run_folder import provenance, write_json  # noqa: E402
@@ -244,7 +244,8 @@ def summarise(table: Table) -> dict:
     random = stats.of_method(scores, "random")
     means = [fmean(s.values()) for s in random.values()]
     noise, seeds = stats.noise(random), fmean(len(s) for s in random.values()) if random else math.nan
-    uniform = fmean(scores["uniform"].values()) if "uniform" in scores else math.nan
+    rules = {rule: fmean(scores[rule].values()) if rule in scores else math.nan for rule in RULES}
+    places = {r: stats.percentile(v, means) if means and math.isfinite(v) else math.nan for r, v in rules.items()}
     judges = [row for row in table.rows if row["kind"] == "judged"]
     agree = {
         key: [stats.rank_correlation(row[key], scores) for row in judges if key in row]
@@ -259,18 +260,18 @@ def summarise(table: Table) -> dict:
         "spread": stats.spread(random, noise),
         "random_mean": fmean(means) if means else math.nan,
         "best_random": max(means, default=math.nan),
-        "uniform": uniform,
-        "uniform_percentile": stats.percentile(uniform, means) if means and math.isfinite(uniform) else math.nan,
+        **rules,
+        **{f"{rule}_percentile": place for rule, place in places.items()},
         "rank_correlation": fmean(agree["judged"]) if agree["judged"] else math.nan,
         "rank_correlation_running": fmean(agree["judged_running"]) if agree["judged_running"] else math.nan,
     }
 
 
 def judge_method(table: Table, method: str) -> dict:
-    """How the nets of one method compare with the random ones and with the uniform one; empty if one is missing."""
+    """How the nets of one method compare with the random ones and with those of rules; empty if one is missing."""
     scores, nets = stats.scores_of(table.rows), table.nets()
     random, found = stats.of_method(scores, "random"), stats.of_method(scores, method)
-    if not random or not found or any(rule not in scores for rule in RULES):
+    if not random or not found or "uniform" not in scores:
         return {}
     means = [fmean(s.values()) for s in random.values()]
     # Trainings of its own nets: those of the random ones may be of a day on which the machine was slower. And a process
@@ -281,7 +282,7 @@ def judge_method(table: Table, method: str) -> dict:
         "search_seeds": len(found),
         "found_top1": fmean(fmean(s.values()) for s in found.values()),
         "found_percentile": fmean(stats.percentile(fmean(s.values()), means) for s in found.values()),
-        **{f"found_minus_{rule}": stats.minus_paired(found, scores[rule]) for rule in RULES},
+        **{f"found_minus_{rule}": stats.minus_paired(found, scores.get(rule, {})) for rule in RULES},
         "found_minus_random": stats.minus_mean(found, random),
         "found_minus_baseline": stats.minus_method(found, stats.of_method(scores, baseline_of(method))),
         "search_in_trainings": cost,

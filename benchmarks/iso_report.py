@@ -17,6 +17,8 @@ from iso_flops import Table, judge_method, summarise
 from iso_setups import SETUPS, Setup
 from variants import baseline_of
 
+from dnas.methods.rules import RULES
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
@@ -30,40 +32,35 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def with_ends(interval: stats.Interval) -> str:
-    """Mean and 95 % interval."""
+    """Mean and 95 % interval; a dash where there is none."""
+    if not math.isfinite(interval[0]):
+        return "-"
     return f"{interval[0]:+.2f} [{interval[1]:+.2f}, {interval[2]:+.2f}]"
 
 
 def setup_table(rows: list[dict]) -> str:
-    """One line a set-up: is there anything to find, and where does the uniform net stand?"""
-    heads = [
-        "set-up",
-        "random nets",
-        "noise of a net's mean",
-        "spread",
-        "spread / noise",
-        "random mean",
-        "best",
-        "uniform",
-    ]
+    """One line a set-up: is there anything to find, and where do the nets stand that cost nothing to choose?"""
+    heads = ["set-up", "random nets", "noise of a net's mean", "spread", "spread / noise", "random mean", "best"]
+    heads += RULES
     lines = []
     for row in rows:
         ratio = row["spread"] / row["noise_of_mean"]
         cells = [row["setup"], f"{row['n_random']} x {row['seeds_per_net']:.2g} seeds"]
         cells += [number(row["noise_of_mean"]), number(row["spread"]), number(ratio), number(row["random_mean"])]
-        place = number(row["uniform_percentile"], 0)
-        lines.append([*cells, number(row["best_random"]), f"{number(row['uniform'])} (percentile {place})"])
+        cells.append(number(row["best_random"]))
+        lines.append([*cells, *(f"{number(row[r])} (percentile {number(row[f'{r}_percentile'], 0)})" for r in RULES)])
     return markdown(heads, lines)
 
 
 def method_table(table: Table, baseline: str) -> list[str]:
     """One line a method of one set-up, of those that are compared with ``baseline``; empty if there are none."""
-    head = ["method", "searches", "top-1", "percentile", "minus uniform", "minus random mean", f"minus {baseline}"]
+    rules = [f"minus {rule}" for rule in RULES]
+    head = ["method", "searches", "top-1", "percentile", *rules, "minus random mean", f"minus {baseline}"]
     lines = ["| " + " | ".join([*head, "cost in trainings"]) + " |", "| --- " * (len(head) + 1) + "|"]
     for method in stats.methods(stats.scores_of(table.rows)):
         if baseline_of(method) == baseline and (row := judge_method(table, method)):
             cells = [method, str(row["search_seeds"]), number(row["found_top1"]), number(row["found_percentile"], 0)]
-            cells += [with_ends(row["found_minus_uniform"]), with_ends(row["found_minus_random"])]
+            cells += [with_ends(row[f"found_minus_{other}"]) for other in (*RULES, "random")]
             cells.append("-" if method == baseline else with_ends(row["found_minus_baseline"]))
             lines.append("| " + " | ".join([*cells, number(row["search_in_trainings"], 1)]) + " |")
     return lines if len(lines) > 2 else []
@@ -77,7 +74,7 @@ def widest_top1(setup: Setup, tables: Sequence[Table]) -> float | None:
 
 
 def results_table(tables: Sequence[Table]) -> str:
-    """One line a set-up for the project's README: found nets, and by how much they beat uniform and random ones."""
+    """One line a set-up for the project's README: found nets, compared with those of rules and random ones."""
 
     def difference(ends: stats.Interval) -> str:
         return f"**{with_ends(ends)}**" if ends[1] > 0 or ends[2] < 0 else with_ends(ends)
@@ -88,24 +85,25 @@ def results_table(tables: Sequence[Table]) -> str:
             setup, scores = SETUPS[table.path.stem], stats.scores_of(table.rows)
             net = f"`{setup.supernet}`" + (" (narrower)" if setup.kwargs.get("channels") else "")
             data = f"{'digits' if setup.data == 'digits' else 'CIFAR-10'}, {setup.num_train}, {setup.img_size} px"
-            tops = [row["found_top1"], fmean(scores["uniform"].values()), summarise(table)["random_mean"]]
-            whole = widest_top1(setup, tables)
-            cells = [net, setup.budget, data, row["search_seeds"], *tops, whole]
-            lines.append([*cells, *map(difference, (row["found_minus_uniform"], row["found_minus_random"]))])
-    heads = ["space", "budget", "images", "searches", "found", "uniform", "random", "widest net"]
-    heads += ["found - uniform", "found - random"]
+            tops = [fmean(scores[rule].values()) if rule in scores else None for rule in RULES]
+            tops += [summarise(table)["random_mean"], widest_top1(setup, tables)]
+            cells = [net, setup.budget, data, row["search_seeds"], row["found_top1"], *tops]
+            lines.append([*cells, *(difference(row[f"found_minus_{other}"]) for other in (*RULES, "random"))])
+    heads = ["space", "budget", "images", "searches", "found", *RULES, "random", "widest net"]
+    heads += [f"found - {other}" for other in (*RULES, "random")]
     told = [k for k in range(len(heads)) if any(line[k] is not None for line in lines)]
     return markdown([heads[k] for k in told], [[line[k] for k in told] for line in lines])
 
 
 def draw(table: Table) -> Path:
-    """Histogram of the random nets, with uniform and every found net marked."""
+    """Histogram of the random nets, with those of the rules and every found net marked."""
     name, scores = table.path.stem, stats.scores_of(table.rows)
     means = [fmean(s.values()) for s in stats.of_method(scores, "random").values()]
     figure, axes = plt.subplots(figsize=(7, 3))
     axes.hist(means, bins=20, color="0.8", label=f"{len(means)} random nets")
-    if "uniform" in scores:
-        axes.axvline(fmean(scores["uniform"].values()), color="black", linestyle="--", label="uniform")
+    for rule, line in zip(RULES, ("--", ":"), strict=True):
+        if rule in scores:
+            axes.axvline(fmean(scores[rule].values()), color="black", linestyle=line, label=rule)
     methods = stats.methods(scores)
     top = axes.get_ylim()[1]
     for k, method in enumerate(methods):
@@ -178,6 +176,27 @@ def speed_parts(found: dict) -> dict[str, str]:
     return parts
 
 
+def public_table(rows: Sequence[dict]) -> str:
+    """Where networks lie in the public tables: percentile (regret) at each budget, and the means over budgets."""
+    parts = []
+    for space, dataset in dict.fromkeys((r["space"], r["dataset"]) for r in rows):
+        own = [r for r in rows if (r["space"], r["dataset"]) == (space, dataset)]
+        budgets = list(dict.fromkeys(r["budget"] for r in own))
+        lines = []
+        for method in dict.fromkeys(r["method"] for r in own):
+            at = {r["budget"]: r for r in own if r["method"] == method}
+            cells = [f"{at[b]['percentile']:.0f} ({at[b]['regret']:.2f})" if b in at else "-" for b in budgets]
+            means: list[float | None] = [None] * 3
+            if len(at) == len(budgets):
+                means = [fmean(r[key] for r in at.values()) for key in ("percentile", "regret")]
+                means.append(fmean(r["minus_balanced"][0] for r in at.values()))
+            lines.append([method, max(r["searches"] for r in at.values()), *cells, *means])
+        lines.sort(key=lambda line: -(line[-3] or 0))
+        heads = ["method", "searches", *budgets, "mean percentile", "mean regret", "minus balanced"]
+        parts.append(f"{space}, {dataset}:\n\n{markdown(heads, lines)}")
+    return "\n\n".join(parts)
+
+
 def write(path: Path, parts: dict[str, str]) -> None:
     """Put each part between its marks in a file."""
     text = path.read_text()
@@ -213,7 +232,9 @@ def main() -> None:
         days = sorted({r["date"] for r in table.rows})
         parts.append(f"Machine: {'; '.join(seen)}; {days[0]} to {days[-1]}.")
     speed = json.loads((HERE / "results" / "speed.json").read_text())
-    write(HERE / "README.md", {**speed_parts(speed), "methods": "\n\n".join(parts)})
+    public = json.loads((HERE / "results" / "public_tables.json").read_text())
+    found = {**speed_parts(speed), "public": public_table(public), "methods": "\n\n".join(parts)}
+    write(HERE / "README.md", found)
     write(HERE.parent / "README.md", {"results": results_table(tables)})
 
 

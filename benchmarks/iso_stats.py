@@ -59,11 +59,13 @@ def percentile(value: float, others: Sequence[float]) -> float:
 
 
 def minus_paired(found: Scores, other: Mapping[int, float]) -> Interval:
-    """Found nets minus one other net, paired by training seed.
+    """Found nets minus one other net, paired by training seed. NaN if that net lacks one of the seeds.
 
     Each found net gives one value, the mean over its seeds. Nets of different searches have different training seeds,
     so that these values share neither search nor training and are independent.
     """
+    if any(seed not in other for net in found.values() for seed in net):
+        return math.nan, math.nan, math.nan
     return interval([fmean(top1 - other[seed] for seed, top1 in net.items()) for net in found.values()])
 
 

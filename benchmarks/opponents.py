@@ -1,7 +1,7 @@
-"""Obvious ways to choose a net in the budget, for a search to beat: evolution on shared weights, Taylor ranking.
+"""Obvious ways to choose a net in the budget, for a search to beat: evolution on shared weights.
 
-Each is a function ``(lab, seed) -> (Arch, images seen)`` and sees the training images only. Training images are counted
-as a search counts them; an image that is only looked at forwards counts a third.
+A way is a function ``(lab, seed) -> (Arch, images seen)`` and sees the training images only. Training images are
+counted as a search counts them; an image that is only looked at forwards counts a third.
 """
 
 import itertools
@@ -13,14 +13,11 @@ import torch
 from timm.utils import random_seed
 from torch import Tensor, nn
 
-from dnas.methods.derive import derive
 from dnas.methods.gates import GatesConfig
-from dnas.methods.rank_and_cut import dense_arch, most_score, only
 from dnas.methods.rules import random_arch
 from dnas.nets.supernet import Supernet
 from dnas.spec.space import Arch
 from dnas.training.loop import cycle, make_learner, train
-from dnas.training.onednn_workaround import subsampled
 
 if TYPE_CHECKING:
     from iso_setups import Lab
@@ -109,36 +106,4 @@ def evolution(lab: "Lab", seed: int) -> tuple[Arch, int]:
     return max(scores, key=scores.__getitem__), seen + len(scores) * len(x) // 3
 
 
-def taylor(lab: "Lab", seed: int) -> tuple[Arch, int]:
-    """Global ranking by first-order Taylor importance at the norms (Molchanov et al., CVPR 2019): (gamma dL/dgamma)^2.
-
-    Summed over ten held-out batches; each layer's scores are scaled to mean 1. `derive` keeps those worth most.
-    """
-    random_seed(seed)
-    net, dense = lab.supernet(), dense_arch(lab.net.space)
-    net.cut_to(only(net, dense))
-    rest, held_out = lab.data.split(GatesConfig.gate_fraction, seed)
-    seen = train_shared(lab, net, net.weight_parameters(), lambda x: net(x, dense), rest, seed)
-    batches = cycle(lab.data.train_batches(lab.setup.search.batch_size, seed=seed, indices=held_out))
-    squares: dict[nn.Module, Tensor] = {}
-    for _ in range(10):
-        x, y = next(batches)
-        net.zero_grad()
-        with subsampled(net, lab.setup.search):
-            loss = nn.functional.cross_entropy(net(x, dense), y)
-        loss.backward()
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d) and module.weight.grad is not None:
-                score = (module.weight * module.weight.grad).detach() ** 2
-                squares[module] = squares.get(module, 0) + score
-        seen += len(x)
-    scores: dict[str, Tensor] = {}
-    for name, axes in net.channel_axes().items():
-        for axis in axes:
-            if axis.role == "norm" and axis.name == "weight" and axis.module in squares:
-                units = squares[axis.module][torch.from_numpy(axis.places)].sum(1)
-                scores[name] = scores.get(name, 0) + units / units.mean()
-    return derive(net.space, lab.tables, lab.budgets, most_score(net.space, scores)), seen
-
-
-OPPONENTS: dict[str, Callable[["Lab", int], tuple[Arch, int]]] = {"evolution": evolution, "taylor": taylor}
+OPPONENTS: dict[str, Callable[["Lab", int], tuple[Arch, int]]] = {"evolution": evolution}

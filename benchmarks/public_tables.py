@@ -128,9 +128,7 @@ def search_all(macs: float, method: str, seed: int, percents: tuple[int, ...]) -
     goals = [goal(_lab, macs, percent) for percent in percents]
     if is_shared(method):
         archs, found = chosen(_lab, METHODS[method], seed, goals)
-        return [
-            row_of(_lab, percent, method, seed, arch, found) for percent, arch in zip(percents, archs, strict=True)
-        ]
+        return [row_of(_lab, percent, method, seed, arch, found) for percent, arch in zip(percents, archs, strict=True)]
     rows = [run_search(replace(_lab, budgets=budgets), method, seed) for budgets in goals]
     return [row | {"net": f"{percent}%/{method}/{seed}"} for percent, row in zip(percents, rows, strict=True)]
 

@@ -18,9 +18,7 @@ class ConvNormAfterReLU(nn.Sequential):
 
 
 class Cell(nn.Module):
-    """NATS-Bench's best cell for CIFAR-10: three 3x3 convolutions beside each other and after each other.
-
-    """
+    """NATS-Bench's best cell for CIFAR-10: three 3x3 convolutions beside each other and after each other."""
 
     def __init__(self, ins: int, outs: int, project: bool) -> None:
         super().__init__()
@@ -134,4 +132,3 @@ def _entry(model: nn.Module, pretrained: bool, in_chans: int, kwargs: dict[str, 
     if pretrained or in_chans != 3 or any(value is not None for value in kwargs.values()):
         raise ValueError(f"pretrained={pretrained}, in_chans={in_chans}, {kwargs}: none of these can be changed")
     return model
-

@@ -207,22 +207,6 @@ def test_evolution_climbs_what_the_judge_says(lab, monkeypatch):
     assert likes(best) == max(map(likes, looked)) > max(map(likes, looked[:12]))
 
 
-def test_taylor_keeps_the_channels_that_carry_the_weights(lab, monkeypatch):
-    """The head is given all its weight in twenty channels, or evenly: the first time it ends narrower."""
-
-    def widths(carriers):
-        def plant(lab, net, *args):
-            for module, side in net.slices()["head"]:
-                if side in ("out", "norm"):
-                    module.weight.data[carriers:] = 0
-            return 0
-
-        monkeypatch.setattr(iso_flops.opponents, "train_shared", plant)
-        return iso_flops.opponents.taylor(lab, 0)[0]["head"]
-
-    assert widths(20) < widths(1000)
-
-
 def test_judges_look_at_all_nets(lab):
     archs = {f"random/{k}": dict(iso_flops.random_arch(lab.net.space, lab.tables, lab.budgets, k)) for k in range(4)}
     row = iso_flops.judge_nets(lab, archs, seed=0)
@@ -259,15 +243,15 @@ def test_the_likeliest_width_is_the_one_that_the_gate_calls_best(lab):
 
 
 def planted_rows(setup, found):
-    """Random nets of 50, 51, ... 59 %, the uniform one of 54.5 %, found ones of 58.3 and 58.7 %, and two ablations'."""
+    """Random nets of 50 to 59 %, uniform of 54.5, balanced of 57.5, found ones of 58.3 and 58.7 %, two ablations'."""
     info = {"device": "a machine", "torch": "2", "timm": "1", "date": "2026-01-02"}
-    means = {f"random/{k}": 50.0 + k for k in range(10)} | {"uniform": 54.5}
+    means = {f"random/{k}": 50.0 + k for k in range(10)} | {"uniform": 54.5, "balanced": 57.5}
     for k in range(found):
         means |= {f"default/{k}": 58.3 + 0.4 * k, f"half-length/{k}": 57 + 0.2 * k, f"late-skip/{k}": 56 - 0.2 * k}
     rows = []
     for net, mean in means.items():
         rows.append(info | {"kind": "net", "net": net, "search_seconds": 30.0})
-        seeds = range(6) if net.startswith(("random", "uniform")) else iso_flops.own_seeds(net)
+        seeds = range(6) if net.startswith(("random", "uniform", "balanced")) else iso_flops.own_seeds(net)
         training = info | {"kind": "training", "net": net, "seconds": 99 if net.startswith("random") else 10}
         rows += [training | {"seed": s, "top1": mean + s % 3 - 1} for s in seeds]
     (iso_flops.RESULTS / f"{setup}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -289,6 +273,15 @@ PLANTED_SPEED = {
 }
 
 
+PLANTED_PUBLIC = [
+    {"space": "nats", "dataset": "c", "budget": budget, "method": method, "searches": searches}
+    | {"percentile": percentile, "regret": regret, "minus_balanced": [minus, None, None]}
+    for budget, method, searches, percentile, regret, minus in (
+        ("10%", "balanced", 1, 60.0, 0.5, 0.0), ("10%", "l1", 2, 90.0, 0.2, 0.3), ("25%", "l1", 2, 70.0, 0.4, -0.5)
+    )
+]  # fmt: skip
+
+
 def test_the_report_says_what_was_planted_and_leaves_the_rest(tmp_path, monkeypatch):
     here = tmp_path / "benchmarks"
     (here / "results").mkdir(parents=True)
@@ -299,7 +292,8 @@ def test_the_report_says_what_was_planted_and_leaves_the_rest(tmp_path, monkeypa
     readme, front = here / "README.md", tmp_path / "README.md"
     front.write_text("a\n<!-- iso_report.py: results -->\n<!-- end of results -->\nb\n")
     (here / "results" / "speed.json").write_text(json.dumps(PLANTED_SPEED))
-    names = (*iso_report.SPEED, "expected", "scale", "machine", "methods")
+    (here / "results" / "public_tables.json").write_text(json.dumps(PLANTED_PUBLIC))
+    names = (*iso_report.SPEED, "expected", "scale", "machine", "public", "methods")
     marks = [f"<!-- iso_report.py: {name} -->\nold\n<!-- end of {name} -->\n" for name in names]
     readme.write_text(f"before\n{''.join(marks)}after\n")
     iso_report.main()
@@ -309,6 +303,7 @@ def test_the_report_says_what_was_planted_and_leaves_the_rest(tmp_path, monkeypa
         "| n | 5.00 [4.00, 6.00] | 0.50 | - | - | - | - | - | 0 |", "| n | 10.00 | 13.00 | 1.30 |",
         "| n | - | 2.00 [1.00, 3.00] | - | 7.00 |", "| n | 1.00 | 0.50 | 2.00 | 0.40 |",
         "| pairs | 58 | 1.10 [0.90, 1.20] | 1.05 |",
+        "| l1 | 2 | 90 (0.20) | 70 (0.40) | 80.00 | 0.30 | -0.10 |", "| balanced | 1 | 60 (0.50) | - | - | - | - |",
         "a device, 2 threads, torch 2.6, timm 1.0, 2026-01-01: `python speed.py`.",
     ):  # fmt: skip
         assert row in text, row
@@ -316,18 +311,19 @@ def test_the_report_says_what_was_planted_and_leaves_the_rest(tmp_path, monkeypa
     noise = math.sqrt(4 / 5 / 6)
     spread = math.sqrt(np.var(range(10), ddof=1) - noise**2)
     start = f"10 x 6 seeds | {noise:.2f} | {spread:.2f} | {spread / noise:.2f} | 54.50 | 59.00 | 54.50 (percentile 50)"
+    start += " | 57.50 (percentile 80)"
     assert text.count(start) == 2
     # Two differences of 3.8 and 4.2: a standard error of 0.2 and Student's t of 12.71.
-    line = "| default | 2 | 58.50 | 90 | +4.00 [+1.46, +6.54] | +4.00 "
+    line = "| default | 2 | 58.50 | 90 | +4.00 [+1.46, +6.54] | +1.00 [-1.54, +3.54] | +4.00 "
     assert text.count("| default |") == 1 and line in text and text.count("Best of N") == 1
     # An ablation is compared with the search that it changes, and that one with the default.
     named = {line.split(" | ")[0]: line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
-    minus = {name: cells[6].split()[0] for name, cells in named.items() if len(cells) == 8}
+    minus = {name: cells[7].split()[0] for name, cells in named.items() if len(cells) == 9}
     assert (minus["| late-skip"], minus["| half-length"], minus["| default"]) == ("-1.20", "-1.40", "-")
     # Seconds of a search over those of its own nets' trainings, not of the random nets', which ran on a slower day.
-    assert named["| default"][7] == "3.0 |"
-    told = "| `prunet` | 10% | digits, 1437, 8 px | 2 | 58.50 | 54.50 | 54.50 | **+4.00 [+1.46, +6.54]** |"
-    assert told in front.read_text() and front.read_text().count("\n| `") == 1
+    assert named["| default"][8] == "3.0 |"
+    told = "| `prunet` | 10% | digits, 1437, 8 px | 2 | 58.50 | 54.50 | 57.50 | 54.50 | "
+    assert told + "**+4.00 [+1.46, +6.54]** | +1.00 " in front.read_text() and front.read_text().count("\n| `") == 1
     pictures = {path.name: path.read_bytes() for path in here.glob("*.svg")}
     assert set(pictures) == {"digits.svg", "prunet.svg"}
     iso_report.main()

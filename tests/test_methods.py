@@ -9,12 +9,13 @@ import torch
 from spaces import LARGE, Brute, assert_in_band, widest_cost
 from test_search import planted_best, run_toy
 from timm.utils import random_seed
+from torch.nn import functional as F
 
 from dnas.methods.catalog import METHODS
 from dnas.methods.derive import derive
 from dnas.methods.loop import begin, load_search, run, search, search_data
 from dnas.methods.method import Task
-from dnas.methods.rank_and_cut import dense_arch, l1_norms, most_score
+from dnas.methods.rank_and_cut import dense_arch, first_order, l1_norms, most_score
 from dnas.methods.rules import balanced_arch, random_arch, uniform_arch
 from dnas.nets.layer_supernet import MacroSupernet, space_of
 from dnas.nets.timm_space import TimmBase
@@ -24,6 +25,7 @@ from dnas.spec.budget import Budget, parse_budget
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets
 from dnas.training.data import load_data
+from dnas.training.loop import cycle
 from dnas.training.recipe import Recipe
 from supernets import SUPERNETS
 from supernets.toy import plant, planted_data, toy
@@ -190,6 +192,30 @@ def test_planted_dead_channels_are_cut_first(space):
     wanted = net.space.complete(dict(dense_arch(net.space)) | living)
     budgets = (Budget("macs", task.tables["macs"].of(wanted)),)
     assert method.choose(state, replace(task, budgets=budgets)) == wanted
+
+
+@pytest.mark.parametrize("ties", [(), ("layer2.0.conv1,layer3.0.conv1",)])
+def test_taylor_scores_are_the_squared_derivatives_by_factors_of_channels(ties, monkeypatch):
+    """A factor on a channel wherever it is read, as gates have one: its gradient, in every one of two batches."""
+    monkeypatch.setattr("dnas.methods.rank_and_cut.BATCHES", 2)
+    random_seed(0)
+    kwargs = NARROW | {"channels": [8, 16, 16, 16]}
+    net = TimmSupernet(TimmBase("resnet18", 10, 3, 8, divisor=2, kwargs=kwargs | {"stem_width": 8}, ties=ties))
+    for name, p in net.model.named_parameters():
+        if name.endswith("bn2.weight"):  # timm starts them at zero, where nothing before them has an effect
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    task = task_of(net, "taylor", "40%")
+    state = begin(METHODS["taylor"], net, task)
+    scores = first_order(state, task)
+    squares = {}
+    net.eval()
+    for _, (x, y) in zip(range(2), cycle(task.held_out_batches(0.0)), strict=False):
+        factors = {name: torch.ones(int(width), requires_grad=True) for name, width in state.own.items()}
+        F.cross_entropy(net(x, factors), y).backward()
+        squares = {name: squares.get(name, 0) + factor.grad**2 for name, factor in factors.items()}
+    assert set(scores) == set(squares) == set(net.space.by_name)
+    for name, score in scores.items():
+        torch.testing.assert_close(score, squares[name] / squares[name].mean(), rtol=1e-3, atol=1e-5)
 
 
 def test_l1_scores_are_the_norms_of_the_filters():

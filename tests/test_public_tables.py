@@ -29,9 +29,7 @@ MOBILENET = {
 }
 
 
-@pytest.mark.parametrize(
-    "build, known", [(table_networks.nats, NATS), (table_networks.bench_mobilenet, MOBILENET)], ids=["nats", "mobilenet"]
-)
+@pytest.mark.parametrize("build, known", [(table_networks.nats, NATS), (table_networks.bench_mobilenet, MOBILENET)])
 def test_networks_cost_what_the_tables_say(build, known):
     for widths, costs in known.items():
         model = build(10, widths)
@@ -41,9 +39,7 @@ def test_networks_cost_what_the_tables_say(build, known):
 def supernet(space):
     setup = public_tables.SPACES[space]
     return TimmSupernet(
-        TimmBase(
-            setup.supernet, 10, 3, 32, divisor=setup.divisor, ties=setup.ties, most_widths=setup.most_widths
-        )
+        TimmBase(setup.supernet, 10, 3, 32, divisor=setup.divisor, ties=setup.ties, most_widths=setup.most_widths)
     )
 
 
@@ -107,7 +103,8 @@ def test_a_summary_has_a_row_for_each_budget_data_set_and_method(folder):
     assert (l1["space"], l1["budget"], l1["searches"]) == ("nats", "95%", 2)
     tops = {name: sum(arch.values()) for name, arch in nets.items()}
     mean, low, high = l1["minus_balanced"]
-    assert mean == pytest.approx((tops["95%/l1/0"] + tops["95%/l1/1"]) / 2 - tops["95%/balanced/0"]) and low < mean < high
+    assert mean == pytest.approx((tops["95%/l1/0"] + tops["95%/l1/1"]) / 2 - tops["95%/balanced/0"])
+    assert low < mean < high
 
 
 @pytest.mark.parametrize("content", [None, b"no gzip", gzip.compress(b"c0,c1\n1,2\n"), gzip.compress(b"")])

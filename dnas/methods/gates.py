@@ -26,7 +26,7 @@ from dnas.runtime.checkpoint import load_optimizer, optimizer_data
 from dnas.runtime.distributed import average_gradients, from_first, mean, shared_statistics, to_host, world_size
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
-from dnas.spec.space import Arch
+from dnas.spec.space import Arch, Space
 from dnas.training.loop import MAX_SKIPPED, make_scaler
 from dnas.training.onednn_workaround import subsampled
 from dnas.training.recipe import autocast
@@ -51,6 +51,7 @@ class GatesConfig:
     weights_on: WeightsOn = setting("hard", "nets that the weights learn on: hard, soft or sandwich")
     scale_in_gradient: bool = setting(False, "the gates' gradient keeps the scale that all channels of a width share")
     entropy: float = setting(0.0, "weight of the gates' mean entropy at the end of the search; it grows from 0")
+    prior: float = setting(0.0, "weight of the sum of expected log widths in the gates' loss: towards balanced widths")
     budget_weight: float = setting(20.0, "weight of the distance to the budget in the gates' loss")
     warmup: float = setting(0.2, "weights only, nets drawn evenly, until then")
     budget_from: float = setting(0.2, "progress at which the cost target starts to fall")
@@ -73,6 +74,7 @@ class GatesConfig:
             ("gate_fraction", 0, 0.9), ("gate_every", 1, 10_000), ("gate_lr", 0, 10), ("paths", 2, 64),
             ("skip_from", 0.51, 0.9999),
             ("patience", 1, 10**6), ("budget_weight", 0, 1e6), ("temperature", 0.01, 10), ("width_below", 0, 0.5),
+            ("prior", 0, 1e3),
             ("entropy", 0, 1e3),
             *((name, 0, 1) for name in shares),
         ):  # fmt: skip
@@ -168,6 +170,23 @@ def check_gradients(net: Supernet, step: int) -> None:
                 )
 
 
+def log_widths(space: Space, probabilities: Mapping[str, Tensor]) -> Tensor:
+    """The sum over widths of the expected log width, a scalar: what balanced widths are largest in.
+
+    A width counts as much as it is probable that its block and layer are there; this share gets no gradient, so that
+    blocks and layers are not chosen for having more widths.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for name, p in probabilities.items():
+        d = space.by_name[name]
+        if d.is_width:
+            there = math.prod(
+                float(probabilities[n].detach()[space.by_name[n].index(o)]) for n, o in d.when if n in probabilities
+            )
+            total = total + there * (p @ torch.tensor(d.options, dtype=torch.float64).log())
+    return total
+
+
 SNAPSHOTS = 100  # of the gates, over a whole search
 
 
@@ -239,6 +258,8 @@ def gate_step(search: Search, task: Task, progress: float, held_out: HeldOut) ->
         own.tables = of, live_tables(net, task)
     expected = {m: own.tables[1][m].expected(probabilities) for m in targets}
     pull = config.budget_weight * budget_penalty(expected, targets)  # all of it on the CPU
+    if config.prior:
+        pull = pull - config.prior * log_widths(net.space, probabilities)
     if config.entropy:
         pull = pull + config.entropy * sharpness * mean_entropy(probabilities.values())
     (pull * own.scaler.get_scale() if own.scaler.is_enabled() else pull).backward()

@@ -13,7 +13,10 @@ from torch.nn import functional as F
 from dnas.methods.derive import derive
 from dnas.methods.method import Method, Search, Task
 from dnas.nets.supernet import Supernet
+from dnas.runtime.distributed import average_gradients
 from dnas.spec.space import KEEP, Arch, Space
+from dnas.training.loop import cycle
+from dnas.training.onednn_workaround import subsampled
 
 Scores = Mapping[str, Tensor]  # width decision -> the score of each of its channels, [widest], or of each unit of them
 
@@ -80,8 +83,40 @@ def l1_norms(search: Search, task: Task) -> Scores:
     return scores
 
 
+BATCHES = 10  # of training images that first-order scores are taken over
+
+
+def first_order(search: Search, task: Task) -> Scores:
+    """The square of the loss's first-order change when a channel is zeroed, summed over batches; a layer's mean is 1.
+
+    The change is the sum of weight times gradient over all weights that read the channel. Deviation from the paper,
+    whose gates follow batch norms: one score for all readers of channels that several layers write.
+    """
+    net, recipe = search.net, task.recipe
+    axes = {n: [a for a in own if a.role == "in"] for n, own in net.channel_axes().items() if n in search.own}
+    scores: dict[str, Tensor] = {}
+    was_training = net.training
+    net.eval()
+    for _, (x, y) in zip(range(BATCHES), cycle(task.held_out_batches(0.0)), strict=False):
+        net.zero_grad()
+        with torch.enable_grad(), subsampled(net, recipe):
+            F.cross_entropy(net(x, search.own).float(), y).backward()
+        average_gradients(net.weight_parameters())
+        for name, own in axes.items():
+            change = torch.stack([(axis.slices() * axis.slices(of_gradient=True)).sum(1) for axis in own]).sum(0)
+            scores[name] = scores.get(name, 0) + change**2
+    net.zero_grad()
+    net.train(was_training)
+    return {name: score / score.mean().clamp(min=1e-30) for name, score in scores.items()}  # a branch may be at zero
+
+
 L1 = rank_and_cut(
     l1_norms,
     summary="widths, by the L1 norms of trained filters",
     source="Pruning Filters for Efficient ConvNets, Li et al., ICLR 2017, arXiv 1608.08710",
+)
+TAYLOR = rank_and_cut(
+    first_order,
+    summary="widths, by the first-order change of the loss without a channel",
+    source="Importance Estimation for Neural Network Pruning, Molchanov et al., CVPR 2019, arXiv 1906.10771",
 )

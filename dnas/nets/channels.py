@@ -43,9 +43,11 @@ class ChannelAxis(NamedTuple):
     role: Literal["out", "in", "norm"]
     places: np.ndarray
 
-    def slices(self) -> Tensor:
-        """What the tensor holds of each unit, [units, numbers]."""
+    def slices(self, of_gradient: bool = False) -> Tensor:
+        """What the tensor, or its gradient, holds of each unit, [units, numbers]."""
         tensor: Tensor = getattr(self.module, self.name)
+        if of_gradient:
+            tensor = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
         places = torch.from_numpy(self.places).to(tensor.device)
         return tensor.detach().movedim(self.dim, 0)[places].flatten(1)
 

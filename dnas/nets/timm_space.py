@@ -108,7 +108,7 @@ def tied(groups: Mapping[str, tuple[int, ...]], ties: Sequence[str]) -> dict[str
 
     Raises UserError for a tie of fewer than two groups, of groups with different widths, or of a group in another tie.
     """
-    found, tie_of = {name: name for name in groups}, {}
+    found, tie_of = {name: name for name in groups}, dict[str, str]()
     for tie in ties:
         patterns = tie.split(",")
         names = [name for name in groups if any(fnmatchcase(name, pattern) for pattern in patterns)]

@@ -1,0 +1,204 @@
+#!/usr/bin/env python3
+"""Why do gates leave the last stream of a ResNet so narrow? One thing of the search changed at a time.
+
+python benchmarks/last_stream.py --search 3        # searches of timm_resnet_50; rows in results/last_stream.jsonl
+python benchmarks/last_stream.py --report          # the table of benchmarks/README.md
+
+A row has the widths that a search ends with; what moves the gates of the last stream at a quarter, half and three
+quarters of it; and how many directions the features before the classifier span.
+"""
+
+import argparse
+import multiprocessing
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import iso_flops as lab_of  # noqa: E402
+import torch  # noqa: E402
+from iso_flops import Table  # noqa: E402
+from iso_report import markdown  # noqa: E402
+from iso_setups import SETUPS, Lab, open_lab  # noqa: E402
+from timm.utils import random_seed  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from dnas.methods.budget_loss import budget_penalty, ramp, target  # noqa: E402
+from dnas.methods.gates import GATES, GatesConfig, log_widths  # noqa: E402
+from dnas.methods.loop import begin, run  # noqa: E402
+from dnas.methods.method import Search, Task  # noqa: E402
+from dnas.runtime.run_folder import provenance  # noqa: E402
+from dnas.training.loop import cycle  # noqa: E402
+
+SETUP, LAST = "timm_resnet_50", "layer4.0.conv2"  # the stream that the classifier reads, 64 channels wide
+POINTS = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is changed in a search: fields of the config, a factor on its epochs, the optimizer of the gates."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    length: float = 1.0
+    sgd: bool = False
+
+
+CHANGES = {
+    "default": Change(),
+    "same images": Change({"gate_fraction": 0.0}),
+    "scale in gradient": Change({"scale_in_gradient": True}),
+    "gates by SGD": Change(sgd=True),
+    "half as long": Change(length=0.5),
+    "twice as long": Change(length=2.0),
+    "gates from 60 % on": Change({"warmup": 0.6, "budget_from": 0.6, "budget_by": 0.9, "skip_at": 0.6}),
+    "weights on soft nets": Change({"weights_on": "soft"}),
+    "no sharpening": Change({"temperature": 1.0}),
+    "prior 0.3": Change({"prior": 0.3}),
+    "prior 1": Change({"prior": 1.0}),
+}
+
+
+def forces(search: Search, task: Task, progress: float, x: Tensor, y: Tensor) -> dict[str, dict[str, float]]:
+    """Width -> what the images and what the budget ask for, in nats per unit of its expected log width.
+
+    The gradient of each loss along a common shift of all logits of the gate, over that of the expected log width:
+    positive where the loss falls as the width grows. Gates and weights are left as they are.
+    """
+    net, own, config = search.net, search.own, task.config
+    fallen = ramp(progress, config.budget_from, config.budget_by)
+    targets = {m: target(own.first[m], limit, fallen) for m, limit in task.limits.items()}
+    alphas = {name: gate.alpha for name, gate in net.gates().items() if not gate.settled}
+
+    def along_logits(loss: Tensor) -> dict[str, float]:
+        grads = torch.autograd.grad(loss, [*alphas.values()], allow_unused=True)
+        return {n: 0.0 if g is None else float(g.sum()) for n, g in zip(alphas, grads, strict=True)}
+
+    logits = net(x, net.soft(own.draws, 0, own.temperature, with_scale=config.scale_in_gradient))
+    images = along_logits(nn.functional.cross_entropy(logits.float(), y))
+    p = net.probabilities_on_host(own.temperature)
+    expected = {m: task.tables[m].expected(p) for m in targets}
+    budget = along_logits(config.budget_weight * budget_penalty(expected, targets))
+    widths = along_logits(log_widths(net.space, net.probabilities_on_host(own.temperature)))
+    return {n: {"images": -images[n] / widths[n], "budget": -budget[n] / widths[n]} for n in alphas if widths[n] > 0}
+
+
+def spectrum(net: nn.Module, features: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, float]:
+    """Directions that pooled features [B, width] span: for 99 % of their variance, and the participation ratio."""
+    with torch.no_grad():
+        net.eval()
+        found = features(x)
+        net.train()
+    values = torch.linalg.svdvals((found - found.mean(0)).double()).square()
+    share = (values / values.sum()).cumsum(0)
+    ratio = float(values.sum() ** 2 / values.square().sum())
+    return {"width": found.shape[1], "for_99_percent": int((share < 0.99).sum()) + 1, "participation": ratio}
+
+
+def pooled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What the classifier of a network of timm's reads."""
+    return lambda x: model.forward_head(model.forward_features(x), pre_logits=True)
+
+
+def look(lab: Lab, name: str, seed: int) -> dict:
+    """One search with a change. Returns its row."""
+    change = CHANGES[name]
+    config = replace(GatesConfig(), **change.config)
+    recipe = replace(lab.setup.search, epochs=round(lab.setup.search.epochs * change.length))
+    random_seed(seed)
+    net = lab.supernet().to(memory_format=torch.channels_last)
+    task = Task(lab.tables, lab.budgets, lab.data, recipe, config, seed)
+    search = begin(GATES, net, task)
+    if change.sgd:  # the rate at which its first steps are as long as Adam's, in the mean over logits
+        search.own.optimizer = torch.optim.SGD(net.gate_parameters(), lr=sgd_rate(search, task), momentum=0.5)
+    held_out = lab.data.split(config.gate_fraction, seed)[1] if config.gate_fraction else None
+    x, y = next(cycle(lab.data.train_batches(512, seed=seed, indices=held_out)))
+    moved: dict[str, Any] = {}
+    for point in POINTS:
+        run(GATES, search, task, until=point)
+        moved[f"{point}"] = forces(search, task, point, x, y)
+    before = spectrum(net, pooled(net.model), x)
+    run(GATES, search, task)
+    p = net.seen(search.own.temperature)
+    expected = {n: round(float(p[n] @ torch.tensor(lab.net.space.by_name[n].options).numpy()), 2) for n in p}
+    row = {"kind": "search", "net": f"{name}/{seed}", "arch": dict(GATES.choose(search, task)), "expected": expected}
+    return lab_of.rounded(row | {"forces": moved, "features_at_0.75": before})
+
+
+def sgd_rate(search: Search, task: Task) -> float:
+    """The learning rate of SGD whose first step is as long as that of Adam, whose steps are its rate in every logit."""
+    x, y = next(iter(task.held_out_batches(task.config.gate_fraction)))
+    logits = search.net(x, search.net.soft(None))
+    gates = search.net.gate_parameters()
+    grads = torch.autograd.grad(nn.functional.cross_entropy(logits.float(), y), gates)
+    return search.own.optimizer.param_groups[0]["lr"] / float(torch.cat(grads).abs().mean())
+
+
+def widest(lab: Lab, seed: int) -> dict:
+    """Features of the widest net, trained as long as a search and by the same images. Returns their row."""
+    random_seed(seed)
+    model = lab.net.outline.create()
+    rest, held_out = lab.data.split(GatesConfig.gate_fraction, seed)
+    lab_of.opponents.train_shared(lab, model, list(model.parameters()), model, rest, seed)
+    x, _ = next(cycle(lab.data.train_batches(512, seed=seed, indices=held_out)))
+    return lab_of.rounded({"kind": "widest", "net": f"widest/{seed}", "features": spectrum(model, pooled(model), x)})
+
+
+def call(what: str, seed: int) -> dict:
+    """A row, in a process of `iso_flops`."""
+    lab = lab_of._lab
+    assert lab is not None
+    return widest(lab, seed) if what == "widest" else look(lab, what, seed)
+
+
+def report(table: Table) -> str:
+    """The table in Markdown: means over searches."""
+    rows = []
+    for name in CHANGES:
+        own = [row for row in table.rows if row["net"].split("/")[0] == name]
+        if own:
+            cells: list[Any] = [name, len(own), fmean(row["arch"][LAST] for row in own)]
+            for kind in ("images", "budget"):
+                at = [[r["forces"][f"{p}"][LAST][kind] for r in own if LAST in r["forces"][f"{p}"]] for p in POINTS]
+                cells.append(", ".join(f"{fmean(values):+.3f}" if values else "-" for values in at))
+            features = [row["features_at_0.75"] for row in own]
+            cells += [fmean(f[key] for f in features) for key in ("width", "for_99_percent", "participation")]
+            rows.append(cells)
+    heads = ["search", "searches", "last stream of 64", "images ask for it (at 25, 50, 75 %)", "the budget asks"]
+    heads += ["live at 75 %", "directions for 99 %", "participation ratio"]
+    full = [row["features"] for row in table.rows if row["kind"] == "widest"]
+    if full:
+        last = [fmean(f[key] for f in full) for key in ("width", "for_99_percent", "participation")]
+        rows.append(["the widest net, trained as long", len(full), None, None, None, *last])
+    return markdown(heads, rows)
+
+
+def main() -> None:
+    """Searches that the rows lack, or the table."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--change", nargs="+", choices=list(CHANGES), default=list(CHANGES), help="default: all")
+    lab_of.add_search_flags(p)
+    args, table = p.parse_args(), Table("last_stream")
+    if not args.report:
+        device = open_lab(SETUPS[SETUP], args.data_dir, args.device).device
+        info = {"date": date.today().isoformat()} | provenance(device)
+        have = {row["net"] for row in table.rows}
+        wanted = [(what, k) for k in range(args.search) for what in ("widest", *args.change)]
+        entered = (SETUPS[SETUP], args.data_dir, args.device)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.jobs, spawn, initializer=lab_of._enter, initargs=entered) as pool:
+            jobs = [pool.submit(call, what, k) for what, k in wanted if f"{what}/{k}" not in have]
+            for future in as_completed(jobs):
+                row = future.result()
+                table.append(row | info)
+                print(row["net"], row.get("arch", {}).get(LAST, ""), flush=True)
+    print(report(table))
+
+
+if __name__ == "__main__":
+    lab_of.told(main)
