@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from dnas.methods.budget_loss import budget_penalty, ramp, target
+from dnas.methods.gates import log_widths
+from dnas.nets.layer_supernet import MacroSupernet
+from supernets import SUPERNETS
 
 
 def test_ramp_is_linear_between_two_flat_ends():
@@ -54,3 +57,28 @@ def test_of_two_budgets_only_the_one_that_binds_pulls_up():
             assert sum(gradients) == pytest.approx(2 * logs.max())
             if macs != params:
                 assert gradients[int(logs.argmin())] == 0
+
+
+def test_log_widths_is_the_mean_over_draws_and_does_not_move_blocks_and_layers():
+    """Monte Carlo: networks drawn by the gates, the logarithms of the widths that matter in each summed."""
+    torch.manual_seed(0)
+    net = MacroSupernet(SUPERNETS["prunet"](num_classes=4, img_size=16, width_mult=0.25))
+    for gate in net.gates().values():
+        for p in gate.parameters():
+            p.data += 0.5 * torch.randn_like(p)
+    for layer in net.layers:
+        if layer.skip is not None:
+            layer.skip.open(0.7, 1.0)
+    value = log_widths(net.space, net.probabilities_on_host())
+    value.backward()
+    widths = {d.name for d in net.space.decisions if d.is_width}
+    for name, gate in net.gates().items():
+        for p in gate.parameters() if not gate.settled else ():
+            moved = p.grad is not None and bool((p.grad != 0).any())
+            assert moved == (name in widths), name
+    draws, sums = torch.Generator().manual_seed(0), []
+    for _ in range(500):
+        arch = net.space.complete(net.draw(draws))
+        sums.append(sum(math.log(width) for name, width in arch.items() if name in widths))
+    error = np.std(sums) / math.sqrt(len(sums))
+    assert float(value.detach()) == pytest.approx(np.mean(sums), abs=4 * error)

@@ -294,7 +294,11 @@ def near(d: Decision, width: float) -> np.ndarray:
 
 
 def gate_likelihood(net: Supernet, temperature: float = 1.0) -> dict[str, np.ndarray]:
-    """Log-probabilities of the gates of blocks and layers; of widths, how near they are to the expected one.
+    """Log-probabilities of the gates of blocks and layers; how near widths are to the expected ones, and how wide.
+
+    With u the log of a width over the expected one, its likelihood is ``u - u^2``: of networks as near to what the
+    gates expect, the one with the largest product of widths wins. At the expected width it is 0, so that it does not
+    speak for or against layers.
 
     Expected sampling (DMCP, Guo et al., CVPR 2020), here inside the band. The likeliest width of a chain whose links
     are alike is its first or its last one, wherever the expectation, which the budget was met by, lies. What was cut
@@ -304,7 +308,11 @@ def gate_likelihood(net: Supernet, temperature: float = 1.0) -> dict[str, np.nda
     live = net.live_options()
     for name, p in net.seen(temperature).items():
         d = net.space.by_name[name]
-        like[name] = near(d, p @ np.array(d.options)) if d.is_width else np.log(np.maximum(p, 1e-30))
+        if d.is_width:
+            options = np.array(d.options, dtype=float)
+            like[name] = near(d, p @ options) + np.log(options / (p @ options))
+        else:
+            like[name] = np.log(np.maximum(p, 1e-30))
         like[name][np.setdiff1d(np.arange(len(p)), live[name])] = -1000
     return like
 
