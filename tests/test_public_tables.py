@@ -107,7 +107,11 @@ def test_a_summary_has_a_row_for_each_budget_data_set_and_method(folder):
     assert low < mean < high
 
 
-@pytest.mark.parametrize("content", [None, b"no gzip", gzip.compress(b"c0,c1\n1,2\n"), gzip.compress(b"")])
+UNREADABLE = {"missing": None, "no gzip": b"no gzip", "other columns": gzip.compress(b"c0,c1\n1,2\n")}
+UNREADABLE["empty"] = gzip.compress(b"")
+
+
+@pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE)
 def test_a_folder_without_the_table_is_a_user_error(tmp_path, content):
     if content is not None:
         (tmp_path / "nats_sss.csv.gz").write_bytes(content)
