@@ -38,6 +38,7 @@ from dnas.training.loop import cycle  # noqa: E402
 
 SETUP, LAST = "timm_resnet_50", "layer4.0.conv2"  # the stream that the classifier reads, 64 channels wide
 POINTS = (0.25, 0.5, 0.75)
+KINDS = ("held out", "held out, calibrated", "learnt", "learnt, calibrated", "budget")
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,16 @@ CHANGES = {
 }
 
 
-def forces(search: Search, task: Task, progress: float, x: Tensor, y: Tensor) -> dict[str, dict[str, float]]:
-    """Width -> what the images and what the budget ask for, in nats per unit of its expected log width.
+Images = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def forces(search: Search, task: Task, progress: float, images: Images) -> dict[str, dict[str, float]]:
+    """Width -> what images and what the budget ask for, in nats per unit of its expected log width.
 
     The gradient of each loss along a common shift of all logits of the gate, over that of the expected log width:
-    positive where the loss falls as the width grows. Gates and weights are left as they are.
+    positive where the loss falls as the width grows. ``calibrated`` is the cross entropy of the held-out images after
+    the best scaling of the logits: what is left when a width can gain nothing by making the network less sure of
+    itself. Gates and weights are left as they are.
     """
     net, own, config = search.net, search.own, task.config
     fallen = ramp(progress, config.budget_from, config.budget_by)
@@ -79,13 +85,30 @@ def forces(search: Search, task: Task, progress: float, x: Tensor, y: Tensor) ->
         grads = torch.autograd.grad(loss, [*alphas.values()], allow_unused=True)
         return {n: 0.0 if g is None else float(g.sum()) for n, g in zip(alphas, grads, strict=True)}
 
-    logits = net(x, net.soft(own.draws, 0, own.temperature, with_scale=config.scale_in_gradient))
-    images = along_logits(nn.functional.cross_entropy(logits.float(), y))
+    asked = {}
+    for name, (x, y) in images.items():
+        logits = net(x, net.soft(own.draws, 0, own.temperature, with_scale=config.scale_in_gradient)).float()
+        asked[name] = along_logits(nn.functional.cross_entropy(logits, y))
+        logits = net(x, net.soft(own.draws, 0, own.temperature, with_scale=config.scale_in_gradient)).float()
+        loss = nn.functional.cross_entropy(best_scale(logits.detach(), y) * logits, y)
+        asked[f"{name}, calibrated"] = along_logits(loss)
     p = net.probabilities_on_host(own.temperature)
     expected = {m: task.tables[m].expected(p) for m in targets}
     budget = along_logits(config.budget_weight * budget_penalty(expected, targets))
     widths = along_logits(log_widths(net.space, net.probabilities_on_host(own.temperature)))
-    return {n: {"images": -images[n] / widths[n], "budget": -budget[n] / widths[n]} for n in alphas if widths[n] > 0}
+    asked["budget"] = budget
+    return {n: {kind: -all_of[n] / widths[n] for kind, all_of in asked.items()} for n in alphas if widths[n] > 0}
+
+
+def best_scale(logits: Tensor, y: Tensor) -> Tensor:
+    """The factor on logits [B, classes] with the smallest cross entropy: a bisection on its derivative, which rises."""
+    low, high = torch.tensor(1e-3), torch.tensor(1e3)
+    right = logits.gather(1, y[:, None])[:, 0]
+    for _ in range(60):
+        middle = (low * high).sqrt()
+        slope = ((middle * logits).softmax(1) * logits).sum(1).sub(right).mean()
+        low, high = (middle, high) if slope < 0 else (low, middle)
+    return (low * high).sqrt()
 
 
 def spectrum(net: nn.Module, features: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, float]:
@@ -116,13 +139,16 @@ def look(lab: Lab, name: str, seed: int) -> dict:
     search = begin(GATES, net, task)
     if change.sgd:  # the rate at which its first steps are as long as Adam's, in the mean over logits
         search.own.optimizer = torch.optim.SGD(net.gate_parameters(), lr=sgd_rate(search, task), momentum=0.5)
-    held_out = lab.data.split(config.gate_fraction, seed)[1] if config.gate_fraction else None
-    x, y = next(cycle(lab.data.train_batches(512, seed=seed, indices=held_out)))
+    learnt, held_out = lab.data.split(GatesConfig.gate_fraction, seed)
+    images = {
+        what: next(cycle(lab.data.train_batches(512, seed=seed, indices=indices)))
+        for what, indices in (("held out", held_out), ("learnt", learnt))
+    }
     moved: dict[str, Any] = {}
     for point in POINTS:
         run(GATES, search, task, until=point)
-        moved[f"{point}"] = forces(search, task, point, x, y)
-    before = spectrum(net, pooled(net.model), x)
+        moved[f"{point}"] = forces(search, task, point, images)
+    before = spectrum(net, pooled(net.model), images["held out"][0])
     run(GATES, search, task)
     p = net.seen(search.own.temperature)
     expected = {n: round(float(p[n] @ torch.tensor(lab.net.space.by_name[n].options).numpy()), 2) for n in p}
@@ -163,18 +189,18 @@ def report(table: Table) -> str:
         own = [row for row in table.rows if row["net"].split("/")[0] == name]
         if own:
             cells: list[Any] = [name, len(own), fmean(row["arch"][LAST] for row in own)]
-            for kind in ("images", "budget"):
+            for kind in KINDS:
                 at = [[r["forces"][f"{p}"][LAST][kind] for r in own if LAST in r["forces"][f"{p}"]] for p in POINTS]
                 cells.append(", ".join(f"{fmean(values):+.3f}" if values else "-" for values in at))
             features = [row["features_at_0.75"] for row in own]
             cells += [fmean(f[key] for f in features) for key in ("width", "for_99_percent", "participation")]
             rows.append(cells)
-    heads = ["search", "searches", "last stream of 64", "images ask for it (at 25, 50, 75 %)", "the budget asks"]
+    heads = ["search", "searches", "last stream of 64", *KINDS]
     heads += ["live at 75 %", "directions for 99 %", "participation ratio"]
     full = [row["features"] for row in table.rows if row["kind"] == "widest"]
     if full:
         last = [fmean(f[key] for f in full) for key in ("width", "for_99_percent", "participation")]
-        rows.append(["the widest net, trained as long", len(full), None, None, None, *last])
+        rows.append(["the widest net, trained as long", len(full), None, *([None] * len(KINDS)), *last])
     return markdown(heads, rows)
 
 
