@@ -137,7 +137,7 @@ def test_ablations_change_a_search_of_half_the_length(lab):
 
 
 def test_the_same_seed_trains_the_same_net(lab):
-    arch = iso_flops.uniform_arch(lab.net.space, lab.tables, lab.budgets)
+    arch = iso_flops.RULES["uniform"](lab.net.space, lab.tables, lab.budgets)
     one, other = (iso_flops.train_net(lab, "uniform", arch, seed=1) for _ in range(2))
     assert one["top1"] == other["top1"] and one["loss"] == other["loss"]
 
@@ -218,7 +218,7 @@ def test_a_judge_leaves_the_statistics_and_only_recalibrated_sees_its_own_images
     """Shifted statistics mislead a judge that uses them, and not one that recalibrates."""
     torch.manual_seed(0)
     net = lab.supernet().train()
-    arch = iso_flops.uniform_arch(net.space, lab.tables, lab.budgets)
+    arch = iso_flops.RULES["uniform"](net.space, lab.tables, lab.budgets)
     x, y = next(iter(lab.data.train_batches(64, seed=0)))
     judge, before = iso_flops.opponents.judge, copy.deepcopy(net.state_dict())
     own = judge(net, arch, x, y)

@@ -125,7 +125,11 @@ def test_groups_that_break_the_network_stay_and_are_named(kind, why):
     ],
 )
 def test_grids(top, step, divisor, grid):
-    assert channel_grid(top, step, divisor) == grid
+    assert channel_grid(top, step, divisor, most=32) == grid
+
+
+def test_a_grid_of_quarters():
+    assert [channel_grid(top, 1, 32, most=4) for top in (128, 768)] == [(32, 64, 96, 128), (192, 384, 576, 768)]
 
 
 @pytest.fixture(scope="module")
