@@ -2,7 +2,7 @@
 """Why do gates leave the last stream of a ResNet so narrow? One thing of the search changed at a time.
 
 python benchmarks/last_stream.py --search 3        # searches of timm_resnet_50; rows in results/last_stream.jsonl
-python benchmarks/last_stream.py --report          # the table of benchmarks/README.md
+python benchmarks/last_stream.py --report          # the same table again
 
 A row has the widths that a search ends with; what moves the gates of the last stream at a quarter, half and three
 quarters of it; and how many directions the features before the classifier span.
@@ -82,14 +82,13 @@ def forces(search: Search, task: Task, progress: float, images: Images) -> dict[
     alphas = {name: gate.alpha for name, gate in net.gates().items() if not gate.settled}
 
     def along_logits(loss: Tensor) -> dict[str, float]:
-        grads = torch.autograd.grad(loss, [*alphas.values()], allow_unused=True)
+        grads = torch.autograd.grad(loss, [*alphas.values()], allow_unused=True, retain_graph=True)
         return {n: 0.0 if g is None else float(g.sum()) for n, g in zip(alphas, grads, strict=True)}
 
     asked = {}
     for name, (x, y) in images.items():
         logits = net(x, net.soft(own.draws, 0, own.temperature, with_scale=config.scale_in_gradient)).float()
         asked[name] = along_logits(nn.functional.cross_entropy(logits, y))
-        logits = net(x, net.soft(own.draws, 0, own.temperature, with_scale=config.scale_in_gradient)).float()
         loss = nn.functional.cross_entropy(best_scale(logits.detach(), y) * logits, y)
         asked[f"{name}, calibrated"] = along_logits(loss)
     p = net.probabilities_on_host(own.temperature)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -317,18 +318,22 @@ def draw_width(gate, seed):
     return gate.draw(torch.Generator().manual_seed(seed))
 
 
-def test_of_networks_as_near_to_the_gates_the_one_with_the_largest_product_wins():
-    """Two widths that cost their sum, expected at 4 and 16: what is left goes where a channel more is worth more."""
-    d = [Decision(name, tuple(range(1, 33)), 1) for name in "ab"]
-    space = Space(tuple(d), tuple(Site(name, "linear", {"in": name, "out": 1}, {}) for name in "ab"))
-    tables = {"macs": CostTable.build(space, "macs")}
-    like = {}
-    for decision, expected in zip(d, (4.0, 16.0), strict=True):
-        u = np.log(np.array(decision.options) / expected)
-        like[decision.name] = u - u**2
-    found = derive(space, tables, (Budget("macs", 20.0),), like)
-    best = max(range(1, 20), key=lambda a: like["a"][a - 1] + like["b"][19 - a])
-    assert found["a"] == best and found["a"] + found["b"] == 20 and found["a"] > 4
+def test_the_gates_widths_are_weighed_against_the_product_of_widths():
+    """Two widths that cost their sum, expected at 4 and 16 of 20: by brute force over all pairs in the budget."""
+    decisions = [Decision(name, tuple(range(1, 33)), 1) for name in "ab"]
+    space = Space(tuple(decisions), tuple(Site(name, "linear", {"in": name, "out": 1}, {}) for name in "ab"))
+    one_hot = {"a": np.eye(32)[3], "b": np.eye(32)[15]}
+    net = SimpleNamespace(
+        space=space, live_options=lambda: dict.fromkeys("ab", range(32)), seen=lambda temperature: one_hot
+    )
+    found = derive(space, {"macs": CostTable.build(space, "macs")}, (Budget("macs", 20.0),), gate_likelihood(net))
+
+    def worth(a):
+        product, away = math.log(a * (20 - a)), math.log(a / 4) ** 2 + math.log((20 - a) / 16) ** 2
+        return product - away
+
+    assert found["a"] == max(range(1, 20), key=worth) and found["a"] + found["b"] == 20
+    assert found["a"] > 4  # where the product is larger
 
 
 def test_likelihood_of_the_gates():

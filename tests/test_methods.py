@@ -200,7 +200,7 @@ def test_taylor_scores_are_the_squared_derivatives_by_factors_of_channels(ties, 
     monkeypatch.setattr("dnas.methods.rank_and_cut.BATCHES", 2)
     random_seed(0)
     kwargs = NARROW | {"channels": [8, 16, 16, 16]}
-    net = TimmSupernet(TimmBase("resnet18", 10, 3, 8, divisor=2, kwargs=kwargs | {"stem_width": 8}, ties=ties))
+    net = TimmSupernet(TimmBase("resnet18", 10, 3, 8, divisor=2, kwargs=kwargs, ties=ties))
     for name, p in net.model.named_parameters():
         if name.endswith("bn2.weight"):  # timm starts them at zero, where nothing before them has an effect
             torch.nn.init.uniform_(p, 0.5, 1.5)

@@ -309,8 +309,8 @@ def gate_likelihood(net: Supernet, temperature: float = 1.0) -> dict[str, np.nda
     for name, p in net.seen(temperature).items():
         d = net.space.by_name[name]
         if d.is_width:
-            options = np.array(d.options, dtype=float)
-            like[name] = near(d, p @ options) + np.log(options / (p @ options))
+            u = np.log(np.array(d.options) / (p @ np.array(d.options)))
+            like[name] = u - u**2
         else:
             like[name] = np.log(np.maximum(p, 1e-30))
         like[name][np.setdiff1d(np.arange(len(p)), live[name])] = -1000
