@@ -222,8 +222,9 @@ def main() -> None:
         if best:
             parts.append("\n".join(method_table(table, "default")))
             parts.append(f"Best of N random nets at equal compute: {number(best['best_of_equal_compute'])}.")
-        if ablations := method_table(table, "half-length"):
-            parts.append("Ablations of a search of half the length:\n\n" + "\n".join(ablations))
+        for baseline, what in (("older", "the older search"), ("half-length", "one of half its length")):
+            if ablations := method_table(table, baseline):
+                parts.append(f"Ablations of {what}:\n\n" + "\n".join(ablations))
         if math.isfinite(row["rank_correlation"]):
             agreed = f"{number(row['rank_correlation'])} with norms recalibrated for each net, "
             agreed += f"{number(row['rank_correlation_running'])} with running statistics"

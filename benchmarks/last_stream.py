@@ -13,7 +13,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import fmean
@@ -28,6 +28,7 @@ from iso_report import markdown  # noqa: E402
 from iso_setups import SETUPS, Lab, open_lab  # noqa: E402
 from timm.utils import random_seed  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from variants import OLDER  # noqa: E402
 
 from dnas.methods.budget_loss import budget_penalty, ramp, target  # noqa: E402
 from dnas.methods.gates import GATES, GatesConfig, log_widths  # noqa: E402
@@ -43,25 +44,26 @@ KINDS = ("held out", "held out, calibrated", "learnt", "learnt, calibrated", "bu
 
 @dataclass(frozen=True)
 class Change:
-    """What is changed in a search: fields of the config, a factor on its epochs, the optimizer of the gates."""
+    """What is changed in the older search: its config, a factor on its epochs, the optimizer of the gates."""
 
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: GatesConfig = OLDER
     length: float = 1.0
     sgd: bool = False
 
 
 CHANGES = {
-    "default": Change(),
-    "same images": Change({"gate_fraction": 0.0}),
-    "scale in gradient": Change({"scale_in_gradient": True}),
+    "default": Change(GatesConfig()),
+    "default without the prior": Change(GatesConfig(prior=0.0)),
+    "older": Change(),
+    "without the logits' scale": Change(replace(OLDER, confidence=False)),
+    "same images": Change(replace(OLDER, gate_fraction=0.0)),
+    "scale in gradient": Change(replace(OLDER, scale_in_gradient=True)),
     "gates by SGD": Change(sgd=True),
     "half as long": Change(length=0.5),
     "twice as long": Change(length=2.0),
-    "gates from 60 % on": Change({"warmup": 0.6, "budget_from": 0.6, "budget_by": 0.9, "skip_at": 0.6}),
-    "weights on soft nets": Change({"weights_on": "soft"}),
-    "no sharpening": Change({"temperature": 1.0}),
-    "prior 0.3": Change({"prior": 0.3}),
-    "prior 1": Change({"prior": 1.0}),
+    "gates from 60 % on": Change(replace(OLDER, warmup=0.6, budget_from=0.6, budget_by=0.9, skip_at=0.6)),
+    "weights on soft nets": Change(replace(OLDER, weights_on="soft")),
+    "no sharpening": Change(replace(OLDER, temperature=1.0)),
 }
 
 
@@ -130,11 +132,10 @@ def pooled(model: nn.Module) -> Callable[[Tensor], Tensor]:
 def look(lab: Lab, name: str, seed: int) -> dict:
     """One search with a change. Returns its row."""
     change = CHANGES[name]
-    config = replace(GatesConfig(), **change.config)
     recipe = replace(lab.setup.search, epochs=round(lab.setup.search.epochs * change.length))
     random_seed(seed)
     net = lab.supernet().to(memory_format=torch.channels_last)
-    task = Task(lab.tables, lab.budgets, lab.data, recipe, config, seed)
+    task = Task(lab.tables, lab.budgets, lab.data, recipe, change.config, seed)
     search = begin(GATES, net, task)
     if change.sgd:  # the rate at which its first steps are as long as Adam's, in the mean over logits
         search.own.optimizer = torch.optim.SGD(net.gate_parameters(), lr=sgd_rate(search, task), momentum=0.5)

@@ -1,6 +1,7 @@
 """What is changed in a search, one thing at a time: the ablations of `iso_flops.py`.
 
-Ablations are many, so most change a search of half the length, and are compared with that one.
+All change the search of before its gates became blind to the scale of the logits (``older``). Ablations are many, so
+most change one of half its length, and are compared with that one.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,12 +25,16 @@ def likeliest_width(net: Supernet, temperature: float) -> Likelihood:
             if isinstance(gate, PairGate) and np.count_nonzero(p) > 1:  # it knows two: falling by e a step
                 at = np.arange(len(p))
                 p = np.exp(-np.abs(at[:, None] - at[p > 0])) @ p[p > 0]
-            like[name] = np.where(like[name] == -1000, -1000, np.log(np.maximum(p, 1e-30)))
+            like[name] = np.log(np.maximum(p, 1e-30))
     return like
 
 
+OLDER = GatesConfig(
+    **{"confidence": True, "headroom": 0.0, "prior": 0.0, "warmup": 0.2, "budget_from": 0.2, "budget_by": 0.7},
+    **{"block_from": 0.25, "block_by": 0.8, "skip_at": 0.2},
+)
 # The rows of all ablations were made when groups of channels lived longer.
-LONGER = GatesConfig(width_below=0.05)
+LONGER = replace(OLDER, width_below=0.05)
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Variant:
 SGD = {"opt": "sgd", "lr": 0.1, "weight_decay": 1e-3, "warmup_epochs": 1}
 VARIANTS = {
     "default": Variant(GatesConfig(), length=1),
+    "older": Variant(OLDER, length=1),
     "late-widths": Variant(length=1),
     "half-length": Variant(),
     "quarter-length": Variant(length=0.25),
@@ -76,5 +82,6 @@ VARIANTS = {
 
 def baseline_of(method: str) -> str:
     """What a method is compared with: an ablation with the search that it changes, everything else with the default."""
-    half = method in VARIANTS and VARIANTS[method].length == 0.5 and method != "half-length"
-    return "half-length" if half else "default"
+    if method not in VARIANTS or method in ("default", "older"):
+        return "default"
+    return "half-length" if VARIANTS[method].length == 0.5 and method != "half-length" else "older"

@@ -131,8 +131,11 @@ def test_every_method_ends_inside_the_budget(method, lab, monkeypatch):
 def test_ablations_change_a_search_of_half_the_length(lab):
     seen = {name: iso_flops.run_search(lab, name, 0)["search_images"] for name in ("default", "half-length")}
     assert seen["half-length"] / seen["default"] == pytest.approx(1 / 2, rel=0.1)
-    same = {name for name in variants.VARIANTS if variants.baseline_of(name) == "default"}
-    assert same == {"default", "late-widths", "half-length", "quarter-length", "sgd"}
+    for baseline, of in (
+        ("default", {"default", "older"}),
+        ("older", {"late-widths", "half-length", "quarter-length", "sgd"}),
+    ):
+        assert {name for name in variants.VARIANTS if variants.baseline_of(name) == baseline} == of
     assert {variants.baseline_of(name) for name in iso_flops.opponents.OPPONENTS} == {"default"}
 
 
@@ -247,7 +250,8 @@ def planted_rows(setup, found):
     info = {"device": "a machine", "torch": "2", "timm": "1", "date": "2026-01-02"}
     means = {f"random/{k}": 50.0 + k for k in range(10)} | {"uniform": 54.5, "balanced": 57.5}
     for k in range(found):
-        means |= {f"default/{k}": 58.3 + 0.4 * k, f"half-length/{k}": 57 + 0.2 * k, f"late-skip/{k}": 56 - 0.2 * k}
+        means |= {f"default/{k}": 58.3 + 0.4 * k, f"older/{k}": 57.8 + 0.4 * k}
+        means |= {f"half-length/{k}": 57 + 0.2 * k, f"late-skip/{k}": 56 - 0.2 * k}
     rows = []
     for net, mean in means.items():
         rows.append(info | {"kind": "net", "net": net, "search_seconds": 30.0})
@@ -294,11 +298,11 @@ def test_the_report_says_what_was_planted_and_leaves_the_rest(tmp_path, monkeypa
     (here / "results" / "speed.json").write_text(json.dumps(PLANTED_SPEED))
     (here / "results" / "public_tables.json").write_text(json.dumps(PLANTED_PUBLIC))
     names = (*iso_report.SPEED, "expected", "scale", "machine", "public", "methods")
-    marks = [f"<!-- iso_report.py: {name} -->\nold\n<!-- end of {name} -->\n" for name in names]
+    marks = [f"<!-- iso_report.py: {name} -->\nstale\n<!-- end of {name} -->\n" for name in names]
     readme.write_text(f"before\n{''.join(marks)}after\n")
     iso_report.main()
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
     for row in (
         "| n | 5.00 [4.00, 6.00] | 0.50 | - | - | - | - | - | 0 |", "| n | 10.00 | 13.00 | 1.30 |",
         "| n | - | 2.00 [1.00, 3.00] | - | 7.00 |", "| n | 1.00 | 0.50 | 2.00 | 0.40 |",
@@ -316,10 +320,11 @@ def test_the_report_says_what_was_planted_and_leaves_the_rest(tmp_path, monkeypa
     # Two differences of 3.8 and 4.2: a standard error of 0.2 and Student's t of 12.71.
     line = "| default | 2 | 58.50 | 90 | +4.00 [+1.46, +6.54] | +1.00 [-1.54, +3.54] | +4.00 "
     assert text.count("| default |") == 1 and line in text and text.count("Best of N") == 1
-    # An ablation is compared with the search that it changes, and that one with the default.
+    # An ablation is compared with the search that it changes, that one with the older one, and this with the default.
     named = {line.split(" | ")[0]: line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
     minus = {name: cells[7].split()[0] for name, cells in named.items() if len(cells) == 9}
-    assert (minus["| late-skip"], minus["| half-length"], minus["| default"]) == ("-1.20", "-1.40", "-")
+    assert (minus["| late-skip"], minus["| half-length"], minus["| older"]) == ("-1.20", "-0.90", "-0.50")
+    assert minus["| default"] == "-"
     # Seconds of a search over those of its own nets' trainings, not of the random nets', which ran on a slower day.
     assert named["| default"][8] == "3.0 |"
     told = "| `prunet` | 10% | digits, 1437, 8 px | 2 | 58.50 | 54.50 | 57.50 | 54.50 | "

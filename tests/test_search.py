@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from dnas.methods.derive import derive, enumerate_archs, gate_likelihood
-from dnas.methods.gates import GATES, GatesConfig, check_gradients, distilled_loss, mean_entropy
+from dnas.methods.gates import GATES, GatesConfig, check_gradients, distilled_loss, image_loss, mean_entropy
 from dnas.methods.loop import begin, run, search
 from dnas.methods.method import Task
+from dnas.methods.rules import balanced_arch
 from dnas.nets.layer_supernet import Candidate, MacroSupernet
 from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.shrink import cut_width
@@ -254,7 +255,7 @@ def watched(config, data):
 
 def test_a_gate_step_is_one_batch_whose_parts_weigh_alike():
     """Two blocks mixed: two parts, each image once. One part for the checks: in the first step, and when skips open."""
-    data, config = planted_data(0, num_train=256, num_val=8), FROM_THE_START
+    data, config = planted_data(0, num_train=256, num_val=8), replace(FROM_THE_START, block_from=1.0, block_by=1.0)
     recipe, net, passes, rows = replace(FROZEN, epochs=2), MacroSupernet(toy()), [], []
 
     def watch(module, args, logits):
@@ -274,6 +275,7 @@ def test_a_gate_step_is_one_batch_whose_parts_weigh_alike():
             assert torch.equal(seen, x[part::2])
             of_part = y[part::2]
             slope = logits.softmax(1) - torch.nn.functional.one_hot(of_part, 4)
+            slope -= (slope * logits).sum() / logits.square().sum() * logits  # the common scale asks for nothing
             torch.testing.assert_close(grad, slope / row["images"])
             row["gate_loss"] -= float(torch.nn.functional.cross_entropy(logits, of_part)) * len(of_part) / row["images"]
         assert row["gate_loss"] == pytest.approx(0, abs=1e-5)
@@ -344,3 +346,49 @@ def test_mixed_precision_on_a_cpu(amp_dtype, taken, scaled):
     with autocast(torch.device("cpu"), recipe):
         assert layer(torch.ones(1, 2)).dtype == taken
     assert make_learner(layer, layer.parameters(), recipe, 1).scaler.is_enabled() == scaled
+
+
+def test_widths_begin_at_the_headroom_over_balanced_once_the_budget_is_known():
+    """At the first gate step: the narrowest width of the grid that is so many times the balanced one, or the widest."""
+    data, seen = planted_data(0, num_train=256, num_val=8), []
+    net = TimmSupernet(TimmBase("test_resnet", 4, 3, 12, divisor=2))
+    budgets = resolve_budgets(tables_of(net), parse_budget("30%"))
+    config = replace(GatesConfig(), headroom=1.5, warmup=0.5)
+    recipe = replace(FROZEN, epochs=4)
+    balanced = balanced_arch(net.space, tables_of(net), budgets)
+    options = {name: list(gate.widths) for name, gate in net.gates().items()}
+
+    def on_row(row):
+        seen.append({name: list(gate.widths) for name, gate in net.gates().items()})
+
+    search(GATES, net, Task(tables_of(net), budgets, data, recipe, config, 0), on_row=on_row)
+    first = next(k for k, live in enumerate(seen) if live != options)
+    assert first == len(seen) // 2
+    for name, widths in options.items():
+        at_least = [w for w in widths if w >= 1.5 * balanced[name]] or widths[-1:]
+        assert seen[first][name] == widths[: widths.index(at_least[0]) + 1]
+    assert seen[first] != options
+
+
+@pytest.mark.parametrize("sure", [False, True])
+def test_a_gate_gains_nothing_by_a_network_that_is_less_sure(sure):
+    """A factor on all logits: no gradient, unless the gates are told to keep it; then that of the cross entropy."""
+    data, factors = planted_data(0, num_train=256, num_val=8), []
+    net = plant(MacroSupernet(toy()), 0)
+    tables = tables_of(net)
+    config = replace(FROM_THE_START, confidence=sure)
+    task = Task(tables, resolve_budgets(tables, parse_budget("50%")), data, FROZEN, config, 0)
+    state = begin(GATES, net, task)
+
+    def scale(module, args, logits):
+        factors.append((torch.ones((), requires_grad=True), logits.detach()))
+        return factors[-1][0] * logits
+
+    with net.register_forward_hook(scale):
+        x, y = next(iter(data.train_batches(32, seed=0)))
+        image_loss(state, task, 2, x, y, 1, 1, {n: p.detach().numpy() for n, p in net.probabilities_on_host().items()})
+    ((factor, logits),) = factors
+    slopes = [float(torch.nn.functional.cross_entropy((1 + e) * logits.double(), y)) for e in (-1e-4, 1e-4)]
+    expected = (slopes[1] - slopes[0]) / 2e-4 if sure else 0.0
+    assert float(factor.grad) == pytest.approx(expected, abs=1e-5)
+    assert abs(slopes[1] - slopes[0]) > 1e-6

@@ -301,8 +301,9 @@ def gate_likelihood(net: Supernet, temperature: float = 1.0) -> dict[str, np.nda
     speak for or against layers.
 
     Expected sampling (DMCP, Guo et al., CVPR 2020), here inside the band. The likeliest width of a chain whose links
-    are alike is its first or its last one, wherever the expectation, which the budget was met by, lies. What was cut
-    off is a last resort, -1000: where the grid is so coarse that what is left misses the band, the band wins.
+    are alike is its first or its last one, wherever the expectation, which the budget was met by, lies. A width that
+    was cut off can be chosen, as the network that is found starts anew: on a coarse grid the widths that are left may
+    meet the band only far from what the gates expect. A block or layer that was removed is a last resort, -1000.
     """
     like = {d.name: np.zeros(len(d.options)) for d in net.space.decisions}
     live = net.live_options()
@@ -313,7 +314,7 @@ def gate_likelihood(net: Supernet, temperature: float = 1.0) -> dict[str, np.nda
             like[name] = u - u**2
         else:
             like[name] = np.log(np.maximum(p, 1e-30))
-        like[name][np.setdiff1d(np.arange(len(p)), live[name])] = -1000
+            like[name][np.setdiff1d(np.arange(len(p)), live[name])] = -1000
     return like
 
 

@@ -19,8 +19,10 @@ from torch.optim import Optimizer
 from dnas.methods.budget_loss import budget_penalty, ramp, target
 from dnas.methods.derive import derive, gate_likelihood
 from dnas.methods.method import HeldOut, Method, Search, Task, setting
+from dnas.methods.rules import balanced_arch
 from dnas.nets.layer_choice import SkipGate
-from dnas.nets.shrink import shrink
+from dnas.nets.markov_gate import MarkovGate, without_scale
+from dnas.nets.shrink import cut_width, shrink
 from dnas.nets.supernet import Supernet
 from dnas.runtime.checkpoint import load_optimizer, optimizer_data
 from dnas.runtime.distributed import average_gradients, from_first, mean, shared_statistics, to_host, world_size
@@ -51,15 +53,21 @@ class GatesConfig:
     weights_on: WeightsOn = setting("hard", "nets that the weights learn on: hard, soft or sandwich")
     scale_in_gradient: bool = setting(False, "the gates' gradient keeps the scale that all channels of a width share")
     entropy: float = setting(0.0, "weight of the gates' mean entropy at the end of the search; it grows from 0")
-    prior: float = setting(0.0, "weight of the sum of expected log widths in the gates' loss: towards balanced widths")
+    confidence: bool = setting(
+        False, "the gates' gradient keeps the scale that all logits share: how sure the network is"
+    )
+    headroom: float = setting(
+        1.5, "widths begin at so many times the balanced ones of the shallowest, cheapest network; 0: at full width"
+    )
+    prior: float = setting(0.05, "weight of the sum of expected log widths in the gates' loss: towards balanced widths")
     budget_weight: float = setting(20.0, "weight of the distance to the budget in the gates' loss")
-    warmup: float = setting(0.2, "weights only, nets drawn evenly, until then")
-    budget_from: float = setting(0.2, "progress at which the cost target starts to fall")
-    budget_by: float = setting(0.7, "progress at which the cost target equals the budget")
-    block_from: float = setting(0.25, "progress at which the threshold on blocks starts to rise from 0")
-    block_by: float = setting(0.8, "progress at which the threshold on blocks is 1/2")
+    warmup: float = setting(0.1, "weights only, nets drawn evenly, until then")
+    budget_from: float = setting(0.1, "progress at which the cost target starts to fall")
+    budget_by: float = setting(0.4, "progress at which the cost target equals the budget")
+    block_from: float = setting(0.1, "progress at which the threshold on blocks starts to rise from 0")
+    block_by: float = setting(0.5, "progress at which the threshold on blocks is 1/2")
     skip_at: float = setting(
-        0.2, "layers get their skip; the threshold on them rises from 0 to 1/2 from here to the end"
+        0.1, "layers get their skip; the threshold on them rises from 0 to 1/2 from here to the end"
     )
     skip_from: float = setting(0.9, "the coefficient that they begin with")
     temperature: float = setting(0.3, "at the end; 1 until the budget is reached half-way")
@@ -74,7 +82,7 @@ class GatesConfig:
             ("gate_fraction", 0, 0.9), ("gate_every", 1, 10_000), ("gate_lr", 0, 10), ("paths", 2, 64),
             ("skip_from", 0.51, 0.9999),
             ("patience", 1, 10**6), ("budget_weight", 0, 1e6), ("temperature", 0.01, 10), ("width_below", 0, 0.5),
-            ("prior", 0, 1e3),
+            ("prior", 0, 1e3), ("headroom", 0, 1e3),
             ("entropy", 0, 1e3),
             *((name, 0, 1) for name in shares),
         ):  # fmt: skip
@@ -122,9 +130,14 @@ def init(net: Supernet, task: Task) -> GatesState:
         torch.optim.Adam(net.gate_parameters(), lr=gate_lr, betas=(0.5, 0.99)),
         make_scaler(next(net.parameters()).device, task.recipe),
         torch.Generator().manual_seed(task.seed),
-        {m: float(table.expected(net.probabilities()).detach()) for m, table in task.tables.items()},
+        expected_costs(net, task),
         steps,
     )
+
+
+def expected_costs(net: Supernet, task: Task) -> dict[str, float]:
+    """Metric -> the expected cost now."""
+    return {m: float(table.expected(net.probabilities()).detach()) for m, table in task.tables.items()}
 
 
 def distilled_loss(logits: Tensor, y: Tensor, smoothing: float) -> Tensor:
@@ -176,14 +189,13 @@ def log_widths(space: Space, probabilities: Mapping[str, Tensor]) -> Tensor:
     A width counts as much as it is probable that its block and layer are there; this share gets no gradient, so that
     blocks and layers are not chosen for having more widths.
     """
+    seen = {name: p.detach().numpy() for name, p in probabilities.items()}
     total = torch.zeros((), dtype=torch.float64)
     for name, p in probabilities.items():
         d = space.by_name[name]
         if d.is_width:
-            there = math.prod(
-                float(probabilities[n].detach()[space.by_name[n].index(o)]) for n, o in d.when if n in probabilities
-            )
-            total = total + there * (p @ torch.tensor(d.options, dtype=torch.float64).log())
+            there = math.prod(seen[n][space.by_name[n].index(o)] for n, o in d.when if n in seen)
+            total = total + there * (p @ torch.from_numpy(np.log(d.options)))
     return total
 
 
@@ -220,6 +232,8 @@ def image_loss(
             images = images.to(memory_format=torch.channels_last)
         with autocast(device, recipe), shared_statistics(), safe:
             logits = net(images, soft()).float()
+        if not task.config.confidence:
+            logits = without_scale(logits)
         losses.append(F.cross_entropy(logits, labels, reduction="sum") / seen)
         scaled = own.scaler.scale(losses[-1])
         if scaled.requires_grad:  # not when all that is left is decided
@@ -292,6 +306,28 @@ def live_tables(net: Supernet, task: Task) -> dict[str, CostTable]:
     return {m: task.tables[m].without(gone) for m in task.limits}
 
 
+def narrow(search: Search, task: Task) -> list[dict]:
+    """Cut widths off that no network inside the budgets needs; returns what happened, one record an event.
+
+    A width begins at ``headroom`` times that of the balanced network with the cheapest blocks and the fewest layers.
+    """
+    net, cheapest = search.net, task.tables[task.budgets[0].metric].extremes()[0]
+    balanced = balanced_arch(net.space, task.tables, task.budgets, cheapest)
+    optimizers = (*([search.learner.optimizer] if search.learner else []), search.own.optimizer)
+    events = []
+    for name, gate in net.gates().items():
+        if isinstance(gate, MarkovGate) and name in balanced:
+            most = task.config.headroom * int(balanced[name])
+            width = next((w for w in gate.widths if w >= most), gate.widths[-1])
+            if width < gate.widths[-1]:
+                cut_width(net, name, width, optimizers)
+                events.append({"width": name, "channels": width})
+    if events:
+        net.fit(optimizers)
+        search.own.first = expected_costs(net, task)
+    return events
+
+
 def may_end_with(task: Task, options: Mapping[str, Sequence[int]]) -> bool:
     """Whether a network of these options (decision -> indices) can still keep every budget and reach one."""
     limits, tables = task.limits, task.tables
@@ -305,9 +341,10 @@ def after_step(search: Search, task: Task, progress: float, held_out: HeldOut) -
     if learner is None or progress < config.warmup or (learner.update - 1) % config.gate_every:
         return {}
     started = time.perf_counter()
+    narrowed = narrow(search, task) if own.taught == 0 and config.headroom else []
     row = gate_step(search, task, progress, held_out)
     taught = time.perf_counter()
-    row["events"] = shrink(
+    row["events"] = narrowed + shrink(
         net, (learner.optimizer, own.optimizer), partial(may_end_with, task),
         move_above=0.9 - 0.2 * progress, block_below=0.5 * ramp(progress, config.block_from, config.block_by),
         layer_below=0.5 * ramp(progress, config.skip_at, 1.0), width_below=config.width_below,
