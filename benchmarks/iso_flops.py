@@ -33,6 +33,7 @@ import opponents  # noqa: E402
 import torch  # noqa: E402
 from iso_setups import RESULTS, SETUPS, Lab, Setup, open_lab  # noqa: E402
 from timm.utils import random_seed  # noqa: E402
+from torch_pruned import torch_pruning  # noqa: E402
 from variants import VARIANTS, Variant, baseline_of  # noqa: E402
 
 from dnas.export.model_file import build_net  # noqa: E402
@@ -53,15 +54,16 @@ JUDGED = 30  # random nets that a supernet judges
 
 
 # Beside the variants of gates: what is compared with them.
-OTHERS = [*(name for name in METHODS if name not in ("gates", "random", *RULES)), *opponents.OPPONENTS]
+OPPONENTS = {**opponents.OPPONENTS, "torch-pruning": torch_pruning}
+OTHERS = [*(name for name in METHODS if name not in ("gates", "random", *RULES)), *OPPONENTS]
 HELD = "balanced-widths"  # the blocks and depth of the default search's net, and widths by the rule
 
 
 def run_search(lab: Lab, variant: str, seed: int) -> dict:
     """One search, or an opponent's. Returns the row of the net that it found."""
     started = time.perf_counter()
-    if variant in opponents.OPPONENTS:
-        arch, images = opponents.OPPONENTS[variant](lab, seed)
+    if variant in OPPONENTS:
+        arch, images = OPPONENTS[variant](lab, seed)
         found = {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
         return net_row(lab, f"{variant}/{seed}", arch) | found
     if variant in METHODS:

@@ -34,100 +34,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import iso_flops as lab_of  # noqa: E402
 import iso_stats as stats  # noqa: E402
-import opponents  # noqa: E402
 import torch  # noqa: E402
 from iso_flops import Table, net_row, own_seeds, run_search, train_all, work  # noqa: E402
 from iso_setups import SETUPS, Lab  # noqa: E402
 from speed import forget_peak  # noqa: E402
-from timm.utils import random_seed  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import nn  # noqa: E402
+from torch_pruned import Found, arch_of, example, layers_of, torch_pruning, torch_pruning_sparse, trained  # noqa: E402
 
-from dnas.methods.gates import GatesConfig  # noqa: E402
 from dnas.runtime.run_folder import peak_memory_mb, provenance  # noqa: E402
-from dnas.spec.checks import UserError  # noqa: E402
-from dnas.spec.space import Arch  # noqa: E402
-from dnas.training.loop import cycle  # noqa: E402
-
-STEPS = 400  # of Torch-Pruning from the whole network to none
-Found = tuple[Arch, int]  # a net, and the training images that it took; one that is only looked at counts a third
-
-
-def trained(lab: Lab, seed: int, prepare: Callable[[nn.Module], Callable[[], None]] | None = None) -> tuple:
-    """The widest net, trained as long as a search's supernet; held-out images, labels; how many images it saw.
-
-    ``prepare(model)`` returns what is to be called between the gradients and the step.
-    """
-    random_seed(seed)
-    model = lab.net.outline.create().to(lab.device)
-    rest, held_out = lab.data.split(GatesConfig.gate_fraction, seed)
-    between = prepare(model) if prepare else None
-    seen = opponents.train_shared(lab, model, list(model.parameters()), model, rest, seed, between)
-    x, y = next(cycle(lab.data.train_batches(min(len(held_out), 500), seed=seed, indices=held_out)))
-    return model, x, y, seen
-
-
-def arch_of(lab: Lab, model: nn.Module) -> Arch:
-    """The architecture of a network that was cut; widths off the grid become the nearest ones on it."""
-    widths = {d.name: model.get_submodule(d.name).out_channels for d in lab.net.space.decisions}
-    space = lab.net.space
-    return space.complete(
-        {
-            n: min(space.by_name[n].options, key=lambda w, width=width: abs(int(w) - width))
-            for n, width in widths.items()
-        }
-    )
-
-
-def example(lab: Lab) -> Tensor:
-    """One image."""
-    return torch.zeros(1, lab.data.in_chans, lab.setup.img_size, lab.setup.img_size, device=lab.device)
-
-
-def _cut(lab: Lab, model: nn.Module, pruner) -> Arch:
-    for _ in range(STEPS):
-        arch = arch_of(lab, model)
-        if lab.tables["macs"].of(arch) <= lab.budgets[0].limit:
-            return arch
-        pruner.step()
-    raise UserError(f"{STEPS} steps did not reach {lab.budgets[0]}")
-
-
-def _pruner(kind: Callable, lab: Lab, model: nn.Module):
-    import torch_pruning as tp
-
-    return kind(
-        model,
-        example(lab),
-        importance=tp.importance.GroupMagnitudeImportance(),
-        global_pruning=True,
-        pruning_ratio=1.0,
-        max_pruning_ratio=0.9,  # the space ends there, too
-        iterative_steps=STEPS,
-        round_to=lab.setup.divisor,
-        ignored_layers=[model.get_classifier()],  # type: ignore[operator]
-    )
-
-
-def torch_pruning(lab: Lab, seed: int) -> Found:
-    """Importance of a trained net."""
-    import torch_pruning as tp
-
-    model, _, _, seen = trained(lab, seed)
-    return _cut(lab, model, _pruner(tp.pruner.BasePruner, lab, model)), seen
-
-
-def torch_pruning_sparse(lab: Lab, seed: int) -> Found:
-    """Importance of a net that is trained to be sparse."""
-    import torch_pruning as tp
-
-    pruners = []
-
-    def prepare(model: nn.Module) -> Callable[[], None]:
-        pruners.append(_pruner(tp.pruner.GroupNormPruner, lab, model))
-        return partial(pruners[0].regularize, model)
-
-    model, _, _, seen = trained(lab, seed, prepare)
-    return _cut(lab, model, pruners[0]), seen
 
 
 def fastnas(lab: Lab, seed: int) -> Found:
@@ -158,7 +72,7 @@ def fastnas(lab: Lab, seed: int) -> Found:
         model, [("fastnas", config)], {"flops": share}, example(lab),
         {"score_func": top1, "data_loader": calibration, "collect_func": lambda batch: batch[0], "verbose": False},
     )  # fmt: skip
-    return arch_of(lab, model), seen + looked // 3
+    return arch_of(lab, model, layers_of(lab)), seen + looked // 3
 
 
 PEERS: dict[str, tuple[str, Callable[[Lab, int], Found]]] = {  # method -> the package that it needs, the method

@@ -1,6 +1,7 @@
 """Benchmarks/peers.py: nets of other tools as architectures of the same space; the report, from planted rows."""
 
 import json
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import iso_flops  # noqa: E402
 import peers  # noqa: E402
+import torch_pruned  # noqa: E402
 
 from dnas.export.model_file import build_net, count_macs  # noqa: E402
 from dnas.spec.checks import UserError  # noqa: E402
@@ -32,11 +34,28 @@ def narrower(lab, widths):
     return model
 
 
+def read_off(lab, model):
+    return torch_pruned.arch_of(lab, model, torch_pruned.layers_of(lab))
+
+
+@pytest.mark.parametrize("name", ["digits", "mobilenet_v2"])
+def test_widths_are_read_off_a_plain_net_of_layers(name):
+    """Of any widths in the base network, built anew: no layer is known by name, and none is mistaken for another."""
+    setup = iso_flops.SETUPS[name]
+    lab = iso_flops.open_lab(replace(setup, data="digits", num_train=300), "", "cpu")
+    space, draws = lab.net.space, random.Random(0)
+    base = torch_pruned.widest_base(lab)
+    arch = space.complete(
+        {n: draws.choice(space.by_name[n].options) if space.by_name[n].is_width else v for n, v in base.items()}
+    )
+    assert read_off(lab, torch_pruned.plain_net(lab, arch)) == arch
+
+
 def test_widths_are_read_off_a_cut_network(lab):
     widths = {d.name: int(d.options[k % len(d.options)]) for k, d in enumerate(lab.net.space.decisions)}
-    assert dict(peers.arch_of(lab, narrower(lab, widths))) == widths
+    assert dict(read_off(lab, narrower(lab, widths))) == widths
     odd = {name: width - 1 for name, width in widths.items()}  # off the grid, which is one of even numbers
-    found = peers.arch_of(lab, narrower(lab, odd))
+    found = read_off(lab, narrower(lab, odd))
     assert all(found[name] in lab.net.space.by_name[name].options for name in odd)
     assert all(abs(found[name] - odd[name]) == 1 for name in odd)
 
@@ -57,17 +76,17 @@ class Halving:
 def test_cutting_ends_with_the_first_net_in_the_budget(lab):
     model, names = lab.net.outline.create(), [d.name for d in lab.net.space.decisions]
     pruner = Halving(model, names)
-    arch, limit = peers._cut(lab, model, pruner), lab.budgets[0].limit
+    arch, limit = torch_pruned.cut(lab, model, pruner), lab.budgets[0].limit
     plain = build_net(lab.net.net_of(arch), num_classes=10, in_chans=3)
     assert count_macs(plain, 3, 16) <= limit
     again = lab.net.outline.create()
     before = Halving(again, names)
     for _ in range(pruner.steps - 1):
         before.step()
-    assert lab.tables["macs"].of(peers.arch_of(lab, again)) > limit
+    assert lab.tables["macs"].of(read_off(lab, again)) > limit
     pruner.names = []
     with pytest.raises(UserError, match="400 steps did not reach"):
-        peers._cut(lab, lab.net.outline.create(), pruner)
+        torch_pruned.cut(lab, lab.net.outline.create(), pruner)
 
 
 @pytest.mark.parametrize("method", peers.PEERS)
