@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dnas.methods.gates import GatesConfig
 from dnas.methods.rules import random_arch
 from dnas.nets.supernet import Supernet
+from dnas.spec.budget import Budget
 from dnas.spec.space import Arch
 from dnas.training.loop import cycle, make_learner, train
 
@@ -83,14 +84,13 @@ def judge(net: Supernet, arch: Mapping, x: Tensor, y: Tensor, recalibrate: bool 
     return 100 * float((logits.argmax(1) == y).float().mean())
 
 
-def evolution(lab: "Lab", seed: int) -> tuple[Arch, int]:
-    """Evolution on shared weights (as Single Path One-Shot, Guo et al. 2020, arXiv 1904.00420; mutations only).
+def evolve(lab: "Lab", budgets: Sequence[Budget], net: Supernet, x: Tensor, y: Tensor, seed: int) -> tuple[Arch, int]:
+    """The best network inside the budgets that evolution meets, by `judge`; and how many images it looked at.
 
     A generation keeps the best quarter and refills with mutants of them: three Metropolis steps inside the budget.
     """
-    net, x, y, seen = shared_weights(lab, seed)
     rng = np.random.default_rng(seed)
-    args = (net.space, lab.tables, lab.budgets)
+    args = (net.space, lab.tables, budgets)
     scores: dict[Arch, float] = {}
 
     def add(arch: Arch) -> None:
@@ -103,7 +103,14 @@ def evolution(lab: "Lab", seed: int) -> tuple[Arch, int]:
         for _ in range(POPULATION - len(parents)):
             parent = parents[rng.integers(len(parents))]
             add(random_arch(*args, seed=int(rng.integers(2**31)), start=parent, proposals=3))
-    return max(scores, key=scores.__getitem__), seen + len(scores) * len(x) // 3
+    return max(scores, key=scores.__getitem__), len(scores) * len(x)
+
+
+def evolution(lab: "Lab", seed: int) -> tuple[Arch, int]:
+    """Evolution on shared weights (as Single Path One-Shot, Guo et al. 2020, arXiv 1904.00420; mutations only)."""
+    net, x, y, seen = shared_weights(lab, seed)
+    arch, looked = evolve(lab, lab.budgets, net, x, y, seed)
+    return arch, seen + looked // 3
 
 
 OPPONENTS: dict[str, Callable[["Lab", int], tuple[Arch, int]]] = {"evolution": evolution}

@@ -22,6 +22,7 @@ import gzip
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import iso_stats as stats  # noqa: E402
 import numpy as np  # noqa: E402
+import opponents  # noqa: E402
 import table_networks  # noqa: E402
 import torch  # noqa: E402
 from iso_flops import OTHERS, Table, add_work_flags, chosen, net_row, rounded, run_search, told  # noqa: E402
@@ -119,13 +121,19 @@ def goal(lab: Lab, macs: float, percent: int) -> tuple[Budget, ...]:
 
 def is_shared(method: str) -> bool:
     """Whether one search serves all budgets."""
-    return method in METHODS and METHODS[method].work(METHODS[method].config())[1] == 0
+    return method == "evolution" or method in METHODS and METHODS[method].work(METHODS[method].config())[1] == 0
 
 
 def search_all(macs: float, method: str, seed: int, percents: tuple[int, ...]) -> list[dict]:
     """The rows of one method's networks for these budgets."""
     assert _lab is not None
     goals = [goal(_lab, macs, percent) for percent in percents]
+    if method == "evolution":
+        started = time.perf_counter()
+        net, x, y, seen = opponents.shared_weights(_lab, seed)
+        shared = {"search_seconds": round(time.perf_counter() - started, 1), "search_images": seen}
+        archs = [opponents.evolve(_lab, budgets, net, x, y, seed)[0] for budgets in goals]
+        return [row_of(_lab, p, method, seed, arch, shared) for p, arch in zip(percents, archs, strict=True)]
     if is_shared(method):
         archs, found = chosen(_lab, METHODS[method], seed, goals)
         return [row_of(_lab, percent, method, seed, arch, found) for percent, arch in zip(percents, archs, strict=True)]

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import iso_flops  # noqa: E402
 import public_tables  # noqa: E402
 import table_networks  # noqa: E402
+from iso_setups import Setup, open_lab  # noqa: E402
 
 from dnas.export.model_file import count_macs, count_params  # noqa: E402
 from dnas.nets.timm_space import TimmBase  # noqa: E402
 from dnas.nets.timm_supernet import TimmSupernet  # noqa: E402
 from dnas.spec.checks import UserError  # noqa: E402
 from dnas.spec.cost import CostTable  # noqa: E402
+from dnas.training.recipe import Recipe  # noqa: E402
 
 # Parameters and MACs of networks at the ends of the two spaces, from the tables themselves.
 NATS = {(8, 8, 8, 8, 8): (11_714, 4_481_104), (8, 8, 8, 8, 16): (18_386, 4_894_880), (64,) * 5: (713_674, 274_399_872)}
@@ -131,3 +134,19 @@ def test_all_costs_of_the_public_tables_are_those_of_the_cost_tables():
             _, b, c, d, e = judge.widths[k][:5]
             identities = 256 * b * c * (b == c) + 64 * d * e * (d == e) if space == "nats" else 0
             assert table.of(arch) == judge.macs[k] + identities
+
+
+def test_evolution_trains_shared_weights_once_for_all_budgets(monkeypatch):
+    """Its nets are those that each budget would have alone."""
+    short = Recipe(epochs=1, batch_size=32)
+    setup = Setup("prunet", 0.25, 2, "20%", "digits", 100, 8, short, short, 1)
+    lab = open_lab(setup, "", "cpu")
+    most = float(lab.tables["macs"].of(lab.tables["macs"].extremes()[1]))
+    monkeypatch.setattr(public_tables.opponents, "POPULATION", 4)
+    monkeypatch.setattr(public_tables.opponents, "GENERATIONS", 1)
+    monkeypatch.setattr(public_tables, "_lab", lab)
+    rows = public_tables.search_all(most, "evolution", 0, (20, 40))
+    assert [row["net"] for row in rows] == ["20%/evolution/0", "40%/evolution/0"]
+    for row, percent in zip(rows, (20, 40), strict=True):
+        alone, _ = public_tables.opponents.evolution(replace(lab, budgets=public_tables.goal(lab, most, percent)), 0)
+        assert row["arch"] == dict(alone) and 0.98 <= row["macs"] / (percent / 100 * most) <= 1

@@ -176,12 +176,18 @@ def introduce(plan: Plan) -> None:
 
 
 def estimate(plan: Plan, goals: list[BudgetRun], plain_ms: float) -> float:
-    """Minutes, if a step of the widest net takes ``plain_ms``; the found nets take less."""
+    """Minutes, if a step of the widest net takes ``plain_ms``.
+
+    A found net takes its share of that, and a supernet that shrinks to the budget about the root of the share: a half
+    at 30 % (benchmarks/speed.py).
+    """
     shared, own = plan.method.work(plan.task.config)
-    work = (shared + own * len(goals)) * steps_of(plan.method, plan.task)
+    steps, tables = steps_of(plan.method, plan.task), plan.tables
+    work = shared * steps
     for goal in goals:
         budget, nets = goal.budgets[0], 1 + len(goal.rules) + plan.args.num_random
-        share = min(1.0, budget.limit / plan.tables[budget.metric].of(plan.tables[budget.metric].extremes()[1]))
+        share = min(1.0, budget.limit / tables[budget.metric].of(tables[budget.metric].extremes()[1]))
+        work += own * steps * share**0.5
         work += share * nets * plan.recipe.epochs * plan.data.num_train / plan.recipe.batch_size
     return work * plain_ms / 6e4
 
