@@ -139,14 +139,15 @@ def test_all_costs_of_the_public_tables_are_those_of_the_cost_tables():
 def test_evolution_trains_shared_weights_once_for_all_budgets(monkeypatch):
     """Its nets are those that each budget would have alone."""
     short = Recipe(epochs=1, batch_size=32)
-    setup = Setup("prunet", 0.25, 2, "20%", "digits", 100, 8, short, short, 1)
+    narrow = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
+    setup = Setup("resnet18", 1, 4, "50%", "digits", 60, 8, short, short, 1, kwargs=narrow)
     lab = open_lab(setup, "", "cpu")
     most = float(lab.tables["macs"].of(lab.tables["macs"].extremes()[1]))
     monkeypatch.setattr(public_tables.opponents, "POPULATION", 4)
     monkeypatch.setattr(public_tables.opponents, "GENERATIONS", 1)
     monkeypatch.setattr(public_tables, "_lab", lab)
-    rows = public_tables.search_all(most, "evolution", 0, (20, 40))
-    assert [row["net"] for row in rows] == ["20%/evolution/0", "40%/evolution/0"]
-    for row, percent in zip(rows, (20, 40), strict=True):
+    rows = public_tables.search_all(most, "evolution", 0, (30, 60))
+    assert [row["net"] for row in rows] == ["30%/evolution/0", "60%/evolution/0"]
+    for row, percent in zip(rows, (30, 60), strict=True):
         alone, _ = public_tables.opponents.evolution(replace(lab, budgets=public_tables.goal(lab, most, percent)), 0)
         assert row["arch"] == dict(alone) and 0.98 <= row["macs"] / (percent / 100 * most) <= 1
