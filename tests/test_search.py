@@ -97,7 +97,7 @@ def small_search():
     return net, tables, budgets, rows
 
 
-@pytest.mark.parametrize("until", [0.2, 0.61])
+@pytest.mark.parametrize("until", [0.1, 0.61])
 def test_a_copy_of_a_search_goes_on_as_the_search_itself(until, small_search):
     """Stopped in the warm-up, in the middle of an epoch, after parts were cut off: bit for bit as without a stop."""
     done, tables, budgets, rows = small_search
@@ -106,7 +106,7 @@ def test_a_copy_of_a_search_goes_on_as_the_search_itself(until, small_search):
     net, seen = MacroSupernet(done.outline), []
     task = Task(tables, budgets, *given)
     state = begin(GATES, net, task)
-    early = replace(task, budgets=()) if until == 0.2 else task
+    early = replace(task, budgets=()) if until == 0.1 else task
     run(GATES, state, early, on_row=seen.append, until=until)
     other = copy.deepcopy(state)
     for p in net.parameters():

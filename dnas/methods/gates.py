@@ -21,7 +21,7 @@ from dnas.methods.derive import derive, gate_likelihood
 from dnas.methods.method import HeldOut, Method, Search, Task, setting
 from dnas.methods.rules import balanced_arch
 from dnas.nets.layer_choice import SkipGate
-from dnas.nets.markov_gate import MarkovGate, without_scale
+from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.shrink import cut_width, shrink
 from dnas.nets.supernet import Supernet
 from dnas.runtime.checkpoint import load_optimizer, optimizer_data
@@ -214,6 +214,17 @@ def snapshot(net: Supernet, temperature: float) -> dict[str, float | list[float]
     return found
 
 
+def along_scale(logits: Tensor, y: Tensor, seen: int) -> Tensor:
+    """A scalar whose gradient is the part of the cross entropy's along all ``logits`` [B, classes] of all processes.
+
+    The cross entropy is a sum over ``seen``. Without this part nothing is gained by a network that is less sure.
+    """
+    z = logits.detach()
+    slope = ((z.softmax(1) * z).sum() - z.gather(1, y[:, None]).sum()) / seen
+    slope, square = mean(torch.stack([slope, z.square().sum()]))
+    return slope / square.clamp(min=torch.finfo(z.dtype).tiny) * logits.square().sum() / 2
+
+
 def image_loss(
     search: Search, task: Task, paths: int, x: Tensor, y: Tensor, parts: int, taken: int, p: Mapping[str, np.ndarray]
 ) -> tuple[Tensor, int]:
@@ -232,10 +243,9 @@ def image_loss(
             images = images.to(memory_format=torch.channels_last)
         with autocast(device, recipe), shared_statistics(), safe:
             logits = net(images, soft()).float()
-        if not task.config.confidence:
-            logits = without_scale(logits)
         losses.append(F.cross_entropy(logits, labels, reduction="sum") / seen)
-        scaled = own.scaler.scale(losses[-1])
+        asked = losses[-1] if task.config.confidence else losses[-1] - along_scale(logits, labels, seen)
+        scaled = own.scaler.scale(asked)
         if scaled.requires_grad:  # not when all that is left is decided
             scaled.backward()
     return torch.stack(losses).detach().sum(), seen

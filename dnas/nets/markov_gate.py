@@ -20,7 +20,7 @@ def marginals(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 def without_scale(factor: Tensor) -> Tensor:
     """``factor`` in value; in gradient without its part along ``factor``, a change that scales all of it alike."""
-    norm = torch.linalg.vector_norm(factor).clamp(min=torch.finfo(factor.dtype).tiny)
+    norm = torch.linalg.vector_norm(factor)
     return factor * (norm.detach() / norm)
 
 
