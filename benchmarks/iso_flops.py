@@ -227,7 +227,7 @@ def main() -> None:
         for _ in do(missing, table=table):
             pass
         chosen_nets = [f"{method}/{k}" for method, k in wanted]
-        if "default" in args.variant and lab.net.layers:
+        if "default" in args.variant and any(not d.is_width and len(d.options) > 1 for d in lab.net.space.decisions):
             for k in range(args.search):
                 chosen_nets.append(name := f"{HELD}/{k}")
                 if name not in (nets := table.nets()):
