@@ -33,10 +33,9 @@ import opponents  # noqa: E402
 import torch  # noqa: E402
 from iso_setups import RESULTS, SETUPS, Lab, Setup, open_lab  # noqa: E402
 from timm.utils import random_seed  # noqa: E402
-from torch_pruned import torch_pruning  # noqa: E402
+from torch_pruned import plain_net, torch_pruning  # noqa: E402
 from variants import VARIANTS, Variant, baseline_of  # noqa: E402
 
-from dnas.export.model_file import build_net  # noqa: E402
 from dnas.methods.catalog import METHODS  # noqa: E402
 from dnas.methods.derive import derive  # noqa: E402
 from dnas.methods.gates import GATES  # noqa: E402
@@ -125,7 +124,7 @@ def judge_nets(lab: Lab, archs: dict[str, dict], seed: int) -> dict:
 def train_net(lab: Lab, name: str, arch: dict, seed: int) -> dict:
     """Train one net from scratch. Returns its row."""
     random_seed(seed)
-    model = build_net(lab.net.net_of(arch), num_classes=lab.data.num_classes, in_chans=lab.data.in_chans)
+    model = plain_net(lab, arch)
     _, reached = train_from_scratch(model.to(lab.device), lab.data, lab.setup.recipe, seed=seed)
     row = {"kind": "training", "net": name, "seed": seed, "top1": round(reached["top1"], 3)}
     return row | {"loss": round(reached["loss"], 4), "seconds": reached["seconds"]}

@@ -222,7 +222,7 @@ def main() -> None:
         if best:
             parts.append("\n".join(method_table(table, "default")))
             parts.append(f"Best of N random nets at equal compute: {number(best['best_of_equal_compute'])}.")
-        for baseline, what in (("older", "the older search"), ("half-length", "one of half its length")):
+        for baseline, what in (("older", "the older search"), ("half-length", "a search of half its length")):
             if ablations := method_table(table, baseline):
                 parts.append(f"Ablations of {what}:\n\n" + "\n".join(ablations))
         if math.isfinite(row["rank_correlation"]):

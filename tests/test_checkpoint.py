@@ -86,7 +86,7 @@ def in_parts(folder, afters, part):
 ])  # fmt: skip
 def test_a_search_goes_on_to_the_bit(make, recipe, tmp_path):
     """Stopped in the warm-up, between and after cuts, each time with a net that is built anew."""
-    data, config = load_data(img_size=8).take(360), GatesConfig()
+    data, config = load_data(img_size=8).take(360), GatesConfig(headroom=0.0)  # cuts that come one by one
 
     def part(journal):
         torch.manual_seed(0)
@@ -109,7 +109,7 @@ def test_a_search_goes_on_to_the_bit(make, recipe, tmp_path):
     net, rows = in_parts(tmp_path / "new", (), part)
     other, seen = in_parts(tmp_path, (5, 40, 23, 15), part)
     assert [row["step"] for row in seen] == [*range(len(rows))] and len(rows) >= 90
-    assert sum(len(row.get("events", ())) for row in rows) > 2
+    assert sum(len(row.get("events", ())) for row in rows) > 5
     assert seen == rows
     assert all(torch.equal(a, b) for a, b in zip(net.tensors(), other.tensors(), strict=True))
     assert other.best() == net.best()

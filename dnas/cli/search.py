@@ -178,8 +178,7 @@ def introduce(plan: Plan) -> None:
 def estimate(plan: Plan, goals: list[BudgetRun], plain_ms: float) -> float:
     """Minutes, if a step of the widest net takes ``plain_ms``.
 
-    A found net takes its share of that, and a supernet that shrinks to the budget about the root of the share: a half
-    at 30 % (benchmarks/speed.py).
+    A found net takes its share of that. A supernet that shrinks to the budget is guessed to take the root of the share.
     """
     shared, own = plan.method.work(plan.task.config)
     steps, tables = steps_of(plan.method, plan.task), plan.tables
