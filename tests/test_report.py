@@ -205,6 +205,7 @@ def test_verdict(differences, word):
         ends = scipy.stats.ttest_1samp(differences, 0).confidence_interval(0.95)
         assert interval(differences)[1:] == pytest.approx((ends.low, ends.high))
         assert f"[{ends.low:+.2f}, {ends.high:+.2f}]" in verdict(runs)[1]
+        assert ("--method uniform" in verdict(runs)[1]) == (word != "better")
 
 
 @pytest.mark.parametrize("found, side", [(52.5, "2.50 points above"), (49.5, "0.50 points below"), (50, "level with")])

@@ -229,9 +229,10 @@ def verdict(runs: Sequence[Run]) -> tuple[str, str]:
     worse = [rule for rule, (_, _, high) in found.items() if high < 0]
     same = [rule for rule, (_, low, high) in found.items() if low <= 0 <= high]
     if worse:
-        return "worse", f"{text} The {worse[-1]} net is better, and costs nothing to choose."
+        return "worse", f"{text} The {worse[-1]} net is better: --method {worse[-1]} chooses it without a search."
     if same:
-        return "open", f"{text} Against {same[-1]} that is within the noise: the {same[-1]} net is the cheaper choice."
+        cheaper = f"--method {same[-1]} chooses a net of this quality without a search"
+        return "open", f"{text} Against {same[-1]} that is within the noise: {cheaper}."
     return "better", text
 
 
