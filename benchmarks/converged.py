@@ -31,7 +31,7 @@ from iso_setups import RESULTS, SEARCH, SETUPS, Lab, open_lab  # noqa: E402
 from dnas.methods.rules import RULES  # noqa: E402
 from dnas.report.metrics import interval  # noqa: E402
 from dnas.runtime.run_folder import provenance  # noqa: E402
-from dnas.training.recipe import Recipe  # noqa: E402
+from dnas.spec.recipe import Recipe  # noqa: E402
 
 SEEDS = 3
 FULL = {"num_train": 50_000, "img_size": 32, "search": replace(SEARCH, epochs=3)}

@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from dnas.nets.layer_supernet import EfficientNetSpace, MacroSupernet
+from dnas.nets.layer_supernet import MacroSupernet
 from dnas.nets.supernet import Supernet
 from dnas.nets.timm_space import TimmBase
 from dnas.nets.timm_supernet import TimmSupernet
 from dnas.spec.budget import Budget, parse_budget
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets
+from dnas.spec.layer_space import EfficientNetSpace
+from dnas.spec.recipe import Recipe
 from dnas.training.data import Data, load_data
-from dnas.training.recipe import Recipe
 from supernets import SUPERNETS
 
 RESULTS = Path(__file__).parent / "results"

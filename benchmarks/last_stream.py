@@ -31,9 +31,10 @@ from torch import Tensor, nn  # noqa: E402
 from variants import OLDER  # noqa: E402
 
 from dnas.methods.budget_loss import budget_penalty, ramp, target  # noqa: E402
-from dnas.methods.gates import GATES, GatesConfig, log_widths  # noqa: E402
+from dnas.methods.gates import GATES, log_widths  # noqa: E402
 from dnas.methods.loop import begin, run  # noqa: E402
 from dnas.methods.method import Search, Task  # noqa: E402
+from dnas.methods.settings import GatesConfig  # noqa: E402
 from dnas.runtime.run_folder import provenance  # noqa: E402
 from dnas.training.loop import cycle  # noqa: E402
 

@@ -13,8 +13,8 @@ import torch
 from timm.utils import random_seed
 from torch import Tensor, nn
 
-from dnas.methods.gates import GatesConfig
 from dnas.methods.rules import random_arch
+from dnas.methods.settings import GatesConfig
 from dnas.nets.supernet import Supernet
 from dnas.spec.budget import Budget
 from dnas.spec.space import Arch

@@ -40,21 +40,24 @@ from torch import Tensor, nn  # noqa: E402
 
 from dnas.cli.process import keep_freed_memory  # noqa: E402
 from dnas.export.model_file import build_net  # noqa: E402
-from dnas.methods.gates import GATES, GatesConfig, live_tables  # noqa: E402
+from dnas.methods.gates import GATES, live_tables  # noqa: E402
 from dnas.methods.loop import begin, run  # noqa: E402
 from dnas.methods.method import Task  # noqa: E402
-from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, MacroSupernet, Stage  # noqa: E402
+from dnas.methods.settings import GatesConfig  # noqa: E402
+from dnas.nets.layer_supernet import MacroSupernet  # noqa: E402
 from dnas.nets.supernet import Supernet  # noqa: E402
 from dnas.nets.timm_space import TimmBase  # noqa: E402
 from dnas.nets.timm_supernet import TimmSupernet  # noqa: E402
 from dnas.runtime.run_folder import peak_memory_mb, provenance, write_json  # noqa: E402
 from dnas.spec.budget import Budget  # noqa: E402
 from dnas.spec.cost import CostTable  # noqa: E402
+from dnas.spec.layer_space import Candidate, EfficientNetSpace, Stage  # noqa: E402
+from dnas.spec.recipe import Recipe  # noqa: E402
 from dnas.spec.space import Arch  # noqa: E402
 from dnas.training.data import Data, load_data  # noqa: E402
 from dnas.training.loop import cycle  # noqa: E402
 from dnas.training.onednn_workaround import subsampled  # noqa: E402
-from dnas.training.recipe import Recipe, autocast, make_optimizer  # noqa: E402
+from dnas.training.optimizer import autocast, make_optimizer  # noqa: E402
 from supernets import SUPERNETS  # noqa: E402
 
 NETS = ("prunet", "mobilenet_v2", "resnet18", "mobilenetv2_100")
@@ -108,7 +111,6 @@ def plain_step(net: Supernet, arch: Arch, data: Data, recipe: Recipe, compiled: 
         make_optimizer(model.parameters(), recipe),
         cycle(data.train_batches(recipe.batch_size, seed=0)),
     )
-
     safe = subsampled(model, recipe)
 
     def step() -> None:

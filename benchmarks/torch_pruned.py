@@ -13,7 +13,7 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 
 from dnas.export.model_file import build_net
-from dnas.methods.gates import GatesConfig
+from dnas.methods.settings import GatesConfig
 from dnas.nets.timm_space import TimmBase
 from dnas.spec.checks import UserError
 from dnas.spec.space import KEEP, Arch

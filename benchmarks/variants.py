@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dnas.methods.derive import Likelihood, gate_likelihood
-from dnas.methods.gates import GatesConfig
+from dnas.methods.settings import GatesConfig
 from dnas.nets.bipath_block import PairGate
 from dnas.nets.supernet import Supernet
 

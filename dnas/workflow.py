@@ -38,10 +38,10 @@ from dnas.runtime.signals import stop
 from dnas.spec.budget import Budget, show
 from dnas.spec.cost import CostTable
 from dnas.spec.latency_table import LatencyTable
+from dnas.spec.recipe import Recipe
 from dnas.spec.space import Arch
 from dnas.training.data import Data
 from dnas.training.from_scratch import train_from_scratch
-from dnas.training.recipe import Recipe
 
 Trained = TypeVar("Trained")
 

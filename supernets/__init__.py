@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from dnas.nets.layer_supernet import EfficientNetSpace
+from dnas.spec.layer_space import EfficientNetSpace
 from supernets.mobilenet_v2 import mobilenet_v2
 from supernets.prunet import prunet
 from supernets.toy import toy

@@ -1,6 +1,6 @@
 """DMCP's own space: MobileNetV2 with a width gate on every stage width and every inner width."""
 
-from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, Stage, fit_strides, round_width
+from dnas.spec.layer_space import Candidate, EfficientNetSpace, Stage, fit_strides, round_width
 
 # (expansion, channels, layers, stride): table 2 of the MobileNetV2 paper (arXiv 1801.04381).
 ROWS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))

@@ -6,7 +6,7 @@ chosen so that their widest cost is of the order of the plain ones'; otherwise t
 "half of the widest net" means, would be a matter of fused 5x5 convolutions alone.
 """
 
-from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, Stage, fit_strides, round_width
+from dnas.spec.layer_space import Candidate, EfficientNetSpace, Stage, fit_strides, round_width
 
 PLAIN = tuple(Candidate("ir", k, expand=6, base=4, se=se) for se in (0, 0.25) for k in (3, 5))
 FUSED = tuple(Candidate("er", k, expand=e, base=b, se=se) for se in (0, 0.25) for k, e, b in ((3, 3, 2), (5, 1.5, 1)))

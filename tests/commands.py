@@ -1,21 +1,20 @@
-"""The tools, called in this process, and what must hold when they refuse something."""
+"""The commands, called in this process, and what must hold when they refuse something."""
 
 import sys
 
-from dnas import workflow
+from dnas import cli, workflow
 from dnas.cli import compare as compare_tool  # noqa: F401
 from dnas.cli import export as export_tool  # noqa: F401
-from dnas.cli import process
 from dnas.cli import profile as profile_tool  # noqa: F401
 from dnas.cli import retrain as retrain_tool
 from dnas.cli import search as search_tool  # noqa: F401
 
 
 def call(tool, monkeypatch, *args):
-    """Exit code of a tool, run in this process."""
+    """Exit code of a command, run in this process."""
     monkeypatch.setattr(sys, "argv", ["tool", *map(str, args)])
     try:
-        process.run(tool.main)
+        cli.command(tool.__name__.rpartition(".")[2])
     except SystemExit as stop:
         return stop.code
     return 0

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from dnas.export.model_file import build_net
-from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, MacroSupernet, Stage, net_of
+from dnas.nets.layer_supernet import MacroSupernet, net_of
 from dnas.nets.shrink import plain_state
+from dnas.spec.layer_space import Candidate, EfficientNetSpace, Stage
 from supernets import SUPERNETS
 
 CLASSES = 5

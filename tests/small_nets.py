@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from dnas.nets.bipath_block import PairGate
 from dnas.nets.layer_choice import SkipGate
-from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, MacroSupernet, Stage
+from dnas.nets.layer_supernet import MacroSupernet
+from dnas.spec.layer_space import Candidate, EfficientNetSpace, Stage
 
 CLASSES, IMG = 4, 12
 FEW = {"move_above": 2.0, "block_below": 0.0, "layer_below": 0.0, "width_below": 0.0, "patience": 1}  # nothing happens

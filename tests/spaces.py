@@ -3,8 +3,9 @@
 import numpy as np
 
 from dnas.methods.derive import enumerate_archs
-from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, Stage, space_of
+from dnas.nets.layer_supernet import space_of
 from dnas.spec.cost import CostTable
+from dnas.spec.layer_space import Candidate, EfficientNetSpace, Stage
 from supernets import SUPERNETS
 
 METRICS = ("macs", "params")

@@ -12,8 +12,9 @@ import sys
 import pytest
 
 from dnas.methods.derive import enumerate_archs
-from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, Stage, space_of
+from dnas.nets.layer_supernet import space_of
 from dnas.spec.checks import UserError
+from dnas.spec.layer_space import Candidate, EfficientNetSpace, Stage
 from dnas.spec.space import DROP, KEEP, Arch, Decision, Site, Space
 
 IN_LAYER = (("keep", KEEP),)

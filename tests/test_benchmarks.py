@@ -23,7 +23,7 @@ import iso_stats as stats  # noqa: E402
 import variants  # noqa: E402
 
 from dnas.nets.bipath_block import PairGate  # noqa: E402
-from dnas.training.recipe import Recipe
+from dnas.spec.recipe import Recipe
 
 NOISE, SPREAD = 0.7, 1.1
 

@@ -11,9 +11,10 @@ import torch
 from timm.utils import random_seed
 
 from dnas.export.model_file import build_net
-from dnas.methods.gates import GATES, GatesConfig
+from dnas.methods.gates import GATES
 from dnas.methods.loop import begin, load_search, run, search_data
 from dnas.methods.method import Task
+from dnas.methods.settings import GatesConfig
 from dnas.nets.bipath_block import PairGate
 from dnas.nets.layer_supernet import MacroSupernet
 from dnas.nets.markov_gate import MarkovGate
@@ -35,9 +36,9 @@ from dnas.runtime.checkpoint import (
 from dnas.spec.budget import parse_budget
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets
+from dnas.spec.recipe import Recipe
 from dnas.training.data import load_data
 from dnas.training.from_scratch import train_from_scratch
-from dnas.training.recipe import Recipe
 from supernets import SUPERNETS
 
 CPU = torch.device("cpu")

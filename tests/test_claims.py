@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from dnas.export import arch_schema
-from dnas.runtime import run_folder
-from dnas.spec import latency_table
+from dnas.spec import checks, latency_table
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -17,8 +16,8 @@ SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 LIMITS = {
     "`arch.json`": arch_schema.MAX_BYTES,
     "latency table": latency_table.MAX_BYTES,
-    "`config.json`": run_folder.MAX_BYTES,
-    "`metrics.json`": run_folder.MAX_BYTES,
+    "`config.json`": checks.MAX_BYTES,
+    "`metrics.json`": checks.MAX_BYTES,
 }
 PATH = re.compile(r"(?<![\w/.-])(?:dnas|tools|benchmarks|tests)/[\w/]+\.\w+\b")
 MODULE = re.compile(r"(?<![\w/.-])dnas(?:\.[A-Za-z_]\w*)+")

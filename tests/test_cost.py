@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dnas.methods.derive import enumerate_archs
-from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, Stage, fit_strides, space_of
+from dnas.nets.layer_supernet import space_of
 from dnas.spec.cost import CLOSED_FORMS, CostTable
+from dnas.spec.layer_space import Candidate, EfficientNetSpace, Stage, fit_strides
 from dnas.spec.space import DROP, KEEP, Decision, Site, Space
 from supernets import SUPERNETS
 

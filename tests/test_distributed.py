@@ -16,10 +16,11 @@ from timm.utils import random_seed
 from torch import nn
 
 from dnas.methods.derive import derive, gate_likelihood
-from dnas.methods.gates import GATES, GatesConfig
+from dnas.methods.gates import GATES
 from dnas.methods.loop import search
 from dnas.methods.method import Task
 from dnas.methods.rank_and_cut import L1
+from dnas.methods.settings import GatesConfig
 from dnas.nets.layer_supernet import MacroSupernet
 from dnas.nets.timm_space import TimmBase
 from dnas.nets.timm_supernet import TimmSupernet
@@ -27,10 +28,10 @@ from dnas.runtime.distributed import average_gradients, from_first, mean, rank, 
 from dnas.spec.budget import Budget
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
+from dnas.spec.recipe import Recipe
 from dnas.training.data import load_data
 from dnas.training.from_scratch import train_from_scratch
 from dnas.training.loop import evaluate
-from dnas.training.recipe import Recipe
 from supernets import SUPERNETS
 
 ROOT = Path(__file__).parents[1]
@@ -184,7 +185,7 @@ def test_shares_of_a_batch(monkeypatch):
             assert own == sizes[k] and all(places[i] // min(batch, count) == i // own for i in range(len(places)))
         everything = torch.cat(seen).tolist()
         assert len(set(everything)) == len(everything) == sum(sizes) * max(1, count // batch)
-    with pytest.raises(UserError, match="--batch-size 6 does not divide among 4"):
+    with pytest.raises(UserError, match="^batch_size 6 does not divide among 4"):
         share_of(12, 6)
     with pytest.raises(UserError, match="2 images are too few for 4"):
         share_of(2, 8)

@@ -20,6 +20,7 @@ from commands import call, compare_tool, export_tool, profile_tool, retrain_tool
 from image_files import tree, write_folder, write_tar
 from tables import HEADER, rows_of
 
+from dnas.cli.parsers import PARSERS
 from dnas.nets.layer_supernet import MacroSupernet
 from dnas.runtime.run_folder import provenance
 from dnas.spec.latency_table import table_text
@@ -122,9 +123,7 @@ def test_links_lead_somewhere():
 
 def test_every_flag_of_the_text_is_known():
     """Words that look like flags, in prose as well, are flags of some tool, of make's tests or of torchrun."""
-    told = [t.parser().format_help() for t in (search_tool, retrain_tool, profile_tool)] + [
-        (ROOT / "tools" / f"{name}.py").read_text() for name in ("export", "compare")
-    ]
+    told = [parser([]).format_help() for parser in PARSERS.values()]
     known = set(re.findall(r"--[a-z][\w-]+", " ".join(told))) | {"--nproc-per-node", "--logdir", "--dist"}
     for path in TEXTS:
         flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*[a-z0-9]", path.read_text()))

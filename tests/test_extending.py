@@ -12,17 +12,18 @@ from torch import nn
 import dnas.nets.supernet
 from dnas.export.model_file import build_net, count_macs
 from dnas.methods.derive import derive, gate_likelihood
-from dnas.methods.gates import GATES, GatesConfig
+from dnas.methods.gates import GATES
 from dnas.methods.loop import search
 from dnas.methods.method import Task
 from dnas.methods.rules import random_arch, uniform_arch
+from dnas.methods.settings import GatesConfig
 from dnas.nets.bipath_block import GatedBlock
 from dnas.nets.gate import Gate
 from dnas.nets.layer_supernet import MacroSupernet
 from dnas.spec.budget import parse_budget
 from dnas.spec.cost import CLOSED_FORMS, CostTable, resolve_budgets
+from dnas.spec.recipe import Recipe
 from dnas.training.data import load_data
-from dnas.training.recipe import Recipe
 from supernets import SUPERNETS
 
 ROOT = Path(__file__).parents[1]

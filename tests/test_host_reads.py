@@ -17,8 +17,8 @@ from dnas.nets.layer_supernet import MacroSupernet
 from dnas.runtime.distributed import to_host
 from dnas.spec.budget import parse_budget
 from dnas.spec.cost import CostTable, resolve_budgets
+from dnas.spec.recipe import Recipe
 from dnas.training.data import load_data
-from dnas.training.recipe import Recipe
 from supernets import SUPERNETS
 
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import last_stream  # noqa: E402
 from iso_setups import Setup, open_lab  # noqa: E402
 
-from dnas.training.recipe import Recipe  # noqa: E402
+from dnas.spec.recipe import Recipe  # noqa: E402
 
 SHORT = Recipe(epochs=4, batch_size=32)
 NARROW = {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 24]}

@@ -13,19 +13,21 @@ from tables import HEADER, costs_of, row, rows_of, stairs
 from dnas.latency.measured_parts import parts_of
 from dnas.methods.budget_loss import budget_penalty
 from dnas.methods.derive import derive, enumerate_archs, gate_likelihood
-from dnas.methods.gates import GATES, GatesConfig
+from dnas.methods.gates import GATES
 from dnas.methods.loop import search
 from dnas.methods.method import Task
 from dnas.methods.rules import random_arch, uniform_arch
-from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, MacroSupernet, Stage
+from dnas.methods.settings import GatesConfig
+from dnas.nets.layer_supernet import MacroSupernet
 from dnas.nets.markov_gate import MarkovGate
 from dnas.spec.budget import Budget, parse_budget
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets
 from dnas.spec.latency_table import check_use, read_table, table_of, table_text, units_of
+from dnas.spec.layer_space import Candidate, EfficientNetSpace, Stage
+from dnas.spec.recipe import Recipe
 from dnas.spec.space import Decision, Site, Space
 from dnas.training.data import load_data
-from dnas.training.recipe import Recipe
 from supernets.toy import toy
 
 RNG = np.random.default_rng(0)
@@ -200,7 +202,7 @@ def test_a_table_of_something_else_needs_insisting(asked):
     with pytest.raises(UserError, match=f"of {key} {HEADER[key]!r}, where {value!r} is asked for"):
         check_use(table, asked)
     check_use(table, asked, anyway=True)
-    with pytest.raises(UserError, match="--latency-for color='red'"):
+    with pytest.raises(UserError, match="^latency_for color='red'"):
         check_use(table, {"color": "red"}, anyway=True)
 
 

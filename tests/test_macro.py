@@ -5,9 +5,10 @@ import random
 
 import pytest
 
-from dnas.nets.layer_supernet import fit_strides, round_width, size_to, space_of, width_grid
+from dnas.nets.layer_supernet import size_to, space_of
 from dnas.spec.budget import Budget
 from dnas.spec.cost import CostTable
+from dnas.spec.layer_space import fit_strides, round_width, width_grid
 from supernets import SUPERNETS
 
 

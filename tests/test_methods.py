@@ -6,6 +6,7 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
+from planted import plant, planted_data
 from spaces import LARGE, Brute, assert_in_band, widest_cost
 from test_search import planted_best, run_toy
 from timm.utils import random_seed
@@ -17,6 +18,7 @@ from dnas.methods.loop import begin, load_search, run, search, search_data
 from dnas.methods.method import Task
 from dnas.methods.rank_and_cut import dense_arch, first_order, l1_norms, most_score
 from dnas.methods.rules import balanced_arch, random_arch, uniform_arch
+from dnas.methods.settings import CONFIGS
 from dnas.nets.layer_supernet import MacroSupernet, space_of
 from dnas.nets.timm_space import TimmBase
 from dnas.nets.timm_supernet import TimmSupernet
@@ -24,11 +26,11 @@ from dnas.runtime.checkpoint import read_checkpoint, write_checkpoint
 from dnas.spec.budget import Budget, parse_budget
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets
+from dnas.spec.recipe import Recipe
 from dnas.training.data import load_data
 from dnas.training.loop import cycle
-from dnas.training.recipe import Recipe
 from supernets import SUPERNETS
-from supernets.toy import plant, planted_data, toy
+from supernets.toy import toy
 
 RECIPE = Recipe(epochs=4, batch_size=32)
 NARROW = {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 24]}
@@ -317,8 +319,13 @@ def test_settings_are_checked_when_they_are_made():
     gates = METHODS["gates"].config
     for wrong in ({"weights_on": "sotf"}, {"warmup": 1.5}, {"budget_from": 0.9, "budget_by": 0.5}):
         for make in (gates, partial(replace, gates())):
-            with pytest.raises(UserError, match="--"):
+            with pytest.raises(UserError, match=f"^{[*wrong][0]} ") as told:
                 make(**wrong)
-    for wrong in ({"epochs": 0}, {"opt": "no-such"}, {"amp_dtype": "float8"}):
-        with pytest.raises(UserError, match="--"):
+            assert told.value.with_flags.startswith(f"--{[*wrong][0].replace('_', '-')} ")
+    for wrong in ({"epochs": 0}, {"sched": "no-such"}, {"amp_dtype": "float8"}):
+        with pytest.raises(UserError, match=f"^{[*wrong][0]} "):
             Recipe(**wrong)
+
+
+def test_flags_are_made_of_the_configs_of_all_methods():
+    assert {name: method.config for name, method in METHODS.items()} == CONFIGS and [*METHODS] == [*CONFIGS]

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from dnas.methods.gates import GATES, GatesConfig, image_loss
+from dnas.methods.gates import GATES, image_loss
 from dnas.methods.loop import begin, load_search, run, search_data
 from dnas.methods.method import Task
+from dnas.methods.settings import GatesConfig
 from dnas.nets.layer_supernet import MacroSupernet
 from dnas.spec.budget import Budget
 from dnas.spec.cost import CostTable
+from dnas.spec.recipe import Recipe
 from dnas.training.data import load_data
-from dnas.training.recipe import Recipe
 from supernets import SUPERNETS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -22,7 +22,7 @@ from dnas.nets.timm_space import TimmBase  # noqa: E402
 from dnas.nets.timm_supernet import TimmSupernet  # noqa: E402
 from dnas.spec.checks import UserError  # noqa: E402
 from dnas.spec.cost import CostTable  # noqa: E402
-from dnas.training.recipe import Recipe  # noqa: E402
+from dnas.spec.recipe import Recipe  # noqa: E402
 
 # Parameters and MACs of networks at the ends of the two spaces, from the tables themselves.
 NATS = {(8, 8, 8, 8, 8): (11_714, 4_481_104), (8, 8, 8, 8, 16): (18_386, 4_894_880), (64,) * 5: (713_674, 274_399_872)}

@@ -9,13 +9,15 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from planted import BEST, plant, planted_data
 
 from dnas.methods.derive import derive, enumerate_archs, gate_likelihood
-from dnas.methods.gates import GATES, GatesConfig, check_gradients, distilled_loss, image_loss, mean_entropy
+from dnas.methods.gates import GATES, check_gradients, distilled_loss, image_loss, mean_entropy
 from dnas.methods.loop import begin, run, search
 from dnas.methods.method import Task
 from dnas.methods.rules import balanced_arch
-from dnas.nets.layer_supernet import Candidate, MacroSupernet
+from dnas.methods.settings import GatesConfig
+from dnas.nets.layer_supernet import MacroSupernet
 from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.shrink import cut_width
 from dnas.nets.timm_space import TimmBase
@@ -23,11 +25,13 @@ from dnas.nets.timm_supernet import TimmSupernet
 from dnas.spec.budget import Budget, parse_budget
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets
+from dnas.spec.layer_space import Candidate
+from dnas.spec.recipe import Recipe
 from dnas.training.data import Data, load_data
 from dnas.training.loop import cycle, make_learner
-from dnas.training.recipe import Recipe, autocast
+from dnas.training.optimizer import autocast
 from supernets import SUPERNETS
-from supernets.toy import BEST, plant, planted_data, toy
+from supernets.toy import toy
 
 FROZEN = Recipe(epochs=15, batch_size=64, lr=1e-9, min_lr=0.0, weight_decay=0.0, smoothing=0.0)
 FROM_THE_START = GatesConfig(gate_fraction=0.5, gate_every=1, warmup=0.0, budget_from=0.0)

@@ -25,9 +25,10 @@ from torch.nn import functional as F
 
 from dnas.nets.bipath_block import GatedBlock, PairGate, Prunode
 from dnas.nets.layer_choice import ChoiceGate
-from dnas.nets.layer_supernet import Candidate, EfficientNetSpace, MacroSupernet, Stage
+from dnas.nets.layer_supernet import MacroSupernet
 from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.shrink import move_pair
+from dnas.spec.layer_space import Candidate, EfficientNetSpace, Stage
 from dnas.spec.space import DROP, KEEP
 
 # The soft path of the bi-path block.

@@ -11,17 +11,18 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dnas.methods.gates import GATES, GatesConfig
+from dnas.methods.gates import GATES
 from dnas.methods.loop import search
 from dnas.methods.method import Task
+from dnas.methods.settings import GatesConfig
 from dnas.nets.timm_space import TimmBase
 from dnas.nets.timm_supernet import TimmSupernet
 from dnas.spec.budget import parse_budget
 from dnas.spec.cost import CostTable, resolve_budgets
+from dnas.spec.recipe import Recipe
 from dnas.training.data import load_data
 from dnas.training.from_scratch import time_step, train_from_scratch
 from dnas.training.onednn_workaround import subsampled
-from dnas.training.recipe import Recipe
 
 # Without `subsampled` glibc ends this with "free(): invalid pointer" or the like, where oneDNN has AVX2 or AVX-512.
 NARROW = """

@@ -327,8 +327,37 @@ def test_threads_that_wait_let_others_run(monkeypatch):
             monkeypatch.setenv(name, value)
         importlib.reload(dnas.cli)
         assert os.environ.get("GOMP_SPINCOUNT") == told
-    program = "import sys, dnas.cli; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["timm"] = None  # to import them is an error
+from dnas import cli
+for name in cli.COMMANDS:
+    for words in (["--help"], [name, "--help"], [name, "--bugdet", "1M"], [name, "--resume", "no/run"]):
+        sys.argv = ["dnas", *words]
+        try:
+            cli.main()
+        except SystemExit as stop:
+            print(words, stop.code, file=sys.stderr)
+"""
+
+
+def test_flags_are_read_before_torch_is_imported():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()
+    for name in dnas.cli.COMMANDS:
+        assert f"usage: dnas {name}" in done.stdout
+        wrong = said.index(f"{[name, '--bugdet', '1M']} 2")
+        assert said[wrong - 1].startswith("error: unknown argument '--bugdet'"), said
+        assert f"{[name, '--help']} 0" in said and f"{[name, '--resume', 'no/run']} 2" in said
+    assert "error: --resume 'no/run': expected a run folder, which has a config.json" in said
+
+
+def test_python_m_dnas_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "dnas", "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: command 'nothing' is not one of search, ")
 
 
 def test_a_changed_arch_file_is_refused(finished_run, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """The command line: ``dnas search``, ``dnas retrain`` and so on. Flags are read here, and only here.
 
+`flags` and `parsers` say which flags there are, `inputs` what they mean, and a file a command what it does.
+
 OpenMP's threads spin while they wait, by default for long. Where other processes keep the cores busy, every step then
 becomes several times slower. So before torch is imported they are told to let others run soon.
 ``OMP_WAIT_POLICY=PASSIVE`` helps there a little more, but makes steps slower where nothing else runs.
@@ -7,6 +9,7 @@ becomes several times slower. So before torch is imported they are told to let o
 
 import os
 import sys
+from functools import partial
 from importlib import import_module
 
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -23,11 +26,22 @@ COMMANDS = {
 
 
 def command(name: str) -> None:
-    """Run one command with the arguments of the process; ends the process where something is wrong."""
-    from dnas.cli.process import run  # which imports torch
+    """Run one command with the arguments of the process; ends the process where something is wrong.
+
+    Flags are read before torch is imported, which takes seconds.
+    """
+    from dnas.cli.parsers import read
+    from dnas.spec.checks import UserError
 
     sys.argv[0] = f"dnas {name}"
-    run(import_module(f"dnas.cli.{name}").main)
+    try:
+        args, argv = read(name, sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error.with_flags}", file=sys.stderr)
+        sys.exit(2)
+    from dnas.cli.process import run
+
+    run(partial(import_module(f"dnas.cli.{name}").main, args, argv))
 
 
 def main() -> None:

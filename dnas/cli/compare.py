@@ -1,13 +1,10 @@
-"""Several runs side by side: a table, and a page with top-1 against cost. Of a sweep, its folder will do.
+"""``dnas compare``: several runs side by side."""
 
-python tools/compare.py runs/* --out compared.html
-"""
-
+import argparse
 from pathlib import Path
 
 from rich.table import Table
 
-from dnas.cli.flags import OneLineParser
 from dnas.report.metrics import grouped, read_run
 from dnas.report.pages import as_text, experiments, write_comparison
 from dnas.runtime.progress import console
@@ -28,13 +25,8 @@ def folders_of(given: list[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def main() -> None:
+def main(args: argparse.Namespace, argv: list[str]) -> None:
     """Read, print, write."""
-    p = OneLineParser(description=__doc__)
-    p.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or the folder of a sweep")
-    p.add_argument("--out", help="write a page with pictures to this file (.html)")
-    p.add_argument("--json", help="write the table to this file, as JSON with all figures")
-    args = p.parse_args()
     for flag, path in (("--out", args.out), ("--json", args.json)):
         if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
             raise UserError(f"{flag} {path!r} is no file in a folder that exists")

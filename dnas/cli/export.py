@@ -1,13 +1,9 @@
-"""Write a timm model file from an architecture file, or check one that is there.
+"""``dnas export``: write a timm model file from an architecture file, or check one that is there."""
 
-python tools/export.py runs/my-run/arch.json --output somewhere --name my_net
-python tools/export.py runs/my-run --check
-"""
-
+import argparse
 import shutil
 from pathlib import Path
 
-from dnas.cli.flags import OneLineParser
 from dnas.export.model_file import check_name, read_arch, verify_export, write_export
 from dnas.runtime.progress import console
 from dnas.runtime.run_folder import check_new_folder, run_folder
@@ -15,16 +11,8 @@ from dnas.spec.budget import show
 from dnas.spec.checks import UserError
 
 
-def main() -> None:
+def main(args: argparse.Namespace, argv: list[str]) -> None:
     """Read and validate arch.json, write model.py under the name asked for, see that plain timm builds it."""
-    parser = OneLineParser(description=__doc__)
-    parser.add_argument("arch", help="arch.json, or the run folder it is in")
-    parser.add_argument("--output", help="new folder for model.py, arch.json and the weights if there are some")
-    parser.add_argument("--name", help="name of the model (default: the one in the file)")
-    parser.add_argument(
-        "--check", action="store_true", help="only check the folder: does plain timm build what arch.json says?"
-    )
-    args = parser.parse_args()
     path = Path(args.arch) / "arch.json" if Path(args.arch).is_dir() else Path(args.arch)
     document = read_arch(path)
     if args.check == bool(args.output):

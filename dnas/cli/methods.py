@@ -1,20 +1,16 @@
-"""Every way to choose a network: what it decides, from what, its source, and its flags.
+"""``dnas methods``: every way to choose a network."""
 
-dnas methods
-"""
-
+import argparse
 from dataclasses import fields
 
 from rich.table import Table
 
-from dnas.cli.flags import OneLineParser
 from dnas.methods.catalog import METHODS
 from dnas.runtime.progress import console
 
 
-def main() -> None:
+def main(args: argparse.Namespace, argv: list[str]) -> None:
     """Print a table with a row for each method."""
-    OneLineParser(description=__doc__).parse_args()
     table = Table("method", "chooses", "flags", "source")
     for name, method in METHODS.items():
         flags = " ".join(f"--{field.name.replace('_', '-')}" for field in fields(method.config))

@@ -53,7 +53,7 @@ def run(main: Callable[[], None]) -> None:
             console.quiet = rank() > 0
             main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.with_flags}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
         print(f"stopped{stopped}", file=sys.stderr)

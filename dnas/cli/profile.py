@@ -1,10 +1,6 @@
-"""Measure what the parts of a search space take on this device, for budgets in milliseconds.
+"""``dnas profile``: measure what the parts of a search space take on this device."""
 
-python tools/profile_latency.py --supernet prunet --img-size 224 --out latency_tables/mine.json
-python tools/profile_latency.py --check latency_tables/mine.json
-python tools/profile_latency.py --list latency_tables/*.json
-"""
-
+import argparse
 import json
 import os
 import time
@@ -16,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnas.cli.flags import OneLineParser, add_space_flags, device_of, new_folder, outline_of
+from dnas.cli.inputs import device_of, new_folder, outline_of
 from dnas.export.model_file import build_net
 from dnas.latency.measured_parts import parts_of
 from dnas.latency.profile import check_figures, fit_scale, point_of, profile, spread_archs, time_nets
@@ -30,39 +26,8 @@ from dnas.runtime.progress import console, progress_bar
 from dnas.runtime.run_folder import provenance, write_whole
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
-from dnas.spec.latency_table import DTYPES, RUNTIMES, SCHEMA, SPACE, check_use, read_table, table_of, table_text
+from dnas.spec.latency_table import SCHEMA, SPACE, check_use, read_table, table_of, table_text
 from dnas.spec.space import Arch
-
-
-def parser() -> OneLineParser:
-    """All flags."""
-    p = OneLineParser(description=__doc__)
-    p.add_argument("--out", help="the table; what was measured is kept beside it until it is whole, and not done again")
-    p.add_argument("--check", metavar="TABLE", help="instead: predict and measure random nets, and note it in TABLE")
-    p.add_argument("--list", nargs="+", metavar="TABLE", help="instead: what tables are of, and what their checks said")
-    add_space_flags(p)
-    p.add_argument("--img-size", type=int, default=224, help="image side in pixels (default 224)")
-    p.add_argument("--in-chans", type=int, default=3, help="image channels (default 3)")
-    p.add_argument("--num-classes", type=int, default=1000, help="of the classifier (default 1000)")
-    group = p.add_argument_group("how the networks will run")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    group.add_argument("--runtime", choices=RUNTIMES, help="default: cudagraph on a GPU, eager on a CPU")
-    group.add_argument("--amp", action="store_true", help="weights and maps of --amp-dtype, not of float32")
-    group.add_argument("--amp-dtype", choices=DTYPES[1:], default="float16")
-    group.add_argument("--batch-size", "-b", type=int, default=1, help="images of a run (default 1)")
-    group.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    group.add_argument("--channels-last", action="store_true")
-    group = p.add_argument_group("how it is measured")
-    group.add_argument(
-        "--rounds", type=int, default=25, help="blocks of runs of each unit; the median counts (default 25)"
-    )
-    group.add_argument("--block-ms", type=float, default=10.0, help="length of a block (default 10)")
-    group.add_argument("--tolerance", type=float, default=0.05, help="of interpolation between widths (default 0.05)")
-    group.add_argument(
-        "--scale-nets", type=int, default=20, help="whole nets that the sum of parts is scaled by (default 20)"
-    )
-    group.add_argument("--check-nets", type=int, default=50, help="random nets of a check (default 50)")
-    return p
 
 
 def supernet_of(args) -> Supernet:
@@ -221,9 +186,8 @@ def list_tables(paths: Sequence[str]) -> None:
         print(f"| {' | '.join(cells + ['-'] * (len(told) - len(cells)))} |")
 
 
-def main() -> None:
+def main(args: argparse.Namespace, argv: list[str]) -> None:
     """A new table, the check of one, or what there is."""
-    args = parser().parse_args()
     if sum(map(bool, (args.out, args.check, args.list))) != 1:
         raise UserError("one of --out FILE (a new table), --check TABLE and --list TABLE ... must be given")
     if rank() and not args.out:
@@ -246,6 +210,7 @@ def main() -> None:
         raise UserError(f"--device cpu with {world_size()} processes: one on each machine is allowed, no neighbours")
     runtime = args.runtime or ("cudagraph" if device.type == "cuda" else "eager")
     dtype = args.amp_dtype if args.amp else "float32"
-    target = check_target(Target(device, runtime, dtype, args.batch_size, args.threads, args.channels_last))
+    threads = torch.get_num_threads() if args.threads is None else args.threads
+    target = check_target(Target(device, runtime, dtype, args.batch_size, threads, args.channels_last))
     torch.set_num_threads(target.threads)
     new_table(args, target)

@@ -1,36 +1,21 @@
-"""Train a found net from scratch, by any recipe: a run folder in, a new run folder with weights and metrics out.
-
-python tools/retrain.py runs/my-run --epochs 100 --output runs/my-run-retrained
-python tools/retrain.py --resume runs/my-run-retrained
-"""
+"""``dnas retrain``: train a found net from scratch, by any recipe."""
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from timm.utils import random_seed
 
-from dnas.cli.flags import (
-    OneLineParser,
-    add_data_flags,
-    add_recipe_flags,
-    add_resume_flags,
-    data_of,
-    device_of,
-    flags_of,
-    new_folder,
-    recipe_of,
-)
+from dnas.cli.inputs import data_of, device_of, new_folder, recipe_of
 from dnas.export.model_file import build_net, check_name, read_arch, save_weights, verify_export, write_export
 from dnas.report.metrics import read_run
 from dnas.runtime.checkpoint import WORTH_KEEPING
 from dnas.runtime.progress import console
-from dnas.runtime.run_folder import MAX_BYTES, provenance, run_folder, write_json
+from dnas.runtime.run_folder import provenance, run_folder, write_json
 from dnas.runtime.signals import stop
 from dnas.spec.budget import show
-from dnas.spec.checks import UserError, read_json
+from dnas.spec.checks import MAX_BYTES, UserError, read_json
 from dnas.training.from_scratch import train_from_scratch
 from dnas.workflow import in_steps
 
@@ -59,22 +44,8 @@ def before(source: Path, args: argparse.Namespace) -> str:
     return f" ({run.metrics['found']['top1']:.2f} % in {source})" if same else ""
 
 
-def parser(argv: Sequence[str] = ()) -> OneLineParser:
-    """All flags."""
-    p = OneLineParser(description=__doc__)
-    p.add_argument("run", nargs="?", help="run folder with an arch.json, or the arch.json itself")
-    p.add_argument("--output", help="new run folder")
-    p.add_argument("--name", help="name of the exported model (default: the one it has)")
-    add_resume_flags(p, p)
-    add_data_flags(p)
-    p.set_defaults(in_chans=None)
-    add_recipe_flags(p)
-    return p
-
-
-def main() -> None:
+def main(args: argparse.Namespace, argv: list[str]) -> None:
     """Read arch.json, train, write everything beside the new weights."""
-    args, argv = flags_of(parser)
     if not (args.run and args.output):
         raise UserError("a run folder and --output are expected, or --resume")
     recipe, device = recipe_of(args), device_of(args)

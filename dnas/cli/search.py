@@ -1,14 +1,10 @@
-"""From a budget to a trained timm model: search, choose, export, train from scratch, compare with uniform and balanced.
-
-dnas search --budget 300MFLOPs
-"""
+"""``dnas search``: from a budget to a trained timm model."""
 
 import argparse
 import copy
 import importlib.util
 import re
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import cache
 from itertools import count
@@ -17,21 +13,7 @@ from pathlib import Path
 import torch
 from timm.utils import random_seed
 
-from dnas.cli.flags import (
-    ModelKwargs,
-    OneLineParser,
-    add_data_flags,
-    add_recipe_flags,
-    add_resume_flags,
-    add_space_flags,
-    data_of,
-    device_of,
-    flags_of,
-    new_folder,
-    open_table,
-    outline_of,
-    recipe_of,
-)
+from dnas.cli.inputs import data_of, device_of, new_folder, open_table, outline_of, recipe_of
 from dnas.export.model_file import build_net, check_name
 from dnas.latency.measured_parts import parts_of
 from dnas.methods.catalog import METHODS
@@ -46,67 +28,15 @@ from dnas.report.pages import write_report
 from dnas.runtime.checkpoint import WORTH_KEEPING
 from dnas.runtime.distributed import check_shares, rank, split, world_size
 from dnas.runtime.progress import console
-from dnas.runtime.run_folder import MAX_BYTES, provenance, run_folder, write_json
+from dnas.runtime.run_folder import provenance, run_folder, write_json
 from dnas.runtime.signals import stop
 from dnas.spec.budget import Budget, parse_budget, show
-from dnas.spec.checks import UserError, read_json
+from dnas.spec.checks import MAX_BYTES, UserError, read_json
 from dnas.spec.cost import CostTable, resolve_budgets
 from dnas.spec.latency_table import LatencyTable
 from dnas.training.data import Data
 from dnas.training.from_scratch import time_step
 from dnas.workflow import Begun, BudgetRun, Plan, dry_run, find, print_table, run_search
-
-
-def parser(argv: Sequence[str] = ()) -> OneLineParser:
-    """All flags; those of a method are the fields of its config, so that the words of a command line say which."""
-    p = OneLineParser(description=__doc__)
-    goal = p.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--budget", help="300MFLOPs (= MMACs), 5MParams, 50%%; several joined by commas hold at once")
-    goal.add_argument("--sweep", help="instead: a net for each, as 100MFLOPs,200MFLOPs, after one common warm-up")
-    add_resume_flags(p, goal)
-    p.add_argument("--method", choices=list(METHODS), default="gates", help="how it is chosen (default gates)")
-    add_space_flags(p)
-    p.add_argument("--latency-table", help="for a budget in ms: what tools/profile_latency.py wrote")
-    p.add_argument(
-        "--latency-for",
-        nargs="*",
-        default={},
-        action=ModelKwargs,
-        help="what it must be of: batch=32 dtype=float16 ...",
-    )
-    p.add_argument("--latency-anyway", action="store_true", help="use it, even if it is of another device or batch")
-    p.add_argument("--pretrained", action="store_true", help="with --model: the search starts from timm's weights")
-    p.add_argument("--initial-checkpoint", help="with --model: the search starts from the weights in this file")
-    p.add_argument("--search-epochs", type=int, default=20, help="epochs of the search (default 20)")
-    p.add_argument("--num-random", type=int, default=0, help="also train this many random nets at the same cost")
-    p.add_argument(
-        "--output",
-        help="run folder (default runs/<supernet or model>-<budget>-<seed>); of a sweep, with one in it a budget",
-    )
-    p.add_argument("--name", help="name of the exported model (default: dnas_ and the run folder's name)")
-    p.add_argument("--log", choices=["tensorboard"], help="also write the search's history to RUN/tensorboard")
-    p.add_argument("--dry-run", action="store_true", help="do everything but train: export and check the uniform net")
-    add_data_flags(p)
-    add_recipe_flags(p)
-    name = method_in(argv)
-    config = METHODS[name].config
-    group = p.add_argument_group(f"of --method {name} (times are shares of the whole search)" if fields(config) else "")
-    for field in fields(config):
-        default = getattr(config(), field.name)
-        how: dict = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
-        text = f"{field.metadata['help']} (default {default})"
-        group.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=text, **how)
-    return p
-
-
-def method_in(argv: Sequence[str]) -> str:
-    """The method that a command line names; the default one where it names none, or one that does not exist."""
-    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    p.add_argument("--method", choices=list(METHODS), default="gates")
-    try:
-        return str(p.parse_known_args(list(argv))[0].method)
-    except argparse.ArgumentError:  # the whole parser will say what is wrong
-        return "gates"
 
 
 def plan_supernet(args, data: Data, budgets: tuple[Budget, ...]) -> Supernet:
@@ -153,7 +83,7 @@ def make_goals(plan: Plan, asked: list[tuple[Budget, ...]], folder: Path, name: 
             budgets = resolve_budgets(plan.tables, given)
         except UserError as error:
             flags = "--divisor" if plan.args.model else "--width-mult and --divisor"
-            raise UserError(f"{error} ({flags} for another one)") from None
+            raise UserError(f"{error.with_flags} ({flags} for another one)") from None
         rules = {rule: choose(plan.net.space, plan.tables, budgets) for rule, choose in RULES.items()}
         text = "" if len(asked) == 1 else str(given[0]).replace("%", "pc")
         own = f"{name}_{re.sub('[^a-z0-9]', '_', text.lower())}" if text else name
@@ -191,9 +121,8 @@ def estimate(plan: Plan, goals: list[BudgetRun], plain_ms: float) -> float:
     return work * plain_ms / 6e4
 
 
-def main() -> None:
+def main(args: argparse.Namespace, argv: list[str]) -> None:
     """The whole flow, on one screen."""
-    args, argv = flags_of(parser)
     texts = args.sweep.split(",") if args.sweep else [args.budget]
     asked = [parse_budget(text) for text in texts]
     if len({budgets[0].metric + "%" * budgets[0].percent for budgets in asked}) > 1 or len({*asked}) < len(asked):

@@ -21,10 +21,11 @@ from torch.overrides import TorchFunctionMode
 from dnas.export import native
 from dnas.nets.channels import Group, Op
 from dnas.nets.cut_tensors import remove_channels
-from dnas.nets.layer_supernet import EfficientNetSpace, layers_of, space_of, squeeze_width
+from dnas.nets.layer_supernet import space_of, squeeze_width
 from dnas.nets.supernet import Supernet
 from dnas.nets.timm_supernet import TimmSupernet
 from dnas.spec.checks import UserError
+from dnas.spec.layer_space import EfficientNetSpace, layers_of
 from dnas.spec.space import Option, Site, Space
 
 Widths = Mapping[str, int]

@@ -5,25 +5,21 @@ ends as one `Arch` inside the budget; export, training and comparison are the sa
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from dnas.methods.settings import NoConfig
 from dnas.nets.supernet import Supernet
 from dnas.spec.budget import Budget
 from dnas.spec.cost import CostTable
+from dnas.spec.recipe import Recipe
 from dnas.spec.space import Arch
 from dnas.training.data import Batches, Data
 from dnas.training.loop import Learner
-from dnas.training.recipe import Recipe
 
 HeldOut = Iterator[tuple[Tensor, Tensor]]  # batches of training images that the weights do not learn from
-
-
-@dataclass(frozen=True)
-class NoConfig:
-    """The config of a method without settings."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +101,3 @@ class Method:
     distributions: Callable[[Search], Mapping[str, Tensor]] = nothing
     state_dict: Callable[[Search], dict[str, Any]] = nothing
     load_state_dict: Callable[[Search, Mapping[str, Any]], Any] = nothing
-
-
-def setting(default: Any, text: str) -> Any:
-    """A field of a method's config, with the text that ``--help`` shows."""
-    return field(default=default, metadata={"help": text})

@@ -16,13 +16,13 @@ from dnas.export.arch_schema import BUDGET
 from dnas.latency.measured_parts import parts_of
 from dnas.methods.rules import RULES
 from dnas.nets.supernet import Supernet
-from dnas.runtime.run_folder import MAX_BYTES, peak_memory_mb
+from dnas.runtime.run_folder import peak_memory_mb
 from dnas.spec.budget import show
-from dnas.spec.checks import UserError, check, read_json
+from dnas.spec.checks import MAX_BYTES, UserError, check, read_json
 from dnas.spec.cost import CostTable
 from dnas.spec.latency_table import LatencyTable
+from dnas.spec.recipe import Recipe
 from dnas.spec.space import Arch, Site, Space
-from dnas.training.recipe import Recipe
 
 METRICS = ("macs", "params", "ms")
 

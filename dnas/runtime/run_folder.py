@@ -24,8 +24,6 @@ from dnas.spec.checks import UserError
 if sys.platform != "win32":
     import fcntl
 
-MAX_BYTES = 10_000_000  # of a config.json, which has the names of all classes, or a metrics.json
-
 
 def check_new_folder(path: str | Path) -> Path:
     """``path``, which must not exist yet (or be empty) and must be writable. Creates nothing. Raises UserError."""

@@ -2,12 +2,30 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
+MAX_BYTES = 10_000_000  # of a config.json, which has the names of all classes, or a metrics.json
+
+
+_FLAG = re.compile(r"(?<![\w'\"-])--([a-z][a-z0-9-]*)")
+
 
 class UserError(ValueError):
-    """The user's mistake, told in one line that quotes what was given and what is allowed; the tools exit with 2."""
+    """The user's mistake, told in one line that quotes what was given and what is allowed; the command exits with 2.
+
+    The text that it is made of names flags (``--batch-size``), which is what the command line prints. `str` names the
+    arguments of a Python function (``batch_size``).
+    """
+
+    def __str__(self) -> str:
+        return _FLAG.sub(lambda found: found[1].replace("-", "_"), self.with_flags)
+
+    @property
+    def with_flags(self) -> str:
+        """The text for the command line."""
+        return str(self.args[0]) if self.args else ""
 
 
 def fail(where: str, value: object, allowed: str) -> NoReturn:

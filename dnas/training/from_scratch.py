@@ -14,10 +14,11 @@ from torch import nn
 
 from dnas.runtime.checkpoint import checkpoint_errors, load_module, module_data
 from dnas.runtime.distributed import from_first, rank
+from dnas.spec.recipe import Recipe
 from dnas.training.data import Data
 from dnas.training.loop import cycle, evaluate, learner_data, load_learner, make_learner, train
 from dnas.training.onednn_workaround import subsampled
-from dnas.training.recipe import Recipe, autocast, make_optimizer
+from dnas.training.optimizer import autocast, make_optimizer
 
 
 def train_from_scratch(

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from dnas.runtime.checkpoint import load_optimizer, optimizer_data
 from dnas.runtime.distributed import average_gradients, mean, shared_statistics, to_host
 from dnas.spec.checks import UserError
+from dnas.spec.recipe import Recipe
 from dnas.training.data import Batches
 from dnas.training.onednn_workaround import subsampled
-from dnas.training.recipe import AMP_DTYPES, Recipe, autocast, make_optimizer, make_scheduler
+from dnas.training.optimizer import amp_dtype, autocast, make_optimizer, make_scheduler
 
 
 @dataclass
@@ -37,8 +38,8 @@ class Learner:
 
 def make_scaler(device: torch.device, recipe: Recipe) -> torch.amp.GradScaler:
     """Keeps small gradients of float16 from vanishing; disabled for any other precision."""
-    dtype = AMP_DTYPES[recipe.amp_dtype] or torch.get_autocast_dtype(device.type)
-    return torch.amp.GradScaler(device.type, enabled=recipe.amp and dtype == torch.float16)
+    is_half = amp_dtype(device, recipe) == torch.float16
+    return torch.amp.GradScaler(device.type, enabled=recipe.amp and is_half)
 
 
 def make_learner(

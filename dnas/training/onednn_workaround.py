@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dnas.training.recipe import Recipe
+from dnas.spec.recipe import Recipe
 
 
 class _Subsampled(TorchFunctionMode):

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dnas.runtime.checkpoint import FORMAT, LAST, write_checkpoint
-from dnas.runtime.run_folder import MAX_BYTES
 from dnas.runtime.signals import stop
+from dnas.spec.checks import MAX_BYTES
 
 TOY = [
     "--supernet",

@@ -7,17 +7,15 @@ together and prints how many it tried.
 import copy
 import json
 import os
-import sys
 import time
 
 import pytest
-from commands import search_tool
 from documents import document
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from tables import HEADER, row
 
-from dnas.cli import flags
+from dnas.cli import parsers
 from dnas.export.model_file import build_net, count_macs, read_arch
 from dnas.spec.checks import UserError
 from dnas.spec.latency_table import read_table
@@ -83,9 +81,8 @@ def load_table(path):
 
 
 def load_config(path):
-    sys.argv = ["search.py", "--resume", str(path.parent)]
     try:
-        args, _ = flags.flags_of(search_tool.parser)
+        args, _ = parsers.read("search", ["--resume", str(path.parent)])
     except SystemExit as stop:  # argparse has said what is wrong
         raise UserError(f"exit {stop.code}") from None
     assert args.output == str(path.parent)
@@ -122,8 +119,7 @@ def fuzz(name, folder, number, examples):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_few_hundred_files(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", sys.argv)
+def test_a_few_hundred_files(name, tmp_path, capsys):
     KINDS[name][1](_written(tmp_path / name, KINDS[name][0]))  # undamaged, it is taken
     tried, taken = fuzz(name, tmp_path, 0, 200)
     assert tried >= 200 and 0 < taken < tried
@@ -151,8 +147,7 @@ def test_a_long_key_is_not_quoted_whole(name, tmp_path):
 
 
 @pytest.mark.faults
-def test_for_minutes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", sys.argv)
+def test_for_minutes(tmp_path, capsys):
     seconds, started, number = float(os.environ.get("DNAS_FUZZ_SECONDS", "330")), time.monotonic(), 0
     totals = {name: [0, 0] for name in KINDS}
     while time.monotonic() - started < seconds:

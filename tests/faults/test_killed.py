@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import process, retrain_tool, search_tool
 from forks import FORKS
 
+from dnas import cli
 from dnas.runtime.run_folder import run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ RANK = [*SEARCH, "--method", "l1"]
 RETRAIN = ["--epochs", "6", "-b", "64", "--model-ema-decay", "0.9", "--mixup", "0.2", "--drop", "0.1"]
 RETRAIN += ["--checkpoint-every", "0"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-TOOLS = {"search": search_tool, "rank": search_tool, "retrain": retrain_tool}
+COMMAND = {"search": "search", "rank": "search", "retrain": "retrain"}
 
 
 def forked(tool, args, said, killed_at):
@@ -46,7 +46,7 @@ def forked(tool, args, said, killed_at):
 
         setattr(os, name, call)
     sys.argv = [tool, *args]
-    process.run(TOOLS[tool].main)
+    cli.command(COMMAND[tool])
 
 
 def start(tool, *args, killed_at=""):

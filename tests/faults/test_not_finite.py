@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from dnas.methods.gates import GATES, GatesConfig
+from dnas.methods.gates import GATES
 from dnas.methods.loop import search
 from dnas.methods.method import Task
+from dnas.methods.settings import GatesConfig
 from dnas.nets.layer_supernet import MacroSupernet
 from dnas.spec.budget import Budget
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
+from dnas.spec.recipe import Recipe
 from dnas.training.data import load_data
 from dnas.training.loop import MAX_SKIPPED, make_learner, train
-from dnas.training.recipe import Recipe
 from supernets import SUPERNETS
 
 

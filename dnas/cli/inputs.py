@@ -1,0 +1,114 @@
+"""What flags mean: a search space, a recipe, a device, data, a latency table, a folder."""
+
+import argparse
+import atexit
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dnas.nets.timm_space import TimmBase
+from dnas.runtime.distributed import rank
+from dnas.runtime.run_folder import check_new_folder, provenance
+from dnas.spec.checks import UserError
+from dnas.spec.latency_table import LatencyTable, check_use, read_table
+from dnas.spec.layer_space import EfficientNetSpace
+from dnas.spec.recipe import Recipe
+from dnas.training.data import Data, load_data
+from dnas.training.optimizer import make_optimizer
+from supernets import SUPERNETS
+
+
+def outline_of(args: argparse.Namespace, fixed: dict[str, int]) -> TimmBase | Callable[..., EfficientNetSpace]:
+    """What the flags of `add_space_flags` mean: a network of timm's, or what makes a macro of a width multiplier.
+
+    ``fixed`` are ``num_classes``, ``in_chans`` and ``img_size``. Raises UserError for flags that do not fit.
+    """
+    if args.divisor is not None:
+        if not 1 <= args.divisor <= 64:
+            raise UserError(f"--divisor {args.divisor} is not between 1 and 64")
+        fixed = {**fixed, "divisor": args.divisor}
+    if args.width_mult is not None and not 0.05 <= args.width_mult <= 32:
+        raise UserError(f"--width-mult {args.width_mult} is not between 0.05 and 32")
+    if not args.model:
+        if args.model_kwargs or args.tie:
+            raise UserError(f"{'--tie' if args.tie else '--model-kwargs'} goes with --model")
+        return partial(SUPERNETS[args.supernet or "prunet"], **fixed)
+    if args.supernet or args.width_mult is not None:
+        raise UserError("--model is the search space: neither --supernet nor --width-mult goes with it")
+    return TimmBase(args.model, **fixed, kwargs=args.model_kwargs, ties=tuple(args.tie or ()))
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The recipe in the flags, checked."""
+    recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
+    make_optimizer([nn.Parameter(torch.zeros(1))], recipe)  # does its name exist?
+    return recipe
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """The device asked for; without one, which is noted in the flags, a GPU if there is one.
+
+    Raises UserError if this machine lacks it.
+    """
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {args.device!r} is not available here: expected cpu, or cuda with a GPU") from None
+    return device
+
+
+def data_of(args: argparse.Namespace, device: torch.device) -> Data:
+    """The data in the flags. Raises UserError for whatever is wrong with them."""
+    data = load_data(
+        args.dataset, args.data_dir, img_size=args.img_size, in_chans=args.in_chans, device=device, workers=args.workers
+    )
+    if args.num_classes not in (None, data.num_classes):
+        raise UserError(f"--num-classes {args.num_classes} does not fit the data, which has {data.num_classes} classes")
+    return data
+
+
+def open_table(args, budgets) -> tuple[LatencyTable | None, torch.device | None]:
+    """The latency table in the flags, if there is one, and the device of this machine that it is for, if it is here.
+
+    Without a space in the flags, the table's becomes theirs. Raises UserError for a table of something else than asked.
+    """
+    if not args.latency_table:
+        for given, is_given in (
+            (f"budget {args.budget!r}", any(b.metric == "ms" for b in budgets)),
+            ("--latency-for", args.latency_for),
+            ("--latency-anyway", args.latency_anyway),
+        ):
+            if is_given:
+                raise UserError(f"{given} needs --latency-table, a file that tools/profile_latency.py writes")
+        return None, None
+    table, device = read_table(args.latency_table), device_of(args)
+    here = {provenance(d)["device"]: d for d in (device, torch.device("cpu"))}
+    name, space = table.header["device"], table.header["space"]
+    elsewhere = {} if name in here else {"device": next(iter(here))}
+    check_use(table, elsewhere | args.latency_for, args.latency_anyway)
+    if not (args.supernet or args.model):
+        if space.get("supernet", "prunet") not in SUPERNETS:
+            raise UserError(
+                f"the latency table is of supernet {space['supernet']!r}, not one of {', '.join(SUPERNETS)}"
+            )
+        for key, value in space.items():
+            if getattr(args, key) in (None, {}):
+                setattr(args, key, value)
+    return table, here.get(name)
+
+
+def new_folder(path: str | Path) -> Path:
+    """The run folder, not there yet. Of several processes the others write, too, but where nobody looks."""
+    if rank() == 0:
+        return check_new_folder(path)
+    aside = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, aside, ignore_errors=True)
+    return Path(aside)

@@ -1,0 +1,56 @@
+"""How weights are trained, as plain data."""
+
+from dataclasses import dataclass
+
+from dnas.spec.checks import UserError
+
+AMP_DTYPES = (
+    "auto",
+    "float16",
+    "bfloat16",
+)  # auto: what torch takes on the device, float16 on a GPU, bfloat16 on a CPU
+SCHEDULES = ("cosine", "tanh", "step", "poly")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How weights are trained: the flags of the command line, with timm's names and meanings.
+
+    ``model_ema_decay`` 0: no EMA. Raises UserError for a number or a name that makes no sense, naming the flag; which
+    names of optimizers there are is timm's matter (`dnas.training.optimizer.make_optimizer`).
+    """
+
+    epochs: int = 10
+    batch_size: int = 64
+    opt: str = "adamw"
+    lr: float = 5e-3
+    weight_decay: float = 0.05
+    sched: str = "cosine"
+    warmup_epochs: int = 2
+    min_lr: float = 1e-5
+    smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    drop: float = 0.0
+    drop_path: float = 0.0
+    model_ema_decay: float = 0.0
+    clip_grad: float = 0.0
+    amp: bool = False
+    amp_dtype: str = "auto"
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("epochs", 1, 100_000), ("batch_size", 2, 65536), ("lr", 1e-9, 1e3), ("weight_decay", 0, 10),
+            ("min_lr", 0, 1e3),
+            ("smoothing", 0, 0.99), ("mixup", 0, 10), ("cutmix", 0, 10), ("drop", 0, 0.99), ("drop_path", 0, 0.99),
+            ("model_ema_decay", 0, 0.999999), ("warmup_epochs", 0, 100_000), ("clip_grad", 0, 1e6),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+        for name, allowed in (("amp_dtype", AMP_DTYPES), ("sched", SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)!r} is not one of {', '.join(allowed)}"
+                )
