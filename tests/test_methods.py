@@ -20,6 +20,7 @@ from dnas.methods.rank_and_cut import dense_arch, first_order, l1_norms, most_sc
 from dnas.methods.rules import balanced_arch, random_arch, uniform_arch
 from dnas.methods.settings import CONFIGS
 from dnas.nets.layer_supernet import MacroSupernet, space_of
+from dnas.nets.shrink import extract
 from dnas.nets.timm_space import TimmBase
 from dnas.nets.timm_supernet import TimmSupernet
 from dnas.runtime.checkpoint import read_checkpoint, write_checkpoint
@@ -172,7 +173,7 @@ def test_a_space_with_one_network_is_refused_by_every_method():
 
 @pytest.mark.parametrize("space", ["resnet", "prunet"])
 def test_planted_dead_channels_are_cut_first(space):
-    """A third of all filters are zero: at the cost of the rest, the rest is what l1 chooses."""
+    """A third of all filters are zero: at the cost of the rest, the rest is what l1 chooses, and keeps the weights of."""
     net, rng = net_of(space), np.random.default_rng(0)
     method, task = METHODS["l1"], task_of(net, "l1", "40%")
     state = begin(method, net, task)
@@ -192,8 +193,13 @@ def test_planted_dead_channels_are_cut_first(space):
         name: len(scores[name]) * width // net.space.by_name[name].options[-1] for name, width in living.items()
     }
     wanted = net.space.complete(dict(dense_arch(net.space)) | living)
-    budgets = (Budget("macs", task.tables["macs"].of(wanted)),)
-    assert method.choose(state, replace(task, budgets=budgets)) == wanted
+    budgets, x = (Budget("macs", task.tables["macs"].of(wanted)),), torch.randn(2, 3, 8, 8)
+    net.eval()  # norms are as they were made: what a filter of zeros writes is zero behind them, too
+    with torch.no_grad():
+        logits = net(x, dense_arch(net.space))
+        assert method.choose(state, replace(task, budgets=budgets)) == wanted
+        left = extract(net, wanted)
+        assert torch.allclose(left(x, wanted), logits, rtol=1e-4, atol=1e-5 * float(logits.abs().max()))
 
 
 @pytest.mark.parametrize("ties", [(), ("layer2.0.conv1,layer3.0.conv1",)])

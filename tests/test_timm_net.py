@@ -86,6 +86,15 @@ def test_masked_cut_and_exported_are_one_network(name):
         assert torch.equal(found(x), cut)
     assert count_macs(found, 3, SIZE) == tables["macs"].of(arch)
     assert count_params(found) == tables["params"].of(arch)
+    axes, draws = net.channel_axes(), torch.Generator().manual_seed(1)
+    orders = {name: torch.randperm(len(own[0].places), generator=draws) for name, own in axes.items()}
+    before = {name: [axis.slices() for axis in own] for name, own in axes.items()}
+    net.reorder(orders)
+    with torch.no_grad():
+        assert (net.model(x) - whole).abs().max() < 1e-5 * whole.abs().max()
+    for name, own in axes.items():  # sorted, as other groups were permuted along the other dimensions
+        for axis, rows in zip(own, before[name], strict=True):
+            assert torch.equal(axis.slices().sort().values, rows[orders[name]].sort().values)
 
 
 class Stubborn(nn.Module):

@@ -66,7 +66,10 @@ def rank_and_cut(score: Callable[[Search, Task], Scores], summary: str, source: 
 
     def choose(search: Search, task: Task) -> Arch:
         with torch.no_grad():
-            like = most_score(search.net.space, score(search, task))
+            scores = score(search, task)
+            like = most_score(search.net.space, scores)
+        # A narrower network keeps the first channels: now they are the best ones.
+        search.net.reorder({name: own.argsort(descending=True, stable=True) for name, own in scores.items()})
         return derive(search.net.space, task.tables, task.budgets, like)
 
     return Method(summary, source, choose, init=cut_to_dense, loss=dense_loss, work=lambda config: (1.0, 0.0))

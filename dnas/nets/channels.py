@@ -30,10 +30,10 @@ class Group:
 
 
 class ChannelAxis(NamedTuple):
-    """Where a tensor of a module holds channels of one width decision.
+    """Where a parameter or buffer of a module holds channels of one width decision.
 
-    ``role`` is "out" where a convolution or linear layer writes them (a depthwise convolution, too), "in" where one
-    reads them, "norm" for everything that holds one number a channel. ``places`` is [units, positions of a unit] along
+    ``role`` is "out" for the weight of a convolution or linear layer that writes them (a depthwise convolution, too),
+    "in" for one that reads them, "norm" for everything that holds one number a channel. ``places`` is [units, positions of a unit] along
     ``dim``.
     """
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from dnas.nets.channels import Axis
 
 # side of a module -> attributes that hold the width, and tensor name -> dimension that is cut
-_SIDES: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
+SIDES: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
     "out": (("out_channels", "out_features"), {"weight": 0, "bias": 0}),
     "in": (("in_channels", "in_features"), {"weight": 1}),
     "depthwise": (("in_channels", "out_channels", "groups"), {"weight": 0, "bias": 0}),
@@ -106,7 +106,7 @@ def resize_module(module: nn.Module, side: str, width: int, optimizers: Iterable
     New channels (a pair of inner widths that slides up) start so that they change nothing yet: an ``in`` side with zero
     weights, the others like their neighbours, a norm as the identity.
     """
-    attributes, tensors = _SIDES[side]
+    attributes, tensors = SIDES[side]
     for name in attributes:
         if hasattr(module, name):
             setattr(module, name, width)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from dnas.nets.bipath_block import GatedBlock, PairGate, Prunode, TimmBlock, channel_factors, parts, scaled_norm, share
 from dnas.nets.channels import ChannelAxis
-from dnas.nets.cut_tensors import resize_module
+from dnas.nets.cut_tensors import SIDES, resize_module
 from dnas.nets.layer_choice import Answers, StochasticLayer
 from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.supernet import Gate, Supernet
@@ -225,20 +225,16 @@ class MacroSupernet(Supernet):
 
     def channel_axes(self) -> dict[str, list[ChannelAxis]]:
         """Width decision -> the tensor axes that hold its channels."""
-        roles: dict[str, tuple[Literal["out", "in", "norm"], tuple[str, ...], int]] = {
-            "out": ("out", ("weight",), 0),
-            "depthwise": ("out", ("weight",), 0),
-            "in": ("in", ("weight",), 1),
-            "norm": ("norm", ("weight", "bias"), 0),
-        }
+        roles: dict[str, Literal["out", "in"]] = {"out": "out", "depthwise": "out", "in": "in"}
         axes: dict[str, list[ChannelAxis]] = {}
         for decision, places in self.slices().items():
             own = axes.setdefault(decision, [])
             for module, side in dict.fromkeys(places):  # candidates of a layer share modules
-                role, names, dim = roles[side]
-                for name in names:
-                    index = np.arange(getattr(module, name).shape[dim])[:, None]
-                    own.append(ChannelAxis(module, name, dim, role, index))
+                for name, dim in SIDES[side][1].items():
+                    if getattr(module, name) is not None:
+                        index = np.arange(getattr(module, name).shape[dim])[:, None]
+                        role = roles.get(side, "norm") if name == "weight" else "norm"
+                        own.append(ChannelAxis(module, name, dim, role, index))
         return axes
 
     def net_of(self, arch: Mapping[str, Option]) -> dict[str, Any]:

@@ -69,6 +69,22 @@ class Supernet(nn.Module):
         """Width decision -> the tensor axes that hold its channels, in every layer that writes or reads them."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def reorder(self, orders: Mapping[str, Tensor]) -> None:
+        """Permute the channels of widths: unit k becomes the one that was ``orders[decision][k]``.
+
+        The networks that have all of these channels compute what they did. One that is narrower keeps the first ones,
+        which are now others: so the weights of the best channels are kept. Only one block of each layer may be left,
+        as blocks share tensors.
+        """
+        for name, axes in self.channel_axes().items():
+            for axis in axes if name in orders else ():
+                tensor: Tensor = getattr(axis.module, axis.name)
+                places = torch.from_numpy(axis.places).to(tensor.device)
+                index = torch.arange(tensor.shape[axis.dim], device=tensor.device)
+                index[places.flatten()] = places[orders[name].to(tensor.device)].flatten()
+                tensor.copy_(tensor.index_select(axis.dim, index))
+
     def tensors(self) -> list[Tensor]:
         """All parameters and buffers."""
         return [*self.parameters(), *self.buffers()]

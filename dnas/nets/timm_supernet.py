@@ -206,7 +206,7 @@ class TimmSupernet(Supernet):
             for (full, dim), index in group.places.items():
                 path, _, name = full.rpartition(".")
                 module = self.model.get_submodule(path)
-                if isinstance(getattr(module, name), nn.Parameter):  # modules keep numbers of channels, too
+                if isinstance(getattr(module, name), Tensor):  # modules keep numbers of channels, too
                     role = "out" if (full, dim) in writes else "in" if (full, dim) in reads else "norm"
                     own.append(ChannelAxis(module, name, dim, role, index))
         return axes
