@@ -16,17 +16,27 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
+import safetensors.torch
 import torch
 from rich.table import Table
 from timm.utils import random_seed
 from torch import nn
 
-from dnas.export.model_file import arch_document, build_net, count_macs, save_weights, verify_export, write_export
+from dnas.export.model_file import (
+    arch_document,
+    build_net,
+    count_macs,
+    save_weights,
+    verify_export,
+    write_export,
+    write_state,
+)
 from dnas.latency.profile import calibrated, time_nets
 from dnas.latency.timing import CpuSpeedReference, target_of
 from dnas.methods.loop import load_search, run, search_data, steps_of
 from dnas.methods.method import Method, Search, Task
 from dnas.methods.rules import RULES, random_arch
+from dnas.nets.shrink import has_weights_of, plain_state
 from dnas.nets.supernet import Supernet
 from dnas.report.diagnosis import no_better_than_a_guess, over_budget, signs_of_collapse
 from dnas.report.metrics import decision_rows, effort, facts, layer_rows, search_figures
@@ -114,18 +124,29 @@ def in_steps(train: Callable[..., Trained], journal: Journal, text: str, steps: 
         return train(on_step=on_step, saved=saved)
 
 
+def weights_file(folder: Path, what: str) -> Path:
+    """Where the weights are that the search has for one of the networks that it ended with."""
+    return folder / ("search.safetensors" if what == "found" else f"search-{what.replace(' ', '-')}.safetensors")
+
+
 def train_arch(plan: Plan, arch: Arch, costs: Mapping[str, Any], journal: Journal, what: str) -> tuple[nn.Module, dict]:
-    """Train one architecture from scratch, the stage ``what``. Returns (model, its row of metrics.json)."""
+    """Train one architecture, the stage ``what``. Returns (model, its row of metrics.json).
+
+    It starts from scratch, or from the weights of the search if these are to be kept (``inherited`` in the row).
+    """
     data, recipe, seed = plan.data, plan.recipe, plan.args.seed
     random_seed(seed)
     rates = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
     model = build_net(plan.net.net_of(arch), num_classes=data.num_classes, in_chans=data.in_chans, **rates).to(
         plan.device
     )
+    weights = weights_file(journal.folder, what)
+    if inherited := plan.args.keep_weights and weights.is_file():
+        model.load_state_dict(safetensors.torch.load_file(weights))
     steps = recipe.epochs * len(data.train_batches(recipe.batch_size, seed=seed))
     train = partial(train_from_scratch, model, data, recipe, seed=seed)
     model, row = in_steps(train, journal, what, steps)
-    return model, {**costs, **row}
+    return model, {**costs, **row} | ({"inherited": True} if inherited else {})
 
 
 def run_search(
@@ -266,18 +287,23 @@ def search_stage(
         again = partial(RULES[rule], net.space, budgets=goal.budgets)
         nets[rule] = (arch, plan.tables) if tables is plan.tables else in_time(plan, goal, again)
     signs = warnings_of(plan, goal, figures, search, found, nets["uniform"][0])
-    for line in signs:
-        console.print(f"warning: {line}", soft_wrap=True)
     document = export_arch(goal.folder, goal.name, net, found, data, tables, goal.budgets, plan.info)
     for k in range(plan.args.num_random):
         arch = random_arch(net.space, tables, goal.budgets, seed=1000 * plan.args.seed + k)
         nets[f"random {k}"] = arch, tables
     rows_of = {}
     for name, (arch, own) in nets.items():
+        if has_weights_of(net, arch):
+            if rank() == 0 and (name == "found" or plan.args.keep_weights):
+                write_state(plain_state(net, arch), weights_file(goal.folder, name))
+        elif plan.args.keep_weights:
+            signs.append(f"the search has cut off a part of the {name} net, which is trained from scratch")
         costs = {metric: table.of(arch) for metric, table in own.items()}
         if "ms" in costs:  # by a table that may have been scaled to what such nets measured; and before that
             costs["predicted_ms"] = plan.tables["ms"].of(arch)
         rows_of[name] = {"arch": dict(arch), "costs": costs}
+    for line in signs:
+        console.print(f"warning: {line}", soft_wrap=True)
     widest = plan.tables["macs"].extremes()[1]
     archs = {name: nets[name][0] for name in ("found", *goal.rules)}
     return {

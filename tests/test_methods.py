@@ -173,7 +173,7 @@ def test_a_space_with_one_network_is_refused_by_every_method():
 
 @pytest.mark.parametrize("space", ["resnet", "prunet"])
 def test_planted_dead_channels_are_cut_first(space):
-    """A third of all filters are zero: at the cost of the rest, the rest is what l1 chooses, and keeps the weights of."""
+    """A third of all filters are zero: at the cost of the rest, l1 chooses the rest, and keeps its weights."""
     net, rng = net_of(space), np.random.default_rng(0)
     method, task = METHODS["l1"], task_of(net, "l1", "40%")
     state = begin(method, net, task)

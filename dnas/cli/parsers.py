@@ -40,6 +40,11 @@ def search(argv: Sequence[str] = ()) -> OneLineParser:
     p.add_argument("--latency-anyway", action="store_true", help="use it, even if it is of another device or batch")
     p.add_argument("--pretrained", action="store_true", help="with --model: the search starts from timm's weights")
     p.add_argument("--initial-checkpoint", help="with --model: the search starts from the weights in this file")
+    p.add_argument(
+        "--keep-weights",
+        action="store_true",
+        help="the networks are fine-tuned from the weights that the search has for them, not trained from scratch",
+    )
     p.add_argument("--search-epochs", type=int, default=20, help="epochs of the search (default 20)")
     p.add_argument("--num-random", type=int, default=0, help="also train this many random nets at the same cost")
     p.add_argument(

@@ -71,7 +71,7 @@ def make_plan(
     if latency:
         tables["ms"] = CostTable.measured(net.space, [part.site for part in parts_of(net)], latency)
     search_recipe = replace(recipe, epochs=args.search_epochs, mixup=0.0, cutmix=0.0, drop=0.0, drop_path=0.0)
-    task = Task(tables, (), data, search_recipe, config, args.seed)
+    task = Task(tables, (), data, search_recipe, config, args.seed, args.keep_weights)
     return Plan(args, net, tables, data, recipe, method, task, device, provenance(device), latency, latency_device)
 
 

@@ -278,9 +278,14 @@ def read_arch(path: str | Path) -> dict[str, Any]:
 
 def save_weights(model: nn.Module, folder: str | Path) -> None:
     """Write the model's state to ``model.safetensors`` in ``folder``, whole or not at all."""
-    state = clean_state_dict(model.state_dict())  # without the prefixes of DDP and torch.compile
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    write_whole(Path(folder) / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+    # without the prefixes of DDP and torch.compile
+    write_state(clean_state_dict(model.state_dict()), Path(folder) / "model.safetensors")
+
+
+def write_state(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write the state of a plain network to a .safetensors file, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    write_whole(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
 def _dump(value: Any) -> str:

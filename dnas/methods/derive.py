@@ -293,7 +293,7 @@ def near(d: Decision, width: float) -> np.ndarray:
     return -(np.log(np.array(d.options, dtype=float) / width) ** 2)
 
 
-def gate_likelihood(net: Supernet, temperature: float = 1.0) -> dict[str, np.ndarray]:
+def gate_likelihood(net: Supernet, temperature: float = 1.0, only_live: bool = False) -> dict[str, np.ndarray]:
     """Log-probabilities of the gates of blocks and layers; how near widths are to the expected ones, and how wide.
 
     With u the log of a width over the expected one, its likelihood is ``u - u^2``: of networks as near to what the
@@ -303,7 +303,8 @@ def gate_likelihood(net: Supernet, temperature: float = 1.0) -> dict[str, np.nda
     Expected sampling (DMCP, Guo et al., CVPR 2020), here inside the band. The likeliest width of a chain whose links
     are alike is its first or its last one, wherever the expectation, which the budget was met by, lies. A width that
     was cut off can be chosen, as the network that is found starts anew: on a coarse grid the widths that are left may
-    meet the band only far from what the gates expect. A block or layer that was removed is a last resort, -1000.
+    meet the band only far from what the gates expect. A block or layer that was removed is a last resort, -1000, and so
+    is a width if ``only_live``.
     """
     like = {d.name: np.zeros(len(d.options)) for d in net.space.decisions}
     live = net.live_options()
@@ -314,6 +315,7 @@ def gate_likelihood(net: Supernet, temperature: float = 1.0) -> dict[str, np.nda
             like[name] = u - u**2
         else:
             like[name] = np.log(np.maximum(p, 1e-30))
+        if only_live or not d.is_width:
             like[name][np.setdiff1d(np.arange(len(p)), live[name])] = -1000
     return like
 

@@ -28,7 +28,8 @@ class Task:
 
     ``tables`` has the cost table of every metric that a budget is in; ``budgets`` are absolute, and empty in ``init``
     and in the part of a search that several budgets share: nothing may depend on them there. ``recipe`` says how the
-    weights of the supernet are trained, ``config`` is the method's own.
+    weights of the supernet are trained, ``config`` is the method's own. ``keep_weights``: the network will start from
+    the weights of the supernet, so that nothing should be chosen that has been cut off.
     """
 
     tables: Mapping[str, CostTable]
@@ -37,6 +38,7 @@ class Task:
     recipe: Recipe
     config: Any
     seed: int = 0
+    keep_weights: bool = False
 
     @property
     def limits(self) -> dict[str, float]:

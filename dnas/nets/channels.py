@@ -33,8 +33,8 @@ class ChannelAxis(NamedTuple):
     """Where a parameter or buffer of a module holds channels of one width decision.
 
     ``role`` is "out" for the weight of a convolution or linear layer that writes them (a depthwise convolution, too),
-    "in" for one that reads them, "norm" for everything that holds one number a channel. ``places`` is [units, positions of a unit] along
-    ``dim``.
+    "in" for one that reads them, "norm" for everything that holds one number a channel. ``places`` is [units, positions
+    of a unit] along ``dim``.
     """
 
     module: nn.Module

@@ -99,3 +99,9 @@ def extract(net: Supernet, arch: Mapping[str, Option]) -> Supernet:
 def plain_state(net: Supernet, arch: Arch) -> dict[str, Tensor]:
     """The weights of one architecture, from a supernet, under the names of the plain network."""
     return extract(net, arch).plain_state()
+
+
+def has_weights_of(net: Supernet, arch: Arch) -> bool:
+    """Whether nothing of this architecture has been cut off the supernet."""
+    live, by_name = net.live_options(), net.space.by_name
+    return all(by_name[name].index(option) in live[name] for name, option in arch.items())
