@@ -7,10 +7,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import NoReturn
 
 from dnas.spec.checks import MAX_BYTES, UserError, read_json
 from dnas.spec.recipe import AMP_DTYPES, Recipe
 from supernets import SUPERNETS
+
+HINT = "(--help lists what is allowed)"
 
 
 class ModelKwargs(argparse.Action):
@@ -162,6 +165,6 @@ class OneLineParser(argparse.ArgumentParser):
                 self.error(f"unknown argument {name!r}" + (f": did you mean {near[0]}?" if near else ""))
         return super().parse_args(joined)
 
-    def error(self, message: str) -> None:  # type: ignore[override]
-        print(f"error: {message} (--help lists what is allowed)", file=sys.stderr)
-        sys.exit(2)
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{message} {HINT}")

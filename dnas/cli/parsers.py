@@ -179,7 +179,7 @@ PARSERS: dict[str, Callable[[Sequence[str]], OneLineParser]] = {
 def read(name: str, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags of a command, and the words that they are in: those of the run that ``--resume`` names.
 
-    A wrong flag ends the process (exit code 2). Raises UserError for a run that cannot be resumed.
+    Raises UserError for a wrong flag, and for a run that cannot be resumed.
     """
     args = PARSERS[name](argv).parse_args(argv)
     return (args, argv) if getattr(args, "resume", None) is None else resumed(PARSERS[name], args.resume, argv)

@@ -42,7 +42,7 @@ def what_failed(error: Exception) -> str:
     return ""
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], object]) -> None:
     """Call ``main``. A user's mistake is one line on stderr and exit code 2, and so is a machine that fails, with 1.
 
     SIGTERM ends with 143, Ctrl-C with 130 and a terminal that hangs up with 129.

@@ -53,9 +53,17 @@ def plan_supernet(args, data: Data, budgets: tuple[Budget, ...]) -> Supernet:
 
 
 def make_plan(
-    args, asked: list[tuple[Budget, ...]], latency: LatencyTable | None, latency_device: torch.device | None
+    args,
+    asked: list[tuple[Budget, ...]],
+    latency: LatencyTable | None,
+    latency_device: torch.device | None,
+    data: Data | None = None,
+    net: Supernet | None = None,
 ) -> Plan:
-    """Everything that is known before a file is written. Raises UserError for whatever is wrong with the flags."""
+    """Everything that is known before a file is written. Raises UserError for whatever is wrong with the flags.
+
+    ``data`` and ``net`` take the place of what the flags say, where a program has them already.
+    """
     recipe, device = recipe_of(args), device_of(args)
     method = METHODS[args.method]
     config = method.config(**{field.name: getattr(args, field.name) for field in fields(method.config)})
@@ -64,9 +72,12 @@ def make_plan(
     if args.search_epochs < 1 or args.num_random < 0:
         given = f"--search-epochs {args.search_epochs} --num-random {args.num_random}"
         raise UserError(f"{given}: at least 1 epoch and no negative number is allowed")
-    data = data_of(args, device)
+    data = data or data_of(args, device)
     random_seed(args.seed)
-    net = plan_supernet(args, data, max(asked, key=lambda budgets: budgets[0].limit))
+    net = net or plan_supernet(args, data, max(asked, key=lambda budgets: budgets[0].limit))
+    for key in ("num_classes", "in_chans", "img_size"):
+        if getattr(net.outline, key) != getattr(data, key):
+            raise UserError(f"{net.name} is for {key} {getattr(net.outline, key)}, the data has {getattr(data, key)}")
     tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
     if latency:
         tables["ms"] = CostTable.measured(net.space, [part.site for part in parts_of(net)], latency)
@@ -121,24 +132,34 @@ def estimate(plan: Plan, goals: list[BudgetRun], plain_ms: float) -> float:
     return work * plain_ms / 6e4
 
 
-def main(args: argparse.Namespace, argv: list[str]) -> None:
-    """The whole flow, on one screen."""
+def default_output(args: argparse.Namespace, numbered: bool) -> str:
+    """The run folder where none is named; if ``numbered``, with a number where there is one already."""
+    budgets = (args.sweep or args.budget).replace("%", "pc").replace(",", "-")
+    output = f"runs/{args.model or args.supernet or 'prunet'}-{budgets}-{args.seed}"
+    output += "-dry" * args.dry_run  # the search that comes after needs a folder of its own
+    free = (path for k in count(1) if not Path(path := output + f"-{k}" * (k > 1)).exists())
+    return next(free) if numbered else output
+
+
+def main(
+    args: argparse.Namespace, argv: list[str], data: Data | None = None, net: Supernet | None = None
+) -> list[Path]:
+    """The whole flow, on one screen. Returns the run folders.
+
+    ``data`` and ``net`` take the place of what the flags say, where a program has them already.
+    """
     texts = args.sweep.split(",") if args.sweep else [args.budget]
     asked = [parse_budget(text) for text in texts]
     if len({budgets[0].metric + "%" * budgets[0].percent for budgets in asked}) > 1 or len({*asked}) < len(asked):
         raise UserError(f"--sweep {args.sweep!r}: budgets of one kind are expected, each once")
     latency = open_table(args, [b for budgets in asked for b in budgets])  # which may say what the space is
-    default = "-".join(texts).replace("%", "pc").replace(",", "-")
-    default += f"-{args.seed}" + "-dry" * args.dry_run  # the search that comes after needs a folder of its own
-    output = args.output or f"runs/{args.model or args.supernet or 'prunet'}-{default}"
-    if args.dry_run and not args.output:  # a question that is asked again
-        output = next(path for k in count(1) if not Path(path := output + f"-{k}" * (k > 1)).exists())
+    output = args.output or default_output(args, numbered=args.dry_run)  # a question that is asked again
     name = args.name or "dnas_" + re.sub("[^a-z0-9]", "_", Path(output).name.lower())[:58]
     parts = min(world_size(), len(asked))
     check_shares(args.batch_size, parts)
     if not args.resume:
         new_folder(output)
-    plan = make_plan(args, asked, *latency)
+    plan = make_plan(args, asked, *latency, data, net)
     goals = make_goals(plan, asked, Path(output), name)
     introduce(plan)
     config = {"argv": argv, "args": vars(args), "space": asdict(plan.net.outline), "provenance": plan.info}
@@ -148,10 +169,12 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
             with run_folder(goal.folder):
                 write_json(goal.folder / "config.json", config)
                 dry_run(plan, goal)
-        return
+        return [goal.folder for goal in goals]
     layout = torch.channels_last if plan.recipe.channels_last else torch.preserve_format
-    net = plan.net.to(plan.device).to(memory_format=layout)
-    fresh = begin(plan.method, net, plan.task)  # before anything is written: it may find that there is nothing to do
+    supernet = plan.net.to(plan.device).to(memory_format=layout)
+    fresh = begin(
+        plan.method, supernet, plan.task
+    )  # before anything is written: it may find that there is nothing to do
     sizes = {"num_classes": plan.data.num_classes, "in_chans": plan.data.in_chans}
     widest = build_net(plan.net.net_of(plan.tables["macs"].extremes()[1]), **sizes).to(plan.device)
     plain_ms = time_step(widest, plan.data, plan.recipe)
@@ -187,3 +210,4 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
                 write_report(own.folder)
             journal.close()
         print_table(goal.folder, goal.name, read_json(own.folder / "metrics.json", MAX_BYTES))
+    return [goal.folder for goal in goals]

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,9 +16,13 @@ EVERY_S = 60.0  # between two lines on progress in a log
 
 @contextmanager
 def progress_bar(text: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar with the time that remains: ``advance(note, steps, total)``. A line a minute where there is no terminal."""
+    """A bar with the time that remains: ``advance(note, steps, total)``.
+
+    It is drawn on a terminal, and in a notebook that has ipywidgets; elsewhere there is a line a minute.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+    can_draw = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not can_draw) as bar:
         bar.add_task(text, total=total)
         task, told = bar.tasks[0], time.monotonic()
 

@@ -1,0 +1,105 @@
+"""The images of a program's own loaders as `Data`."""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from dnas.spec.checks import UserError
+from dnas.training.data import Data, Fetch, Pair
+
+MOST_BYTES = 4 * 2**30  # of images of an iterable, which are kept in memory
+
+
+def data_of_loaders(train: Iterable[Pair], val: Iterable[Pair], device: str | torch.device = "cpu") -> Data:
+    """`Data` of two iterables of batches (images float [B, C, S, S], labels int [B]), such as DataLoaders.
+
+    Images are what the network is shown: augmented and normalised already. Of a DataLoader the data set, the workers
+    and ``collate_fn`` are used, with batches of the recipe's size; what is random in them draws from the global
+    random numbers. Any other iterable is read once and kept in memory.
+
+    Raises:
+        UserError: the batches are no such pairs, or too many to be kept.
+    """
+    device = torch.device(device)
+    (fetch, labels, shape), (fetch_val, val_labels, val_shape) = (
+        _from_dataset(loader, device, what)
+        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+        else _from_memory(loader, device, what)
+        for loader, what in ((train, "training"), (val, "validation"))
+    )
+    if shape != val_shape:
+        raise UserError(f"training images are {shape}, validation images {val_shape}: one shape is expected")
+    count = 1 + int(torch.cat([labels, val_labels]).max())
+    names = tuple(map(str, getattr(getattr(train, "dataset", None), "classes", range(count))))
+    if count < 2 or len(names) < count or int(labels.min()) < 0:
+        raise UserError(f"labels from {int(labels.min())} to {count - 1}: at least 2 classes, from 0 on, are expected")
+    channels, (mean, std) = shape[0], ((0.0,) * shape[0], (1.0,) * shape[0])
+    sizes = len(labels), len(val_labels)
+    return Data("given", len(names), channels, shape[1], mean, std, names, *sizes, labels, fetch, fetch_val)
+
+
+Read = tuple[Fetch, Tensor, tuple[int, ...]]  # fetch, labels, shape of an image
+
+
+def _check(batch: Any, what: str) -> Pair:
+    """A batch as (images, labels int64). Raises UserError if it is none."""
+    ok = isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)
+    x, y = batch if ok else (torch.empty(0), torch.empty(0))
+    if not (ok and x.ndim == 4 and x.is_floating_point() and x.shape[2] == x.shape[3] and y.shape == x.shape[:1]):
+        found = " and ".join(f"{t.dtype} {list(t.shape)}" for t in (x, y)) if ok else type(batch).__name__
+        raise UserError(f"a {what} batch is {found}: images float [B, C, S, S] and labels int [B] are expected")
+    return x, y.long()
+
+
+def _from_memory(batches: Iterable[Pair], device: torch.device, what: str) -> Read:
+    """All batches, read once."""
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    size = 0
+    for batch in batches:
+        x, y = _check(batch, what)
+        size += x.nbytes
+        if size > MOST_BYTES or (images and x.shape[1:] != images[0].shape[1:]):
+            allowed = f"at most {MOST_BYTES >> 30} GiB of one shape (a DataLoader of a data set is not read at once)"
+            raise UserError(f"{what} batches of {list(x.shape[1:])}, {size >> 20} MiB so far: {allowed} are expected")
+        images.append(x)
+        labels.append(y)
+    if not images:
+        raise UserError(f"no {what} batch: at least one is expected")
+    x, y = torch.cat(images).to(device), torch.cat(labels)
+    return partial(_slices, x, y.to(device)), y.cpu(), tuple(x.shape[1:])
+
+
+def _slices(x: Tensor, y: Tensor, order: Tensor, dice: Tensor | None, batch_size: int) -> Iterator[Pair]:
+    for index in order.to(x.device).split(batch_size):
+        yield x[index], y[index]
+
+
+def _from_dataset(loader: DataLoader, device: torch.device, what: str) -> Read:
+    """A data set with indices, read whenever it is needed; once for its labels where it does not list them."""
+    dataset: Any = loader.dataset
+    first, _ = _check(next(iter(loader), None), what)
+    labels = getattr(dataset, "targets", None)
+    if labels is None:
+        order = torch.arange(len(dataset))
+        labels = torch.cat([_check(batch, what)[1] for batch in _read(loader, order, 64)])
+    fetch = partial(_batches, loader, device, what)
+    return fetch, torch.as_tensor(labels).long().cpu(), tuple(first.shape[1:])
+
+
+def _read(loader: DataLoader, order: Tensor, batch_size: int) -> DataLoader:
+    indices = [chunk.tolist() for chunk in order.split(batch_size)]
+    how = {"num_workers": loader.num_workers, "collate_fn": loader.collate_fn, "pin_memory": loader.pin_memory}
+    return DataLoader(loader.dataset, batch_sampler=indices, worker_init_fn=loader.worker_init_fn, **how)  # type: ignore[arg-type]
+
+
+def _batches(
+    loader: DataLoader, device: torch.device, what: str, order: Tensor, dice: Tensor | None, batch_size: int
+) -> Iterator[Pair]:
+    for batch in _read(loader, order, batch_size):
+        x, y = _check(batch, what)
+        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
