@@ -6,6 +6,7 @@ next can be run. Retraining and profiles are made short by flags that are append
 """
 
 import glob
+import json
 import os
 import re
 import shlex
@@ -13,11 +14,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from code_blocks import FENCE, blocks_of
 from commands import call, compare_tool, export_tool, profile_tool, retrain_tool, search_tool
 from image_files import tree, write_folder, write_tar
+from nbclient import NotebookClient
 from tables import HEADER, rows_of
 
 from dnas.cli.parsers import PARSERS
@@ -113,6 +116,17 @@ def test_python(path, place):
         [sys.executable, "-W", "ignore", "-c", program], cwd=place, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_notebook(tmp_path):
+    """What docs/api.md begins with, in cells."""
+    cells = [nbformat.v4.new_code_cell(text) for text in PROGRAMS[ROOT / "docs" / "api.md"][:2]]
+    notebook = nbformat.v4.new_notebook(cells=[*cells, nbformat.v4.new_code_cell("result.costs['macs']")])
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    (shown,) = notebook.cells[-1].outputs
+    (run,) = (tmp_path / "runs").glob("toy-*")
+    assert int(shown["data"]["text/plain"]) == json.loads((run / "arch.json").read_text())["macs"]
+    assert (tmp_path / "exported" / "model.py").is_file() and (tmp_path / "report.html").is_file()
 
 
 def test_links_lead_somewhere():
