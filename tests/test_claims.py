@@ -1,5 +1,6 @@
 """What the documents say about the code: sizes, extras, files and modules that they name."""
 
+import ast
 import pkgutil
 import re
 from pathlib import Path
@@ -74,3 +75,39 @@ def test_what_is_wrong_is_seen():
     assert missing("`dnas/spec/cost.py`, `dnas.spec.cost.CostTable.build` and `dnas.cli`.") == []
     text = "dnas/spec/costs.py, dnas.methods.search.search, dnas.spec.cost.Table and tools/cli.py"
     assert missing(text) == ["dnas/spec/costs.py", "tools/cli.py", "dnas.methods.search.search", "dnas.spec.cost.Table"]
+
+
+# Words that the glossary of CONTRIBUTING.md has another word for.
+OTHER_WORDS = {
+    "chain group": "channel groups?",
+    "run folder": "(?:run director(?:y|ies)|output folders?|result folders?)",
+    "supernet": "(?:super-?networks?|super-nets?|hyper-?nets?)",
+    "found net": "(?:discovered|searched|resulting) net(?:work)?s?",
+    "widest net": "(?:largest|biggest|full) net(?:work)?s?",
+    "held out": "hold-?outs?",
+    "space": "design spaces?",
+    "site": "(?:cost sites?|cost terms?)",
+    "method": "search strateg(?:y|ies)",
+    "decision": "decision variables?",
+    "budget": "cost constraints?",
+}
+
+
+def prose(path: Path) -> str:
+    """A document without its code, or the docstrings and comments of a source."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        return re.sub(r"^```.*?^```$|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+    docstrings = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, DOCUMENTED)]
+    return "\n".join([*docstrings, *re.findall(r"#(.*)$", text, re.MULTILINE)])
+
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
+SOURCES = [path for folder in ("dnas", "supernets", "tools", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+
+
+@pytest.mark.parametrize("word", OTHER_WORDS)
+def test_one_word_for_one_thing(word):
+    other = re.compile(rf"\b{OTHER_WORDS[word]}\b", re.IGNORECASE)
+    found = {path.name: m[0] for path in [*TEXTS, *SOURCES] if (m := other.search(" ".join(prose(path).split())))}
+    assert not found, f"the glossary calls it {word!r}"

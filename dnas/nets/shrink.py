@@ -47,7 +47,7 @@ def shrink(
     """All three tiers of pruning after a step of the gates; returns what happened, one record an event.
 
     Blocks whose clean softmax is under ``block_below`` and layers whose coefficient is under ``layer_below`` go, and
-    every channel group of a Markov gate beyond the first whose marginal has been under ``width_below`` for
+    every chain group of a Markov gate beyond the first whose marginal has been under ``width_below`` for
     ``patience`` steps in a row; pairs move as `PairGate.update` says. Nothing goes that the budget might still need:
     ``may_end_with(live options)`` is asked first.
     """

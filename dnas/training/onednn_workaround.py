@@ -10,7 +10,7 @@ from dnas.spec.recipe import Recipe
 
 
 class _Subsampled(TorchFunctionMode):
-    """Inside, a narrow strided 1x1 convolution is computed as subsampling and a convolution of stride 1: the same function.
+    """Inside, a narrow strided 1x1 convolution is computed as subsampling and a convolution of stride 1.
 
     With fewer than 16 input channels in channels_last (8 on processors without AVX-512), the backward of a strided one
     writes past a buffer of oneDNN's: gradients may be wrong, and the process dies sooner or later
