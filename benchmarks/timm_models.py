@@ -156,11 +156,15 @@ def write_table(rows: list[dict]) -> None:
     lines = [
         "# Networks of timm's that can be searched",
         "",
-        f"{len(good)} of {len(rows)} pass everything. `tools/search.py --model NAME --budget ...` takes any of them.",
+        f"{len(good)} of {len(rows)} tested networks pass all checks. "
+        "`tools/search.py --model NAME --budget ...` takes any of them.",
         "",
-        "Groups: decisions on a width, in multiples of 8 channels. Can be cut: share of MACs that the narrowest net",
-        "saves. Logits: largest relative difference between the masked and the exported net over five random width",
-        "vectors. 50 %: MACs of the exported uniform net over the budget, counted by fvcore in a process without dnas.",
+        "* Groups: the number of decisions on a width, in multiples of 8 channels.",
+        "* Can be cut: the share of MACs that the narrowest network saves.",
+        "* Logits: the largest relative difference between the masked and the exported network, over five random width "
+        "vectors.",
+        "* 50 %: the MACs of the exported uniform network, divided by the budget. fvcore counts them in a process "
+        "without dnas.",
         "",
         "| network | pixels | groups | can be cut | logits | 50 % | channels that stay |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -170,7 +174,7 @@ def write_table(rows: list[dict]) -> None:
         shown = (row["model"], row["img_size"], row["groups"], f"{100 * row['cuttable']:.0f} %")
         shown += (f"{row['logits_differ']:.0e}", f"{row['reached']:.3f}", fixed)
         lines.append(f"| {' | '.join(map(str, shown))} |")
-    lines += ["", "Those that do not pass:", "", "| network | pixels | why |", "| --- | --- | --- |"]
+    lines += ["", "Networks that do not pass:", "", "| network | pixels | why |", "| --- | --- | --- |"]
     lines += [f"| {r['model']} | {r['img_size']} | {r['error']} |" for r in rows if "error" in r]
     shown = "; ".join(f"{key} {', '.join(found)}" for key, found in versions.items())
     lines += ["", f"Made by `benchmarks/timm_models.py`: {shown}."]
