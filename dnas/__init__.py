@@ -13,6 +13,10 @@ __version__ = "0.1.0"
 __all__ = ["Result", "__version__", "prune", "search"]
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
 def __getattr__(name: str) -> Any:
     """The public names, whose modules import torch: not before somebody asks."""
     if name in ("Result", "prune", "search"):

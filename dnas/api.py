@@ -1,41 +1,45 @@
 """dnas from Python: what the commands do, with objects where they have files."""
 
 import argparse
+import copy
 import difflib
+import os
 import shutil
 import signal
+import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from timm.utils import random_seed
 from torch import nn
 
 from dnas.cli.flags import HINT
-from dnas.cli.inputs import device_of
+from dnas.cli.inputs import data_of, device_of, outline_of
 from dnas.cli.parsers import read
 from dnas.cli.parsers import search as search_parser
 from dnas.cli.process import keep_freed_memory
-from dnas.cli.search import default_output
+from dnas.cli.search import INITIAL_WEIGHTS, default_output
 from dnas.cli.search import main as run_search
 from dnas.export.model_file import build_net, read_arch, write_state
 from dnas.nets.layer_supernet import MacroSupernet
 from dnas.nets.supernet import Supernet
+from dnas.nets.timm_space import TimmBase
 from dnas.nets.timm_supernet import TimmSupernet
 from dnas.report.metrics import read_run
 from dnas.runtime.checkpoint import Stopped
-from dnas.runtime.distributed import processes
-from dnas.runtime.run_folder import check_new_folder
+from dnas.runtime.run_folder import check_new_folder, run_folder
 from dnas.runtime.signals import stop
 from dnas.spec.checks import UserError
 from dnas.spec.layer_space import EfficientNetSpace
 from dnas.training.data import Data, Pair
-from dnas.training.given_data import data_of_loaders
+from dnas.training.given_data import data_of_loaders, on_device
 
-Images = str | Path | Data | tuple[Iterable[Pair], Iterable[Pair]]
+Images = str | Path | Data | Sequence[Iterable[Pair]]
 GIVEN = "given-in-python"  # in the place of a data set that only a program has
 
 
@@ -83,9 +87,9 @@ class Result:
     def export(self, folder: str | Path) -> Path:
         """Copy ``model.py``, ``model.safetensors`` and ``arch.json`` into a new folder, and return it."""
         new = check_new_folder(folder)
-        new.mkdir(parents=True, exist_ok=True)
-        for name in ("model.py", "model.safetensors", "arch.json"):
-            shutil.copy(self.folder / name, new)
+        with run_folder(new):
+            for name in ("model.py", "model.safetensors", "arch.json"):
+                shutil.copy(self.folder / name, new)
         return new
 
     def report(self, path: str | Path) -> Path:
@@ -123,47 +127,50 @@ def search(
 
     torch's global random numbers are set by ``seed``.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("torchrun goes with the command dnas search, not with dnas.search")
     if resume is None and budget is None:
         raise UserError('a budget is needed, such as budget="50%"')
-    if (wrong := [name for name in ("sweep", "dataset", "data_dir", "supernet", "model") if name in flags]) != []:
-        raise UserError(f"{wrong[0]} is no argument here: net, budget and data take its place")
+    for name in ("sweep", "dataset", "data_dir", "supernet", "model", "dry_run"):
+        if name in flags:
+            raise UserError(f"{name} is no argument here: net, budget and data say it")
     known = {action.dest: action for action in search_parser([f"--method={method}"])._actions}
-    words = [f"--method={method}", *_words({"budget": budget, **flags}, known)]
-    given, own = data if isinstance(data, (Data, tuple)) else None, net if isinstance(net, Supernet) else None
-    if given is not None:
-        words.append(f"--dataset={GIVEN}")
-    elif data is not None:
-        words.append("--dataset=digits" if data == "digits" else f"--data-dir={data}")
+    words = [f"--method={method}", *_words({"budget": budget, **flags}, known), *_data_words(data)]
     if isinstance(net, str):
         words.append(f"--supernet={net}" if net in (known["supernet"].choices or ()) else f"--model={net}")
-    elif isinstance(net, EfficientNetSpace):
-        own = MacroSupernet(net)
-    elif net is not None and own is None and resume is None:
+    elif isinstance(net, (EfficientNetSpace, Supernet)):
+        for name in ("width_mult", "divisor", "tie", "model_kwargs", "pretrained", "initial_checkpoint"):
+            if name in flags:
+                raise UserError(f"{name} is no argument beside a space or supernet, which has its own")
+    elif net is not None:
         words.append(f"--model={_name_of(net)}")
+    if resume is not None:
+        if budget is not None or output is not None or flags or method != "gates":
+            raise UserError("with resume, only net and data are arguments: the run has all others")
+        words = [f"--resume={resume}"]
     try:
-        args, argv = read("search", words if resume is None else [f"--resume={resume}"])
+        args, argv = read("search", words)
     except UserError as error:
         raise UserError(error.with_flags.removesuffix(HINT).rstrip()) from None
-    if own is not None:
-        args.model, args.supernet = (own.name, None) if isinstance(own, TimmSupernet) else (None, own.name)
-    if resume is None:
-        args.output = str(output or default_output(args, numbered=True))
-        if isinstance(net, nn.Module) and own is None:
-            file = check_new_folder(args.output).with_name(Path(args.output).name + "-initial.safetensors")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_state(net.state_dict(), file)
-            args.initial_checkpoint, argv = str(file), [*argv, f"--initial-checkpoint={file}"]
-    if isinstance(given, tuple):
-        given = data_of_loaders(*given, device=device_of(args))
+    if args.sweep:
+        raise UserError(f"{str(resume)!r} is a sweep: the command dnas search --resume goes on with it")
+    if isinstance(net, (EfficientNetSpace, Supernet)):
+        is_timm = isinstance(net, TimmSupernet)
+        args.model, args.supernet = (net.name, None) if is_timm else (None, net.name)
+    args.output = str(args.output or output or default_output(args, numbered=True))
     keep_freed_memory()
     listening = stop.listening() if threading.current_thread() is threading.main_thread() else nullcontext()
     try:
-        with listening, processes():
-            (folder,) = run_search(args, argv, given, own)
+        with listening:
+            images = _images(data, args)
+            own = _supernet(net, args, images)
+            if isinstance(own, TimmSupernet) and resume is None:
+                argv = [*argv, f"--initial-checkpoint={Path(args.output) / INITIAL_WEIGHTS}"]
+            (folder,) = run_search(args, argv, images, own)
     except Stopped as stopped:
         if stopped.signal == signal.SIGINT:
             raise KeyboardInterrupt(f"stopped{stopped}".replace("--resume ", "resume=")) from None
-        raise
+        raise SystemExit(128 + stopped.signal) from None
     return Result(folder)
 
 
@@ -178,16 +185,56 @@ def prune(
     return search(model, budget=budget, method=method, data=data, keep_weights=True, **more)
 
 
+def _data_words(data: Images | None) -> list[str]:
+    """The words that say which data it is. Raises UserError if it is none."""
+    if data is None:
+        return []
+    if isinstance(data, (str, Path)):
+        return ["--dataset=digits" if data == "digits" else f"--data-dir={data}"]
+    if isinstance(data, Data) or (isinstance(data, (tuple, list)) and len(data) == 2):
+        return [f"--dataset={GIVEN}"]
+    allowed = '"digits", a folder or tar, a Data, or a pair of iterables of batches'
+    raise UserError(f"data is a {type(data).__name__}: {allowed} is expected")
+
+
+def _images(data: Images | None, args: argparse.Namespace) -> Data:
+    """The data, with batches on the device of the search. Raises UserError if flags say another size."""
+    device = device_of(args)
+    if data is None or isinstance(data, (str, Path)):
+        return data_of(args, device)
+    images = on_device(data, device) if isinstance(data, Data) else data_of_loaders(data[0], data[1], device)
+    for name in ("img_size", "num_classes"):
+        if getattr(args, name) not in (None, getattr(images, name)):
+            raise UserError(f"{name} {getattr(args, name)} does not fit the data, which has {getattr(images, name)}")
+    return images
+
+
+def _supernet(net: str | nn.Module | EfficientNetSpace | None, args: argparse.Namespace, data: Data) -> Supernet | None:
+    """A supernet for what is no name. A network of timm's must be what its name and ``model_kwargs`` make."""
+    random_seed(args.seed)
+    if isinstance(net, Supernet):
+        return copy.deepcopy(net)  # a search cuts it
+    if isinstance(net, EfficientNetSpace):
+        return MacroSupernet(net)
+    if not isinstance(net, nn.Module):
+        return None
+    model = getattr(net, "_orig_mod", net)  # of torch.compile
+    base = outline_of(args, {key: getattr(data, key) for key in ("num_classes", "in_chans", "img_size")})
+    assert isinstance(base, TimmBase)
+    if repr(replace(base, num_classes=int(getattr(model, "num_classes", 0))).create(device="meta")) != repr(model):
+        raise UserError(f"{base} is another network than the one given: model_kwargs has to say how it was made")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / INITIAL_WEIGHTS
+        write_state(model.state_dict(), file)
+        return TimmSupernet(base, checkpoint=str(file))
+
+
 def _name_of(model: nn.Module) -> str:
     """timm's name of one of its networks."""
-    name = getattr(model, "pretrained_cfg", {}).get("architecture") or getattr(model, "default_cfg", {}).get(
-        "architecture"
-    )
-    if not name:
-        raise UserError(
-            f"{type(model).__name__} is no network that timm has made: a name or such a network is expected"
-        )
-    return str(name)
+    for about in ("pretrained_cfg", "default_cfg"):
+        if name := (getattr(model, about, None) or {}).get("architecture"):
+            return str(name)
+    raise UserError(f"{type(model).__name__} is no network that timm has made: a name or such a network is expected")
 
 
 def _words(flags: Mapping[str, Any], known: Mapping[str, argparse.Action]) -> list[str]:
@@ -203,7 +250,7 @@ def _words(flags: Mapping[str, Any], known: Mapping[str, argparse.Action]) -> li
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, Mapping):
-            words += [flag, *(f"{key}={v if isinstance(v, str) else repr(v)}" for key, v in value.items())]
+            words += [flag, *(f"{key}={v!r}" for key, v in value.items())]
         else:
             words += [f"{flag}={one}" for one in (value if isinstance(value, (list, tuple)) else [value])]
     return words

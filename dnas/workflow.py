@@ -46,6 +46,7 @@ from dnas.runtime.progress import console, progress_bar
 from dnas.runtime.run_folder import append_row, read_rows, write_json, write_rows
 from dnas.runtime.signals import stop
 from dnas.spec.budget import Budget, show
+from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
 from dnas.spec.latency_table import LatencyTable
 from dnas.spec.recipe import Recipe
@@ -132,7 +133,7 @@ def weights_file(folder: Path, what: str) -> Path:
 def train_arch(plan: Plan, arch: Arch, costs: Mapping[str, Any], journal: Journal, what: str) -> tuple[nn.Module, dict]:
     """Train one architecture, the stage ``what``. Returns (model, its row of metrics.json).
 
-    It starts from scratch, or from the weights of the search if these are to be kept (``inherited`` in the row).
+    It starts from scratch, or from the weights that the search has for it if these are kept (``inherited``).
     """
     data, recipe, seed = plan.data, plan.recipe, plan.args.seed
     random_seed(seed)
@@ -140,9 +141,12 @@ def train_arch(plan: Plan, arch: Arch, costs: Mapping[str, Any], journal: Journa
     model = build_net(plan.net.net_of(arch), num_classes=data.num_classes, in_chans=data.in_chans, **rates).to(
         plan.device
     )
-    weights = weights_file(journal.folder, what)
-    if inherited := plan.args.keep_weights and weights.is_file():
-        model.load_state_dict(safetensors.torch.load_file(weights))
+    if inherited := journal.done["search"]["nets"][what]["inherited"]:
+        weights = weights_file(journal.folder, what)
+        if rank() == 0 and not weights.is_file():
+            raise UserError(f"{str(weights)!r} is gone: the training of {what} starts from it")
+        if rank() == 0:  # the others get them with the first step
+            model.load_state_dict(safetensors.torch.load_file(weights))
     steps = recipe.epochs * len(data.train_batches(recipe.batch_size, seed=seed))
     train = partial(train_from_scratch, model, data, recipe, seed=seed)
     model, row = in_steps(train, journal, what, steps)
@@ -293,15 +297,17 @@ def search_stage(
         nets[f"random {k}"] = arch, tables
     rows_of = {}
     for name, (arch, own) in nets.items():
-        if has_weights_of(net, arch):
-            if rank() == 0 and (name == "found" or plan.args.keep_weights):
-                write_state(plain_state(net, arch), weights_file(goal.folder, name))
-        elif plan.args.keep_weights:
+        path, kept = weights_file(goal.folder, name), has_weights_of(net, arch)
+        if rank() == 0:
+            path.unlink(missing_ok=True)  # of a process that was killed before it could say what it had found
+            if kept and (name == "found" or plan.args.keep_weights):
+                write_state(plain_state(net, arch), path)
+        if plan.args.keep_weights and not kept:
             signs.append(f"the search has cut off a part of the {name} net, which is trained from scratch")
         costs = {metric: table.of(arch) for metric, table in own.items()}
         if "ms" in costs:  # by a table that may have been scaled to what such nets measured; and before that
             costs["predicted_ms"] = plan.tables["ms"].of(arch)
-        rows_of[name] = {"arch": dict(arch), "costs": costs}
+        rows_of[name] = {"arch": dict(arch), "costs": costs, "inherited": plan.args.keep_weights and kept}
     for line in signs:
         console.print(f"warning: {line}", soft_wrap=True)
     widest = plan.tables["macs"].extremes()[1]

@@ -1,6 +1,7 @@
 """dnas.search and dnas.prune: what the command does, from names, objects and loaders."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from commands import call, search_tool
+from commands import call, check_refused, search_tool
 from torch.utils.data import DataLoader, TensorDataset
 
 import dnas
@@ -21,6 +22,11 @@ from supernets.toy import toy
 
 SHORT = {"img_size": 8, "search_epochs": 2, "epochs": 1, "batch_size": 128}
 NARROW = {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 24]}
+
+
+def narrow_resnet():
+    torch.manual_seed(0)
+    return timm.create_model("resnet18", num_classes=10, **NARROW)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +80,10 @@ def test_loaders_are_data(kind):
     assert (data.num_train, data.num_val, data.num_classes, data.in_chans, data.img_size) == (256, 104, 10, 3, 8)
     got_x, got_y = next(iter(data.val_batches(104)))
     assert torch.equal(got_x, x) and torch.equal(got_y, y)
+    of = {tuple(image.flatten().tolist()): int(label) for batch in data_of_loaders(*loaders("iterables")).train_batches(
+        256, seed=0) for image, label in zip(*batch, strict=True)}  # fmt: skip
+    for batch in data.train_batches(64, seed=1):
+        assert all(of[tuple(image.flatten().tolist())] == int(label) for image, label in zip(*batch, strict=True))
     rest, taken = data.split(0.25, seed=0)
     seen = [labels for _, labels in data.train_batches(64, seed=0, indices=taken)]
     assert len(torch.cat(seen)) == len(taken) // 64 * 64 and len({*rest.tolist()} | {*taken.tolist()}) == 256
@@ -90,17 +100,66 @@ def test_batches_that_are_no_data(batches, said):
         data_of_loaders(batches, [(torch.zeros(2, 3, 8, 8), torch.zeros(2))])
 
 
+class Digits(torch.utils.data.Dataset):
+    """Its images are float64, and ``targets`` are not the labels that it returns."""
+
+    def __init__(self, shift):
+        self.targets, self.shift = [0, 1, 2, 3] * 4, shift
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, k):
+        return torch.full((3, 8, 8), float(k), dtype=torch.double), self.targets[k] + self.shift
+
+
+def test_labels_are_those_that_are_returned():
+    loader = DataLoader(Digits(1), batch_size=4)
+    data = data_of_loaders(loader, DataLoader(Digits(0), batch_size=4))
+    assert data.num_classes == 5 and data._labels.tolist() == [1, 2, 3, 4] * 4
+    (x, y), *_ = data.train_batches(16, seed=0)
+    assert x.dtype == torch.float32 and torch.equal(y, x[:, 0, 0, 0].long() % 4 + 1)
+
+
+def test_a_sampler_that_leaves_images_out_is_refused():
+    some = DataLoader(Digits(0), sampler=torch.utils.data.SubsetRandomSampler(range(4)))
+    with pytest.raises(UserError, match="^the training loader has a SubsetRandomSampler: .*Subset says"):
+        data_of_loaders(some, some)
+
+
+def test_a_supernet_of_ones_own_is_not_changed(tmp_path, trusted):
+    net = MacroSupernet(toy(num_classes=10, img_size=8, width_mult=2.0))
+    before = {name: t.clone() for name, t in net.state_dict().items() if isinstance(t, torch.Tensor)}
+    data = load_data(img_size=8)
+    found = [dnas.search(net, budget="50%", data=data, output=tmp_path / str(k), **SHORT).arch for k in range(2)]
+    assert found[0] == found[1] and all(torch.equal(net.state_dict()[name], t) for name, t in before.items())
+
+
+def test_a_run_of_another_space_is_not_resumed(tmp_path, trusted, monkeypatch, capsys):
+    space, out = toy(num_classes=10, img_size=8, width_mult=2.0), tmp_path / "run"
+    monkeypatch.setattr("dnas.cli.search.find", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        dnas.search(space, budget="50%", output=out, **SHORT)
+    out.mkdir(exist_ok=True)
+    config = {"argv": ["--budget=50%", "--img-size=8"], "args": {}, "space": {"name": "toy"}}
+    (out / "config.json").write_text(json.dumps(config))
+    check_refused(call(search_tool, monkeypatch, "--resume", out), capsys, "is of a space that its flags do not make")
+
+
 def test_a_network_with_weights_is_pruned_and_fine_tuned(tmp_path, trusted):
-    torch.manual_seed(0)
-    model = timm.create_model("resnet18", num_classes=10, **NARROW)
+    model = narrow_resnet()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     result = dnas.prune(
         model, budget="60%", method="l1", data=loaders("loaders"), model_kwargs=NARROW, divisor=2, search_epochs=1,
         epochs=1, lr=1e-8, min_lr=0.0, warmup_epochs=0, batch_size=64, output=tmp_path / "run",
     )  # fmt: skip
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
-    started = safetensors.torch.load_file(tmp_path / "run-initial.safetensors")
-    assert torch.equal(started["conv1.weight"], before["conv1.weight"])
+    started = safetensors.torch.load_file(tmp_path / "run" / "initial.safetensors")
+    assert all(torch.equal(started[name], t) for name, t in before.items())
+    argv = json.loads((tmp_path / "run" / "config.json").read_text())["argv"]
+    assert (
+        f"--initial-checkpoint={tmp_path / 'run' / 'initial.safetensors'}" in argv
+    )  # so that the command can resume it
     # At a learning rate of nearly 0 the best filters of the stem are still those of the model.
     norms = before["conv1.weight"].abs().sum((1, 2, 3))
     for weights in ("search", "trained"):
@@ -119,7 +178,7 @@ def test_a_space_of_ones_own(tmp_path, trusted):
 
 
 @pytest.mark.parametrize("given, said", [
-    ({}, "^a budget is needed"), ({"budget": "-3MFLOPs"}, "^budget '-3MFLOPs'|-3MFLOPs"),
+    ({}, "^a budget is needed"), ({"budget": "-3MFLOPs"}, "-3MFLOPs"),
     ({"budget": "50%", "epohcs": 3}, "^unknown argument 'epohcs': did you mean epochs\\?$"),
     ({"budget": "50%", "epochs": 0}, "^epochs 0 is not between"),
     ({"budget": "50%", "epochs": "many"}, "^argument epochs: invalid int value: 'many'$"),
@@ -129,6 +188,12 @@ def test_a_space_of_ones_own(tmp_path, trusted):
     ({"budget": "50%", "net": "resnet19"}, "^model 'resnet19' is no model of timm's; near are resnet"),
     ({"budget": "50%", "net": torch.nn.Linear(2, 2)}, "^Linear is no network that timm has made"),
     ({"resume": "no/run"}, "^resume 'no/run': expected a run folder"),
+    ({"resume": "no/run", "epochs": 3}, "^with resume, only net and data are arguments"),
+    ({"budget": "50%", "data": [1, 2, 3]}, "^data is a list: "), ({"budget": "50%", "dry_run": True}, "^dry_run is no"),
+    ({"budget": "50%", "net": toy(num_classes=10), "divisor": 2}, "^divisor is no argument beside a space"),
+    ({"budget": "50%", "net": toy(num_classes=4, img_size=32)}, "^toy is for num_classes 4, the data has 10"),
+    ({"budget": "50%", "net": narrow_resnet()}, "^model resnet18 is another network than the one given: model_kwargs"),
+    ({"budget": "1kFLOPs", "net": narrow_resnet(), "model_kwargs": NARROW, "img_size": 8}, "out of reach"),
 ])  # fmt: skip
 def test_arguments_that_make_no_sense(given, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

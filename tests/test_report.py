@@ -225,6 +225,11 @@ def test_runs_are_one_experiment_if_they_differ_in_the_seed_only():
     first, second = experiments([one, longer, other])
     assert first["found"] == [5, 7] and first["minus_uniform"][0] == 2 and second["minus_uniform"] == [1, None, None]
     retrained = Run(Path("b"), {"seed": 0}, {key: one.metrics[key] for key in ("budget", "found")})
+    kept = planted(0, 90, 50)
+    kept.metrics["found"]["inherited"] = True  # and the uniform net began from scratch: nothing is said of these two
+    assert verdict([kept])[0] == "alone"
+    kept.metrics["uniform"]["inherited"] = True
+    assert verdict([kept])[0] == "open"
     assert verdict([retrained])[0] == "alone" and experiments([retrained])[0]["minus_uniform"] is None
 
 

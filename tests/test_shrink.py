@@ -19,12 +19,13 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from dnas.export.model_file import build_net
-from dnas.nets.bipath_block import PairGate
+from dnas.methods.derive import gate_likelihood
+from dnas.nets.bipath_block import PairGate, Prunode
 from dnas.nets.cut_tensors import resize_module
 from dnas.nets.layer_choice import ChoiceGate, SkipGate
 from dnas.nets.layer_supernet import net_of
 from dnas.nets.markov_gate import MarkovGate
-from dnas.nets.shrink import plain_state, shrink
+from dnas.nets.shrink import has_weights_of, move_pair, plain_state, shrink
 from dnas.spec.cost import CostTable
 from dnas.spec.space import KEEP
 
@@ -267,3 +268,23 @@ def test_statistics_that_cannot_be_cut_start_anew():
         optimizer.step()
     sizes = {n for v in optimizer.state[conv.weight].values() if isinstance(v, torch.Tensor) for n in v.shape}
     assert 8 in sizes and 32 not in sizes
+
+
+def test_weights_are_there_for_what_is_physically_left():
+    """A pair that has moved down has none for the widths above it, although it may still move there."""
+    net, _ = trained(open_skips=True)
+    prunode = next(b for layer in net.layers for b in layer.blocks.values() if isinstance(b, Prunode))
+    d = net.space.by_name[prunode.mid]
+    layer, name = next((la, n) for la in net.layers for n, b in la.blocks.items() if b is prunode)
+    held = {f"{layer.name}/block": name, f"{layer.name}/keep": KEEP}
+    archs = [
+        net.space.complete({e.name: held.get(e.name, e.options[-1]) for e in net.space.decisions} | {d.name: w})
+        for w in d.options
+    ]
+    assert all(has_weights_of(net, arch) for arch in archs)
+    move_pair(prunode, 0, 1, [])
+    assert [has_weights_of(net, arch) for arch in archs] == [w <= d.options[1] for w in d.options]
+    for arch in archs[:2]:
+        build_net(net.net_of(arch), num_classes=CLASSES).load_state_dict(plain_state(net, arch))
+    like = gate_likelihood(net, only_present=True)[d.name]
+    assert int(like.argmax()) <= 1 and all(like[2:] == -1000)

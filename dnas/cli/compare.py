@@ -41,7 +41,7 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     if not runs:
         raise wrong[0]
     for reason in wrong:
-        console.print(f"left out: {reason}", soft_wrap=True)
+        console.print(f"left out: {reason.with_flags}", soft_wrap=True)
     counted = [run for group in grouped(runs) for run in group]
     for run_ in runs:
         if run_ not in counted:

@@ -3,8 +3,10 @@
 import argparse
 import copy
 import importlib.util
+import json
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import cache
 from itertools import count
@@ -14,7 +16,7 @@ import torch
 from timm.utils import random_seed
 
 from dnas.cli.inputs import data_of, device_of, new_folder, open_table, outline_of, recipe_of
-from dnas.export.model_file import build_net, check_name
+from dnas.export.model_file import build_net, check_name, write_state
 from dnas.latency.measured_parts import parts_of
 from dnas.methods.catalog import METHODS
 from dnas.methods.loop import begin, steps_of
@@ -37,6 +39,8 @@ from dnas.spec.latency_table import LatencyTable
 from dnas.training.data import Data
 from dnas.training.from_scratch import time_step
 from dnas.workflow import Begun, BudgetRun, Plan, dry_run, find, print_table, run_search
+
+INITIAL_WEIGHTS = "initial.safetensors"  # in a run folder: of a network that a program gave
 
 
 def plan_supernet(args, data: Data, budgets: tuple[Budget, ...]) -> Supernet:
@@ -103,6 +107,15 @@ def make_goals(plan: Plan, asked: list[tuple[Budget, ...]], folder: Path, name: 
     return goals
 
 
+def check_space(plan: Plan, goals: Sequence[BudgetRun]) -> None:
+    """Raise UserError if a run that is resumed searched another space: a program gave it, which flags cannot."""
+    here = json.loads(json.dumps(asdict(plan.net.outline)))
+    for goal in goals:
+        path = goal.folder / "config.json"
+        if path.exists() and read_json(path, MAX_BYTES).get("space") != here:
+            raise UserError(f"{path} is of a space that its flags do not make: the program that gave it has to resume")
+
+
 def introduce(plan: Plan) -> None:
     """What is searched."""
     net, table = plan.net, plan.tables["macs"]
@@ -161,6 +174,8 @@ def main(
         new_folder(output)
     plan = make_plan(args, asked, *latency, data, net)
     goals = make_goals(plan, asked, Path(output), name)
+    if args.resume:
+        check_space(plan, goals)
     introduce(plan)
     config = {"argv": argv, "args": vars(args), "space": asdict(plan.net.outline), "provenance": plan.info}
     config["class_names"] = plan.data.class_names
@@ -202,6 +217,8 @@ def main(
         own = goal if rank() == 0 else replace(goal, folder=new_folder(goal.folder))
         with run_folder(own.folder, keep_if=WORTH_KEEPING):
             if not (own.folder / "config.json").exists():
+                if isinstance(net, TimmSupernet):
+                    write_state(net.plain_state(), own.folder / INITIAL_WEIGHTS)
                 write_json(own.folder / "config.json", config)
             journal = stop.journal(own.folder, plan.device, args.checkpoint_every)
             if not (own.folder / "metrics.json").exists():

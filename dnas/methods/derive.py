@@ -293,7 +293,7 @@ def near(d: Decision, width: float) -> np.ndarray:
     return -(np.log(np.array(d.options, dtype=float) / width) ** 2)
 
 
-def gate_likelihood(net: Supernet, temperature: float = 1.0, only_live: bool = False) -> dict[str, np.ndarray]:
+def gate_likelihood(net: Supernet, temperature: float = 1.0, only_present: bool = False) -> dict[str, np.ndarray]:
     """Log-probabilities of the gates of blocks and layers; how near widths are to the expected ones, and how wide.
 
     With u the log of a width over the expected one, its likelihood is ``u - u^2``: of networks as near to what the
@@ -304,10 +304,10 @@ def gate_likelihood(net: Supernet, temperature: float = 1.0, only_live: bool = F
     are alike is its first or its last one, wherever the expectation, which the budget was met by, lies. A width that
     was cut off can be chosen, as the network that is found starts anew: on a coarse grid the widths that are left may
     meet the band only far from what the gates expect. A block or layer that was removed is a last resort, -1000, and so
-    is a width if ``only_live``.
+    is a width whose weights are gone if ``only_present``.
     """
     like = {d.name: np.zeros(len(d.options)) for d in net.space.decisions}
-    live = net.live_options()
+    left = net.present_options() if only_present else net.live_options()
     for name, p in net.seen(temperature).items():
         d = net.space.by_name[name]
         if d.is_width:
@@ -315,8 +315,8 @@ def gate_likelihood(net: Supernet, temperature: float = 1.0, only_live: bool = F
             like[name] = u - u**2
         else:
             like[name] = np.log(np.maximum(p, 1e-30))
-        if only_live or not d.is_width:
-            like[name][np.setdiff1d(np.arange(len(p)), live[name])] = -1000
+        if only_present or not d.is_width:
+            like[name][np.setdiff1d(np.arange(len(p)), left[name])] = -1000
     return like
 
 

@@ -311,7 +311,7 @@ def after_step(search: Search, task: Task, progress: float, held_out: HeldOut) -
 
 def choose(search: Search, task: Task) -> Arch:
     """The likeliest network of the gates inside the budgets."""
-    like = gate_likelihood(search.net, search.own.temperature, only_live=task.keep_weights)
+    like = gate_likelihood(search.net, search.own.temperature, only_present=task.keep_weights)
     return derive(search.net.space, task.tables, task.budgets, like)
 
 

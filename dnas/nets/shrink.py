@@ -103,5 +103,5 @@ def plain_state(net: Supernet, arch: Arch) -> dict[str, Tensor]:
 
 def has_weights_of(net: Supernet, arch: Arch) -> bool:
     """Whether nothing of this architecture has been cut off the supernet."""
-    live, by_name = net.live_options(), net.space.by_name
-    return all(by_name[name].index(option) in live[name] for name, option in arch.items())
+    present, by_name = net.present_options(), net.space.by_name
+    return all(by_name[name].index(option) in present[name] for name, option in arch.items())

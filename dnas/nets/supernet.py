@@ -181,9 +181,12 @@ class Supernet(nn.Module):
 
     def live_cost(self, table: CostTable) -> float:
         """Cost of the dearest network that is physically there: of its live widths, blocks and layers."""
+        return table.of(table.extremes(self.present_options())[1])
+
+    def present_options(self) -> dict[str, list[int]]:
+        """Decision -> indices of the options whose weights are physically there; a pair may still move beyond its."""
         live = self.live_options()
-        live |= {name: [k for k in live[name] if k <= gate.live()[-1]] for name, gate in self.gates().items()}
-        return table.of(table.extremes(live)[1])
+        return live | {name: [k for k in live[name] if k <= gate.live()[-1]] for name, gate in self.gates().items()}
 
     def structure(self) -> dict[str, list[int]]:
         """Decision -> indices of the options that are physically there, of a pair of widths those two; see `cut_to`."""

@@ -204,14 +204,23 @@ def paired_difference(runs: Sequence[Run], kind: str) -> tuple[float, float, flo
     return interval([fmean(r["top1"] for r in found) - fmean(r["top1"] for r in other) for found, other in pairs])
 
 
+def started_alike(run: Run, kind: str) -> bool:
+    """Whether the nets of this kind and the found one both began with weights of the search, or both from scratch."""
+    return len({bool(row.get("inherited")) for row in (*run.nets["found"], *run.nets.get(kind, ()))}) == 1
+
+
 def verdict(runs: Sequence[Run]) -> tuple[str, str]:
     """What runs of one experiment show about the found net and the rules: a word for it, and a sentence.
 
     ``better`` than every rule, ``worse`` than one of them, ``open``, or ``alone`` where there is no rule beside it.
     """
-    found = {rule: difference for rule in RULES if (difference := paired_difference(runs, rule))}
+    found = {
+        rule: difference
+        for rule in RULES
+        if (difference := paired_difference(runs, rule)) and all(started_alike(run, rule) for run in runs)
+    }
     if not found:
-        return "alone", "The net was trained; there is no uniform net beside it to compare it with."
+        return "alone", "The net was trained; there is no net beside it that was trained alike, to compare it with."
     if len(runs) == 1:
         sides = [
             f"{abs(mean):.2f} points {'above' if mean > 0 else 'below'} the {rule}"

@@ -42,7 +42,8 @@ class Stop:
             yield
         finally:
             for kind, handler in zip(kinds, before, strict=True):
-                signal.signal(kind, handler)
+                signal.signal(kind, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's
+            self._signal = 0
 
     def _take(self, number: int, frame: object) -> None:
         if self._signal or not self._waits:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 MAX_BYTES = 10_000_000  # of a config.json, which has the names of all classes, or a metrics.json
 
 
-_FLAG = re.compile(r"(?<![\w'\"-])--([a-z][a-z0-9-]*)")
+_FLAG = re.compile(r"(?<![\w'\"-])--([a-z][a-z0-9-]*)(?:/-[a-z])?")
 
 
 class UserError(ValueError):

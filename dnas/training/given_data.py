@@ -1,17 +1,26 @@
-"""The images of a program's own loaders as `Data`."""
+"""The images that a program has already, as `Data`: its own loaders, or a `Data` of another device."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from dnas.spec.checks import UserError
 from dnas.training.data import Data, Fetch, Pair
 
 MOST_BYTES = 4 * 2**30  # of images of an iterable, which are kept in memory
+PLAIN_SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler)  # which take every image
 
 
 def data_of_loaders(train: Iterable[Pair], val: Iterable[Pair], device: str | torch.device = "cpu") -> Data:
@@ -19,40 +28,56 @@ def data_of_loaders(train: Iterable[Pair], val: Iterable[Pair], device: str | to
 
     Images are what the network is shown: augmented and normalised already. Of a DataLoader the data set, the workers
     and ``collate_fn`` are used, with batches of the recipe's size; what is random in them draws from the global
-    random numbers. Any other iterable is read once and kept in memory.
+    random numbers. Any other iterable is read once and kept in memory, as augmented as it comes.
 
     Raises:
-        UserError: the batches are no such pairs, or too many to be kept.
+        UserError: the batches are no such pairs, or too many to be kept; a loader has a sampler of its own.
     """
     device = torch.device(device)
     (fetch, labels, shape), (fetch_val, val_labels, val_shape) = (
-        _from_dataset(loader, device, what)
-        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-        else _from_memory(loader, device, what)
+        _from_dataset(loader, device, what) if _has_indices(loader) else _from_memory(loader, device, what)
         for loader, what in ((train, "training"), (val, "validation"))
     )
     if shape != val_shape:
         raise UserError(f"training images are {shape}, validation images {val_shape}: one shape is expected")
-    count = 1 + int(torch.cat([labels, val_labels]).max())
-    names = tuple(map(str, getattr(getattr(train, "dataset", None), "classes", range(count))))
-    if count < 2 or len(names) < count or int(labels.min()) < 0:
-        raise UserError(f"labels from {int(labels.min())} to {count - 1}: at least 2 classes, from 0 on, are expected")
+    every = torch.cat([labels, val_labels])
+    least, count = int(every.min()), 1 + int(every.max())
+    names = tuple(map(str, getattr(getattr(train, "dataset", None), "classes", None) or range(count)))
+    if count < 2 or len(names) < count or least < 0:
+        raise UserError(f"labels from {least} to {count - 1}: at least 2 classes, from 0 on, are expected")
     channels, (mean, std) = shape[0], ((0.0,) * shape[0], (1.0,) * shape[0])
     sizes = len(labels), len(val_labels)
     return Data("given", len(names), channels, shape[1], mean, std, names, *sizes, labels, fetch, fetch_val)
+
+
+def on_device(data: Data, device: str | torch.device) -> Data:
+    """The same data, with batches that are moved to ``device``."""
+
+    def moved(fetch: Fetch) -> Fetch:
+        return lambda order, dice, size: ((x.to(device), y.to(device)) for x, y in fetch(order, dice, size))
+
+    return replace(data, _train=moved(data._train), _val=moved(data._val))
 
 
 Read = tuple[Fetch, Tensor, tuple[int, ...]]  # fetch, labels, shape of an image
 
 
 def _check(batch: Any, what: str) -> Pair:
-    """A batch as (images, labels int64). Raises UserError if it is none."""
+    """A batch as (images float32, labels int64). Raises UserError if it is none."""
     ok = isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)
     x, y = batch if ok else (torch.empty(0), torch.empty(0))
     if not (ok and x.ndim == 4 and x.is_floating_point() and x.shape[2] == x.shape[3] and y.shape == x.shape[:1]):
         found = " and ".join(f"{t.dtype} {list(t.shape)}" for t in (x, y)) if ok else type(batch).__name__
         raise UserError(f"a {what} batch is {found}: images float [B, C, S, S] and labels int [B] are expected")
-    return x, y.long()
+    return x.float(), y.long()
+
+
+def _has_indices(loader: Any) -> TypeGuard[DataLoader]:
+    return (
+        isinstance(loader, DataLoader)
+        and not isinstance(loader.dataset, IterableDataset)
+        and loader.batch_sampler is not None
+    )
 
 
 def _from_memory(batches: Iterable[Pair], device: torch.device, what: str) -> Read:
@@ -82,19 +107,30 @@ def _slices(x: Tensor, y: Tensor, order: Tensor, dice: Tensor | None, batch_size
 def _from_dataset(loader: DataLoader, device: torch.device, what: str) -> Read:
     """A data set with indices, read whenever it is needed; once for its labels where it does not list them."""
     dataset: Any = loader.dataset
-    first, _ = _check(next(iter(loader), None), what)
-    labels = getattr(dataset, "targets", None)
-    if labels is None:
-        order = torch.arange(len(dataset))
+    if type(loader.batch_sampler) is not BatchSampler or not isinstance(loader.sampler, PLAIN_SAMPLERS):
+        sampler = loader.sampler if type(loader.batch_sampler) is BatchSampler else loader.batch_sampler
+        raise UserError(
+            f"the {what} loader has a {type(sampler).__name__}: one that takes every image is expected "
+            "(torch.utils.data.Subset says which there are)"
+        )
+    if len(dataset) == 0:
+        raise UserError(f"no {what} image: at least one is expected")
+    order = torch.arange(len(dataset))
+    x, y = _check(next(iter(_read(loader, order[:64], 64))), what)
+    labels = torch.as_tensor(getattr(dataset, "targets", [])).long().cpu()
+    if labels.shape != order.shape or not torch.equal(labels[: len(y)], y):  # it does not list what it returns
         labels = torch.cat([_check(batch, what)[1] for batch in _read(loader, order, 64)])
-    fetch = partial(_batches, loader, device, what)
-    return fetch, torch.as_tensor(labels).long().cpu(), tuple(first.shape[1:])
+    return partial(_batches, loader, device, what), labels, tuple(x.shape[1:])
 
 
 def _read(loader: DataLoader, order: Tensor, batch_size: int) -> DataLoader:
+    """A loader of these images in this order, with the workers of ``loader``."""
     indices = [chunk.tolist() for chunk in order.split(batch_size)]
-    how = {"num_workers": loader.num_workers, "collate_fn": loader.collate_fn, "pin_memory": loader.pin_memory}
-    return DataLoader(loader.dataset, batch_sampler=indices, worker_init_fn=loader.worker_init_fn, **how)  # type: ignore[arg-type]
+    how: dict[str, Any] = {
+        name: getattr(loader, name)
+        for name in ("num_workers", "collate_fn", "pin_memory", "worker_init_fn", "timeout", "multiprocessing_context")
+    }
+    return DataLoader(loader.dataset, batch_sampler=indices, **how)
 
 
 def _batches(
