@@ -1,4 +1,4 @@
-"""The flags that commands share. Nothing here imports torch, so that a wrong flag is told at once."""
+"""The flags that commands share. Nothing here imports torch, so that a wrong flag is reported at once."""
 
 import argparse
 import ast
@@ -49,44 +49,64 @@ def _seed(text: str) -> int:
 
 
 def add_space_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that say which search space it is."""
+    """Flags of the search space."""
     parser.add_argument("--supernet", choices=list(SUPERNETS), help="search space (default prunet)")
-    parser.add_argument("--model", help="instead: any convolutional network of timm's, searched for its widths")
+    parser.add_argument("--model", help="instead: any convolutional network of timm's, to search its widths")
     parser.add_argument(
-        "--model-kwargs", nargs="*", default={}, action=ModelKwargs, help="as timm's: layers=[2,2,2,2] ..."
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=ModelKwargs,
+        help="arguments of the model, as in timm: layers=[2,2,2,2] ...",
     )
     parser.add_argument(
         "--tie",
         action="append",
         metavar="NAME,...",
-        help="with --model: groups of channels that match a name (* and ? stand for letters) share a width",
+        help="with --model: groups of channels that match a name share a width (* matches any text, ? one letter)",
     )
-    parser.add_argument("--width-mult", type=float, help="width of the widest net (search: twice the budget's)")
+    parser.add_argument(
+        "--width-mult",
+        type=float,
+        help="width multiplier of the widest net (default 1; search, for a budget in FLOPs or parameters without a "
+        "latency table: so that the widest net costs twice the budget)",
+    )
     parser.add_argument("--divisor", type=int, help="widths are multiples of this (default 8; 4 for toy)")
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags on the data and the machine, named as timm names them."""
+    """Flags of the data and the machine, with timm's names."""
     group = parser.add_argument_group("data and machine")
-    group.add_argument("--data-dir", default="", help="image folder (train/ and validation/), or a .tar.gz of one")
     group.add_argument(
-        "--dataset", default="", help="'digits' (embedded; the default) or one of timm's torch/... names"
+        "--data-dir",
+        default="",
+        help="image folder (train/ and validation/), or a .tar.gz of one; retrain: default as in the run",
+    )
+    group.add_argument(
+        "--dataset",
+        default="",
+        help="'digits' (embedded; the default) or one of timm's torch/... names; retrain: default as in the run",
     )
     group.add_argument(
         "--img-size",
         type=int,
-        help="image side in pixels (default: 32 for digits, 224 for a folder, as they are in a .tar.gz)",
+        help="image side in pixels (default: 32 for digits, 224 for a folder, as stored for a .tar.gz; "
+        "retrain: as in arch.json)",
     )
-    group.add_argument("--in-chans", type=int, default=3, help="image channels (default 3)")
-    group.add_argument("--num-classes", type=int, help="checked against the data")
+    group.add_argument("--in-chans", type=int, default=3, help="image channels (default 3; retrain: as in arch.json)")
+    group.add_argument("--num-classes", type=int, help="number of classes; checked against the data")
     group.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is a GPU)")
-    group.add_argument("--workers", "-j", type=int, default=2, help="processes that read image folders")
-    group.add_argument("--seed", type=_seed, default=0, help="a number from 0 on (default 0)")
+    group.add_argument("--workers", "-j", type=int, default=2, help="processes that read image folders (default 2)")
+    group.add_argument("--seed", type=_seed, default=0, help="a whole number from 0 on (default 0)")
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of the training recipe, named as timm names them."""
-    group = parser.add_argument_group("training recipe, of the found net and of those it is compared with alike")
+    """Flags of the training recipe, with timm's names."""
+    group = parser.add_argument_group(
+        "training recipe",
+        "for the found net and the nets compared with it; search: also for the weights of the search, there without "
+        "mixup, cutmix, drop and drop-path, and with --search-epochs",
+    )
     defaults = Recipe()
     choices = {"amp_dtype": AMP_DTYPES}
     short = {"batch_size": ["-b"], "opt": [], "epochs": []}
@@ -107,9 +127,11 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_resume_flags(parser: argparse.ArgumentParser, group) -> None:
-    """``--resume`` (in ``group``) and how often a run is written down."""
-    group.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped; it knows its flags")
-    parser.add_argument("--checkpoint-every", type=_seconds, default=60.0, help="seconds (default 60)")
+    """``--resume`` (in ``group``) and the time between two checkpoints."""
+    group.add_argument("--resume", metavar="RUN", help="continue a stopped run; its flags are in RUN")
+    parser.add_argument(
+        "--checkpoint-every", type=_seconds, default=60.0, help="seconds between checkpoints (default 60)"
+    )
 
 
 def resumed(

@@ -1,4 +1,4 @@
-"""The flags of each command. Nothing here imports torch, so that a wrong flag is told at once."""
+"""The flags of each command. Nothing here imports torch, so that a wrong flag is reported at once."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -24,41 +24,45 @@ def search(argv: Sequence[str] = ()) -> OneLineParser:
     """
     p = OneLineParser(description=search.__doc__)
     goal = p.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--budget", help="300MFLOPs (= MMACs), 5MParams, 50%%; several joined by commas hold at once")
-    goal.add_argument("--sweep", help="instead: a net for each, as 100MFLOPs,200MFLOPs, after one common warm-up")
+    goal.add_argument(
+        "--budget", help="300MFLOPs (= MMACs), 5MParams, 1.2ms or 50%%; several, joined by commas, all hold"
+    )
+    goal.add_argument("--sweep", help="instead: a net for each budget, as 100MFLOPs,200MFLOPs; shared warm-up")
     add_resume_flags(p, goal)
-    p.add_argument("--method", choices=list(CONFIGS), default="gates", help="how it is chosen (default gates)")
+    p.add_argument("--method", choices=list(CONFIGS), default="gates", help="method of the search (default gates)")
     add_space_flags(p)
-    p.add_argument("--latency-table", help="for a budget in ms: what dnas profile wrote")
+    p.add_argument("--latency-table", help="for a budget in ms: latency table of dnas profile")
     p.add_argument(
         "--latency-for",
         nargs="*",
         default={},
         action=ModelKwargs,
-        help="what it must be of: batch=32 dtype=float16 ...",
+        help="properties that the latency table must have: batch=32 dtype=float16 ...",
     )
-    p.add_argument("--latency-anyway", action="store_true", help="use it, even if it is of another device or batch")
+    p.add_argument("--latency-anyway", action="store_true", help="use a table of another device or batch, too")
     p.add_argument("--pretrained", action="store_true", help="with --model: the search starts from timm's weights")
     p.add_argument("--initial-checkpoint", help="with --model: the search starts from the weights in this file")
     p.add_argument(
         "--keep-weights",
         action="store_true",
-        help="the networks are fine-tuned from the weights that the search has for them, not trained from scratch",
+        help="fine-tune the networks from the weights of the search, instead of training from scratch",
     )
     p.add_argument("--search-epochs", type=int, default=20, help="epochs of the search (default 20)")
     p.add_argument("--num-random", type=int, default=0, help="also train this many random nets at the same cost")
     p.add_argument(
         "--output",
-        help="run folder (default runs/<supernet or model>-<budget>-<seed>); of a sweep, with one in it a budget",
+        help="run folder (default runs/<supernet or model>-<budget>-<seed>); a sweep has a run folder per budget in it",
     )
-    p.add_argument("--name", help="name of the exported model (default: dnas_ and the run folder's name)")
+    p.add_argument("--name", help="name of the exported model (default: dnas_ and the name of the run folder)")
     p.add_argument("--log", choices=["tensorboard"], help="also write the search's history to RUN/tensorboard")
-    p.add_argument("--dry-run", action="store_true", help="do everything but train: export and check the uniform net")
+    p.add_argument("--dry-run", action="store_true", help="no training; only export and check the uniform net")
     add_data_flags(p)
     add_recipe_flags(p)
     name = method_in(argv)  # the flags of a method are the fields of its config
     config = CONFIGS[name]
-    group = p.add_argument_group(f"of --method {name} (times are shares of the whole search)" if fields(config) else "")
+    group = p.add_argument_group(
+        f"settings of --method {name} (times are shares of the whole search)" if fields(config) else ""
+    )
     for field in fields(config):
         default = getattr(config(), field.name)
         how: dict = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
@@ -78,7 +82,7 @@ def method_in(argv: Sequence[str]) -> str:
 
 
 def retrain(argv: Sequence[str] = ()) -> OneLineParser:
-    """Train a found net from scratch, by any recipe: a run folder in, a new run folder with weights and metrics out.
+    """Train a found net from scratch, by any recipe. Reads a run folder; writes a new one with weights and metrics.
 
     dnas retrain runs/my-run --epochs 100 --output runs/my-run-retrained
     dnas retrain --resume runs/my-run-retrained
@@ -86,7 +90,7 @@ def retrain(argv: Sequence[str] = ()) -> OneLineParser:
     p = OneLineParser(description=retrain.__doc__)
     p.add_argument("run", nargs="?", help="run folder with an arch.json, or the arch.json itself")
     p.add_argument("--output", help="new run folder")
-    p.add_argument("--name", help="name of the exported model (default: the one it has)")
+    p.add_argument("--name", help="name of the exported model (default: as in arch.json)")
     add_resume_flags(p, p)
     add_data_flags(p)
     p.set_defaults(in_chans=None)
@@ -95,59 +99,61 @@ def retrain(argv: Sequence[str] = ()) -> OneLineParser:
 
 
 def export(argv: Sequence[str] = ()) -> OneLineParser:
-    """Write a timm model file from an architecture file, or check one that is there.
+    """Write a timm model file from an arch.json, or check a model file.
 
     dnas export runs/my-run/arch.json --output somewhere --name my_net
     dnas export runs/my-run --check
     """
     p = OneLineParser(description=export.__doc__)
-    p.add_argument("arch", help="arch.json, or the run folder it is in")
-    p.add_argument("--output", help="new folder for model.py, arch.json and the weights if there are some")
-    p.add_argument("--name", help="name of the model (default: the one in the file)")
+    p.add_argument("arch", help="arch.json, or its run folder")
+    p.add_argument("--output", help="new folder for model.py, arch.json and the weights, if any")
+    p.add_argument("--name", help="name of the model (default: as in arch.json)")
     p.add_argument(
-        "--check", action="store_true", help="only check the folder: does plain timm build what arch.json says?"
+        "--check", action="store_true", help="only check the folder: does plain timm build the net of arch.json?"
     )
     return p
 
 
 def profile(argv: Sequence[str] = ()) -> OneLineParser:
-    """Measure what the parts of a search space take on this device, for budgets in milliseconds.
+    """Measure the latency of the parts of a search space on this device, for budgets in milliseconds.
 
     dnas profile --supernet prunet --img-size 224 --out mine.json
     dnas profile --check mine.json
     dnas profile --list latency_tables/*.json
     """
     p = OneLineParser(description=profile.__doc__)
-    p.add_argument("--out", help="the table; what was measured is kept beside it until it is whole, and not done again")
-    p.add_argument("--check", metavar="TABLE", help="instead: predict and measure random nets, and note it in TABLE")
-    p.add_argument("--list", nargs="+", metavar="TABLE", help="instead: what tables are of, and what their checks said")
+    p.add_argument("--out", help="file of the table; an interrupted run keeps its measurements beside it")
+    p.add_argument("--check", metavar="TABLE", help="instead: predict and measure random nets; TABLE gets the result")
+    p.add_argument("--list", nargs="+", metavar="TABLE", help="instead: list tables and the results of their checks")
     add_space_flags(p)
     p.add_argument("--img-size", type=int, default=224, help="image side in pixels (default 224)")
     p.add_argument("--in-chans", type=int, default=3, help="image channels (default 3)")
-    p.add_argument("--num-classes", type=int, default=1000, help="of the classifier (default 1000)")
+    p.add_argument("--num-classes", type=int, default=1000, help="classes of the classifier (default 1000)")
     group = p.add_argument_group("how the networks will run")
     group.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is a GPU)")
     group.add_argument("--runtime", choices=RUNTIMES, help="default: cudagraph on a GPU, eager on a CPU")
-    group.add_argument("--amp", action="store_true", help="weights and maps of --amp-dtype, not of float32")
-    group.add_argument("--amp-dtype", choices=DTYPES[1:], default="float16")
-    group.add_argument("--batch-size", "-b", type=int, default=1, help="images of a run (default 1)")
-    group.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
-    group.add_argument("--channels-last", action="store_true")
-    group = p.add_argument_group("how it is measured")
+    group.add_argument("--amp", action="store_true", help="weights and maps in --amp-dtype instead of float32")
+    group.add_argument("--amp-dtype", choices=DTYPES[1:], default="float16", help="default float16")
+    group.add_argument("--batch-size", "-b", type=int, default=1, help="images per run (default 1)")
+    group.add_argument("--threads", type=int, help="CPU threads (default: as torch)")
+    group.add_argument("--channels-last", action="store_true", help="memory format of weights and images")
+    group = p.add_argument_group("how parts are measured")
     group.add_argument(
         "--rounds", type=int, default=25, help="blocks of runs of each unit; the median counts (default 25)"
     )
     group.add_argument("--block-ms", type=float, default=10.0, help="length of a block (default 10)")
-    group.add_argument("--tolerance", type=float, default=0.05, help="of interpolation between widths (default 0.05)")
     group.add_argument(
-        "--scale-nets", type=int, default=20, help="whole nets that the sum of parts is scaled by (default 20)"
+        "--tolerance", type=float, default=0.05, help="error of interpolation between widths (default 0.05)"
+    )
+    group.add_argument(
+        "--scale-nets", type=int, default=20, help="whole nets to scale the sum of parts by (default 20)"
     )
     group.add_argument("--check-nets", type=int, default=50, help="random nets of a check (default 50)")
     return p
 
 
 def compare(argv: Sequence[str] = ()) -> OneLineParser:
-    """Several runs side by side: a table, and a page with top-1 against cost. Of a sweep, its folder will do.
+    """Several runs side by side: a table, and a page with top-1 against cost. For a sweep, name its folder.
 
     dnas compare runs/* --out compared.html
     """
@@ -159,7 +165,7 @@ def compare(argv: Sequence[str] = ()) -> OneLineParser:
 
 
 def methods(argv: Sequence[str] = ()) -> OneLineParser:
-    """Every way to choose a network: what it decides, from what, its source, and its flags.
+    """The methods: for each, its decisions, its needs, its source and its flags.
 
     dnas methods
     """

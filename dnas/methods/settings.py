@@ -1,4 +1,4 @@
-"""What a user may set of each method. Flags are made of it before anything slow is imported."""
+"""The settings of each method. Flags are made from this file before slow imports."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -21,43 +21,47 @@ WeightsOn = Literal["hard", "soft", "sandwich"]
 
 @dataclass(frozen=True)
 class GatesConfig:
-    """Everything about this search beyond the weights' `Recipe`. Times are shares of the whole search, in [0, 1].
+    """All settings of this search except the weights' `Recipe`. Times are shares of the whole search, in [0, 1].
 
-    ``gate_lr`` 0 means: such that a logit can travel 20 over all gate steps, within [0.01, 0.3]. Raises UserError for a
-    number that makes no sense, naming the flag.
+    ``gate_lr`` 0 means: a logit can move by 20 over all gate steps; the rate stays in [0.01, 0.3]. Raises UserError for
+    a number out of range, with the name of the flag.
     """
 
     gate_fraction: float = setting(
-        0.3, "of the training images, held out for the gates; 0: they see the weights' images"
+        0.3, "share of the training images held out for the gates; 0: gates learn on the weights' images"
     )
-    gate_every: int = setting(2, "weight steps to a gate step")
-    gate_lr: float = setting(0.0, "learning rate of the gates; 0: by the number of their steps")
+    gate_every: int = setting(2, "weight steps per gate step")
+    gate_lr: float = setting(0.0, "learning rate of the gates; 0: from the number of gate steps")
     paths: int = setting(2, "candidate blocks mixed in a gate step")
     weights_on: WeightsOn = setting("hard", "nets that the weights learn on: hard, soft or sandwich")
     scale_in_gradient: bool = setting(False, "the gates' gradient keeps the scale that all channels of a width share")
     entropy: float = setting(0.0, "weight of the gates' mean entropy at the end of the search; it grows from 0")
     confidence: bool = setting(
-        False, "the gates' gradient keeps the scale that all logits share: how sure the network is"
+        False, "the gates' gradient keeps the scale that all logits share (the confidence of the network)"
     )
     headroom: float = setting(
-        1.5, "widths begin at so many times the balanced ones of the shallowest, cheapest network; 0: at full width"
+        1.5, "widths start at this many times the balanced widths of the shallowest, cheapest network; 0: at full width"
     )
-    prior: float = setting(0.05, "weight of the sum of expected log widths in the gates' loss: towards balanced widths")
+    prior: float = setting(
+        0.05, "weight of the sum of expected log widths in the gates' loss: pulls to balanced widths"
+    )
     budget_weight: float = setting(20.0, "weight of the distance to the budget in the gates' loss")
-    warmup: float = setting(0.1, "weights only, nets drawn evenly, until then")
+    warmup: float = setting(0.1, "end of the warm-up: until then only weights learn, on evenly drawn nets")
     budget_from: float = setting(0.1, "progress at which the cost target starts to fall")
     budget_by: float = setting(0.4, "progress at which the cost target equals the budget")
     block_from: float = setting(0.1, "progress at which the threshold on blocks starts to rise from 0")
     block_by: float = setting(0.5, "progress at which the threshold on blocks is 1/2")
     skip_at: float = setting(
-        0.1, "layers get their skip; the threshold on them rises from 0 to 1/2 from here to the end"
+        0.1, "progress at which layers get their skip; from here to the end the threshold on layers rises from 0 to 1/2"
     )
-    skip_from: float = setting(0.9, "the coefficient that they begin with")
-    temperature: float = setting(0.3, "at the end; 1 until the budget is reached half-way")
+    skip_from: float = setting(0.9, "coefficient of a skip at its start")
+    temperature: float = setting(0.3, "temperature at the end; it is 1 until the cost target has fallen half-way")
     width_below: float = setting(
-        0.2, "a group of channels goes when its marginal has been below this for --patience steps"
+        0.2, "a chain group is removed when its marginal was below this for --patience gate steps"
     )
-    patience: int = setting(5, "gate steps in a row that a marginal must be below --width-below")
+    patience: int = setting(
+        5, "gate steps in a row with a marginal below --width-below before a chain group is removed"
+    )
 
     def __post_init__(self) -> None:
         shares = ("warmup", "budget_from", "budget_by", "block_from", "block_by", "skip_at")
