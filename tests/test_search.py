@@ -335,9 +335,9 @@ def test_without_a_fraction_the_gates_see_the_weights_images(fraction, shared):
     ],
 )
 def test_bad_config_is_one_line(change):
-    with pytest.raises(UserError, match="--") as caught:
+    with pytest.raises(UserError) as caught:
         GatesConfig(**change)
-    assert "\n" not in str(caught.value)
+    assert caught.value.with_flags.startswith("--") and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -188,5 +188,6 @@ class OneLineParser(argparse.ArgumentParser):
         return super().parse_args(joined)
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError."""
-        raise UserError(f"{message} {HINT}")
+        """Raise UserError, in one line of a length that can be read, whatever was given."""
+        line = " ".join(message.split())
+        raise UserError(f"{line if len(line) <= 400 else line[:397] + '...'} {HINT}")

@@ -112,7 +112,7 @@ def check_space(plan: Plan, goals: Sequence[BudgetRun]) -> None:
     here = json.loads(json.dumps(asdict(plan.net.outline)))
     for goal in goals:
         path = goal.folder / "config.json"
-        if path.exists() and read_json(path, MAX_BYTES).get("space") != here:
+        if path.exists() and read_json(path, MAX_BYTES).get("space", here) != here:
             raise UserError(f"{path} is of a space that its flags do not make: the program that gave it has to resume")
 
 
