@@ -34,6 +34,7 @@ from dnas.report.metrics import read_run
 from dnas.runtime.checkpoint import Stopped
 from dnas.runtime.run_folder import check_new_folder, run_folder
 from dnas.runtime.signals import stop
+from dnas.spec.budget import parse_budget
 from dnas.spec.checks import UserError
 from dnas.spec.layer_space import EfficientNetSpace
 from dnas.training.data import Data, Pair
@@ -158,6 +159,9 @@ def search(
         is_timm = isinstance(net, TimmSupernet)
         args.model, args.supernet = (net.name, None) if is_timm else (None, net.name)
     args.output = str(args.output or output or default_output(args, numbered=True))
+    parse_budget(args.budget)  # it and the folder are checked before data is read, which may take long
+    if resume is None:
+        check_new_folder(args.output)
     keep_freed_memory()
     listening = stop.listening() if threading.current_thread() is threading.main_thread() else nullcontext()
     try:

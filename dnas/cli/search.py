@@ -187,9 +187,8 @@ def main(
         return [goal.folder for goal in goals]
     layout = torch.channels_last if plan.recipe.channels_last else torch.preserve_format
     supernet = plan.net.to(plan.device).to(memory_format=layout)
-    fresh = begin(
-        plan.method, supernet, plan.task
-    )  # before anything is written: it may find that there is nothing to do
+    # Before anything is written: it may find that there is nothing to do.
+    fresh = begin(plan.method, supernet, plan.task)
     sizes = {"num_classes": plan.data.num_classes, "in_chans": plan.data.in_chans}
     widest = build_net(plan.net.net_of(plan.tables["macs"].extremes()[1]), **sizes).to(plan.device)
     plain_ms = time_step(widest, plan.data, plan.recipe)
