@@ -37,7 +37,7 @@ from dnas.runtime.signals import stop
 from dnas.spec.budget import parse_budget
 from dnas.spec.checks import UserError
 from dnas.spec.layer_space import EfficientNetSpace
-from dnas.training.data import Data, Pair
+from dnas.training.batches import Data, Pair
 from dnas.training.given_data import data_of_loaders, on_device
 
 Images = str | Path | Data | Sequence[Iterable[Pair]]
@@ -256,5 +256,8 @@ def _words(flags: Mapping[str, Any], known: Mapping[str, argparse.Action]) -> li
         elif isinstance(value, Mapping):
             words += [flag, *(f"{key}={v!r}" for key, v in value.items())]
         else:
-            words += [f"{flag}={one}" for one in (value if isinstance(value, (list, tuple)) else [value])]
+            several = [*value] if isinstance(value, (list, tuple)) else [value]
+            if name == "img_size":  # height and width are one value
+                several = [",".join(map(str, several))]
+            words += [f"{flag}={one}" for one in several]
     return words

@@ -38,7 +38,7 @@ from dnas.methods.method import Method, Search, Task
 from dnas.methods.rules import RULES, random_arch
 from dnas.nets.shrink import has_weights_of, plain_state
 from dnas.nets.supernet import Supernet
-from dnas.report.diagnosis import no_better_than_a_guess, over_budget, signs_of_collapse
+from dnas.report.diagnosis import as_good_as_one_answer, no_better_than_a_guess, over_budget, signs_of_collapse
 from dnas.report.metrics import decision_rows, effort, facts, layer_rows, search_figures
 from dnas.runtime.checkpoint import Journal, checkpoint_errors
 from dnas.runtime.distributed import gathered, rank
@@ -48,10 +48,11 @@ from dnas.runtime.signals import stop
 from dnas.spec.budget import Budget, show
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
+from dnas.spec.image_size import sides
 from dnas.spec.latency_table import LatencyTable
 from dnas.spec.recipe import Recipe
 from dnas.spec.space import Arch
-from dnas.training.data import Data
+from dnas.training.batches import Data
 from dnas.training.from_scratch import train_from_scratch
 
 Trained = TypeVar("Trained")
@@ -110,7 +111,7 @@ def export_arch(folder: Path, name: str, net: Supernet, arch: Arch, data: Data, 
 
 def in_steps(train: Callable[..., Trained], journal: Journal, text: str, steps: int) -> Trained:
     """``train(on_step=, saved=)`` with a progress bar, from where the journal knows it was stopped."""
-    saved = journal.under_way(text)
+    saved, done = journal.under_way(text), 0
     with progress_bar(f"training {text}", steps) as advance, stop.between_steps():
         if saved:
             with checkpoint_errors():
@@ -119,8 +120,10 @@ def in_steps(train: Callable[..., Trained], journal: Journal, text: str, steps: 
             console.print(f"the training of {text} goes on at step {done} of {steps}")
 
         def on_step(state: Callable[[], dict]) -> None:
+            nonlocal done
             advance()
-            journal.step(text, state)
+            done += 1
+            journal.step(text, state, last=done == steps)
 
         return train(on_step=on_step, saved=saved)
 
@@ -183,7 +186,7 @@ def measured_ms(plan: Plan, models: Sequence[nn.Module]) -> list[float]:
     """Of networks on the device of the latency table, taken in turn; measured by the first process only."""
     found = []
     if rank() == 0 and plan.latency and plan.latency_device:
-        shape = (plan.data.in_chans, plan.data.img_size, plan.data.img_size)
+        shape = (plan.data.in_chans, *sides(plan.data.img_size))
         target = target_of(plan.latency.header, plan.latency_device)
         ms = time_nets(models, shape, target, CpuSpeedReference(target, plan.latency.header["pace_us"]), 25, 20.0)
         found = [float(value) for value in np.median(ms, 1)]
@@ -278,6 +281,7 @@ def search_stage(
             return {"search": search_data(method, search), "rows": count, "seconds": seconds}
 
         run_search(plan, search, task, on_row=on_row)
+        journal.step("search", lambda: written(history), last=True)
     seconds = time.perf_counter() - started
     figures = search_figures(read_rows(path, count), task.recipe, seconds, plain_ms, plan.device)
     net = search.net
@@ -351,6 +355,13 @@ def find(plan: Plan, goal: BudgetRun, journal: Journal, begun: Callable[[bool], 
         models = [build_net(plan.net.net_of(nets[what][0]), **sizes) for what in compared]
         for what, ms in zip(compared, measured_ms(plan, models), strict=True):
             trained[what]["measured_ms"] = ms
+    largest = plan.data.summary["largest_class"]
+    said = as_good_as_one_answer(
+        {what: row["top1"] for what, row in trained.items()}, largest["share"], largest["name"]
+    )
+    for line in said:
+        console.print(f"warning: {line}", soft_wrap=True)
+    first["warnings"] = [*first["warnings"], *said]
     return {
         **first,
         "validation_images": plan.data.num_val,
@@ -377,6 +388,6 @@ def print_table(folder: Path, name: str, metrics: dict) -> None:
         f"search: {effort(metrics['search'])}",
         f"files: {folder}/model.py (import it, then timm.create_model({name!r}, pretrained=True)), "
         f"model.safetensors, report.html, arch.json, metrics.json, history.jsonl, config.json",
-        f"next: python tools/retrain.py {folder} --epochs 100 --output {folder}-retrained",
+        f"next: dnas retrain {folder} --epochs 100 --output {folder}-retrained",
     ):
         console.print(line, soft_wrap=True)

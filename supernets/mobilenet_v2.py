@@ -1,5 +1,6 @@
 """DMCP's own space: MobileNetV2 with a width gate on every stage width and every inner width."""
 
+from dnas.spec.image_size import ImgSize
 from dnas.spec.layer_space import Candidate, EfficientNetSpace, Stage, fit_strides, round_width
 
 # (expansion, channels, layers, stride): table 2 of the MobileNetV2 paper (arXiv 1801.04381).
@@ -7,7 +8,7 @@ ROWS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1
 
 
 def mobilenet_v2(
-    *, num_classes: int, in_chans: int = 3, img_size: int = 32, width_mult: float = 1.0, divisor: int = 8
+    *, num_classes: int, in_chans: int = 3, img_size: ImgSize = 32, width_mult: float = 1.0, divisor: int = 8
 ) -> EfficientNetSpace:
     """MobileNetV2 at ``width_mult`` as the widest net (DMCP searches from 1.5). Its base net is the widest itself."""
 

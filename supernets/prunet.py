@@ -6,6 +6,7 @@ chosen so that their widest cost is of the order of the plain ones'; otherwise t
 "half of the widest net" means, would be a matter of fused 5x5 convolutions alone.
 """
 
+from dnas.spec.image_size import ImgSize
 from dnas.spec.layer_space import Candidate, EfficientNetSpace, Stage, fit_strides, round_width
 
 PLAIN = tuple(Candidate("ir", k, expand=6, base=4, se=se) for se in (0, 0.25) for k in (3, 5))
@@ -22,7 +23,7 @@ ROWS = (
 
 
 def prunet(
-    *, num_classes: int, in_chans: int = 3, img_size: int = 32, width_mult: float = 1.0, divisor: int = 8
+    *, num_classes: int, in_chans: int = 3, img_size: ImgSize = 32, width_mult: float = 1.0, divisor: int = 8
 ) -> EfficientNetSpace:
     """Stage widths on Markov gates, blocks and inner widths on bi-path blocks, layers that may be dropped.
 

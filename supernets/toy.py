@@ -1,10 +1,11 @@
 """A tiny space, for first steps and for tests: three layers, searched in seconds."""
 
+from dnas.spec.image_size import ImgSize
 from dnas.spec.layer_space import Candidate, EfficientNetSpace, Stage, round_width
 
 
 def toy(
-    *, num_classes: int = 4, in_chans: int = 3, img_size: int = 12, width_mult: float = 1.0, divisor: int = 4
+    *, num_classes: int = 4, in_chans: int = 3, img_size: ImgSize = 12, width_mult: float = 1.0, divisor: int = 4
 ) -> EfficientNetSpace:
     """Three layers, two of which may go; 3x3 or 5x5 kernels; inner widths up to 32. The other widths are 4.
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dnas.nets.supernet import Supernet
-from dnas.training.data import Data, in_memory
+from dnas.training.batches import Data, in_memory
 
 SHIFTS = ((0, 4), (4, 0), (4, 4), (4, -4))  # of the four classes, in pixels
 BEST = {"stage0/0/block": "ir-k5", "stage0/0/ir-k5/mid": 12, "stage0/1/keep": "drop", "stage0/2/keep": "drop"}

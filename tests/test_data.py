@@ -18,7 +18,8 @@ from image_files import (
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedShuffleSplit
 
-from dnas.training.data import Batches, in_memory, load_data
+from dnas.training.batches import Batches, in_memory
+from dnas.training.data import load_data
 
 # timm leaves closing its image files to the garbage collector, and Python 3.12 dislikes a DataLoader that forks.
 pytestmark = [

@@ -9,9 +9,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A file of dnas imports only files that stand before it here: rooms in order, and files in order inside a room.
 ROOMS = {
-    "spec": ["checks", "budget", "recipe", "layer_space", "space", "latency_table", "cost"],
+    "spec": ["checks", "image_size", "budget", "recipe", "layer_space", "space", "latency_table", "cost"],
     "runtime": ["distributed", "run_folder", "checkpoint", "signals", "progress"],
-    "training": ["tar_images", "data", "given_data", "optimizer", "onednn_workaround", "loop", "from_scratch"],
+    "training": [
+        "image_files",
+        "tar_images",
+        "data_summary",
+        "batches",
+        "data",
+        "given_data",
+        "optimizer",
+        "onednn_workaround",
+        "loop",
+        "from_scratch",
+    ],
     "nets": [
         *(
             "gate",

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import difflib
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dnas.spec.checks import MAX_BYTES, UserError, read_json
+from dnas.spec.image_size import ImgSize, check_size
 from dnas.spec.recipe import AMP_DTYPES, Recipe
 from supernets import SUPERNETS
 
@@ -40,6 +42,18 @@ def _seconds(text: str) -> float:
     if not 0 <= seconds < 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 on")
     return seconds
+
+
+def _img_size(text: str) -> ImgSize:
+    try:
+        return check_size([int(part) for part in text.split(",")])
+    except (ValueError, UserError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one side, or height and width, in pixels") from None
+
+
+def add_img_size(parser, text: str, default: int | None = None) -> None:
+    """``--img-size SIDE`` or ``--img-size HEIGHT WIDTH``; `OneLineParser` joins the two."""
+    parser.add_argument("--img-size", type=_img_size, default=default, metavar="H [W]", help=text)
 
 
 def _seed(text: str) -> int:
@@ -87,11 +101,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         default="",
         help="'digits' (embedded; the default) or one of timm's torch/... names; retrain: default as in the run",
     )
-    group.add_argument(
-        "--img-size",
-        type=int,
-        help="image side in pixels (default: 32 for digits, 224 for a folder, as stored for a .tar.gz; "
-        "retrain: as in arch.json)",
+    add_img_size(
+        group,
+        "side of the images in pixels, or height and width (default: 32 for digits, 224 for a folder, as stored for a "
+        ".tar.gz; retrain: as in arch.json)",
     )
     group.add_argument("--in-chans", type=int, default=3, help="image channels (default 3; retrain: as in arch.json)")
     group.add_argument("--num-classes", type=int, help="number of classes; checked against the data")
@@ -175,8 +188,10 @@ class OneLineParser(argparse.ArgumentParser):
         for given in sys.argv[1:] if argv is None else argv:
             if given.startswith("--") and given.endswith("=--"):  # of which argparse makes an empty list
                 self.error(f"argument {given[:-3]}: '--' is no value")
-            if joined and joined[-1] == "--budget":
+            if joined and joined[-1] in ("--budget", "--img-size"):
                 joined[-1] += f"={given}"
+            elif joined and re.fullmatch(r"--img-size=\d+", joined[-1]) and given.isdecimal():
+                joined[-1] += f",{given}"
             else:
                 joined.append(given)
         known = [flag for action in self._actions for flag in action.option_strings]

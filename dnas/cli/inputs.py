@@ -4,27 +4,31 @@ import argparse
 import atexit
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from dnas.nets.timm_space import TimmBase
 from dnas.runtime.distributed import rank
+from dnas.runtime.progress import console
 from dnas.runtime.run_folder import check_new_folder, provenance
 from dnas.spec.checks import UserError
 from dnas.spec.latency_table import LatencyTable, check_use, read_table
 from dnas.spec.layer_space import EfficientNetSpace
 from dnas.spec.recipe import Recipe
-from dnas.training.data import Data, load_data
+from dnas.training.batches import Data
+from dnas.training.data import load_data
+from dnas.training.data_summary import difference, summary_lines
 from dnas.training.optimizer import make_optimizer
 from supernets import SUPERNETS
 
 
-def outline_of(args: argparse.Namespace, fixed: dict[str, int]) -> TimmBase | Callable[..., EfficientNetSpace]:
+def outline_of(args: argparse.Namespace, fixed: dict[str, Any]) -> TimmBase | Callable[..., EfficientNetSpace]:
     """What the flags of `add_space_flags` mean: a network of timm's, or what makes a macro of a width multiplier.
 
     ``fixed`` are ``num_classes``, ``in_chans`` and ``img_size``. Raises UserError for flags that do not fit.
@@ -73,6 +77,23 @@ def data_of(args: argparse.Namespace, device: torch.device) -> Data:
     if args.num_classes not in (None, data.num_classes):
         raise UserError(f"--num-classes {args.num_classes} does not fit the data, which has {data.num_classes} classes")
     return data
+
+
+def say_data(data: Data) -> None:
+    """What the data is, and what is dubious about it, on the terminal."""
+    for line in (*summary_lines(data.summary), *(f"warning: {text}" for text in data.summary["warnings"])):
+        console.print(line, soft_wrap=True)
+
+
+def check_same_data(config: Mapping[str, Any], data: Data, folder: str) -> None:
+    """Raise UserError if the run in ``folder``, which is to go on, began with other data, by its config.json."""
+    names = config.get("class_names", data.class_names)
+    try:
+        reason = difference(config.get("data", data.summary), data.summary, (names, data.class_names))
+    except (KeyError, TypeError):
+        raise UserError(f"{folder}: its config.json does not say which data it began with") from None
+    if reason:
+        raise UserError(f"{folder} began with other data: {reason}; the same data are expected")
 
 
 def open_table(args, budgets) -> tuple[LatencyTable | None, torch.device | None]:

@@ -8,6 +8,7 @@ from dnas.cli.flags import (
     ModelKwargs,
     OneLineParser,
     add_data_flags,
+    add_img_size,
     add_recipe_flags,
     add_resume_flags,
     add_space_flags,
@@ -126,7 +127,7 @@ def profile(argv: Sequence[str] = ()) -> OneLineParser:
     p.add_argument("--check", metavar="TABLE", help="instead: predict and measure random nets; TABLE gets the result")
     p.add_argument("--list", nargs="+", metavar="TABLE", help="instead: list tables and the results of their checks")
     add_space_flags(p)
-    p.add_argument("--img-size", type=int, default=224, help="image side in pixels (default 224)")
+    add_img_size(p, "side of the images in pixels, or height and width (default 224)", default=224)
     p.add_argument("--in-chans", type=int, default=3, help="image channels (default 3)")
     p.add_argument("--num-classes", type=int, default=1000, help="classes of the classifier (default 1000)")
     group = p.add_argument_group("how the networks will run")

@@ -42,6 +42,12 @@ def what_failed(error: Exception) -> str:
     return ""
 
 
+def say_what_is_kept() -> None:
+    """What of a run that fails is on disk."""
+    if folder := stop.kept():
+        print(f"what was done is kept: --resume {folder} goes on from there", file=sys.stderr)
+
+
 def run(main: Callable[[], object]) -> None:
     """Call ``main``. A user's mistake is one line on stderr and exit code 2, and so is a machine that fails, with 1.
 
@@ -54,6 +60,7 @@ def run(main: Callable[[], object]) -> None:
             main()
     except UserError as error:
         print(f"error: {error.with_flags}", file=sys.stderr)
+        say_what_is_kept()
         sys.exit(2)
     except Stopped as stopped:
         print(f"stopped{stopped}", file=sys.stderr)
@@ -62,6 +69,7 @@ def run(main: Callable[[], object]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        say_what_is_kept()
         if not (line := what_failed(error)):
             raise
         print(f"error: {line}", file=sys.stderr)

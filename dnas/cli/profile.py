@@ -26,13 +26,15 @@ from dnas.runtime.progress import console, progress_bar
 from dnas.runtime.run_folder import provenance, write_whole
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
+from dnas.spec.image_size import check_size, sides, size_text
 from dnas.spec.latency_table import SCHEMA, SPACE, check_use, read_table, table_of, table_text
 from dnas.spec.space import Arch
 
 
 def supernet_of(args) -> Supernet:
     """The search space in the flags, as a supernet that nobody trains."""
-    for name, value in (("img-size", args.img_size), ("in-chans", args.in_chans), ("num-classes", args.num_classes)):
+    args.img_size = check_size(args.img_size)
+    for name, value in (("in-chans", args.in_chans), ("num-classes", args.num_classes)):
         if not 1 <= value <= 8192:
             raise UserError(f"--{name} {value} is not between 1 and 8192")
     outline = outline_of(args, {key: getattr(args, key) for key in ("num_classes", "in_chans", "img_size")})
@@ -128,7 +130,7 @@ def time_archs(args, net: Supernet, archs: Sequence[Arch], target: Target, pace:
     """Milliseconds of whole networks, [len(archs), rounds]."""
     sizes = {"num_classes": args.num_classes, "in_chans": args.in_chans}
     nets = (build_net(net.net_of(arch), **sizes) for arch in archs)
-    shape = (args.in_chans, args.img_size, args.img_size)
+    shape = (args.in_chans, *sides(args.img_size))
     return time_nets(nets, shape, target, pace, args.rounds, 2 * args.block_ms)
 
 
@@ -175,7 +177,9 @@ def list_tables(paths: Sequence[str]) -> None:
         header, found = table.header, table.header["check"]
         space = dict(header["space"])
         name = space.pop("model", None) or space.pop("supernet", "")
-        name = " ".join([name, f"{space.pop('img_size', 0)} px", *(f"{key} {v}" for key, v in space.items())])
+        name = " ".join(
+            [name, f"{size_text(space.pop('img_size', 0))} px", *(f"{key} {v}" for key, v in space.items())]
+        )
         runs = f"{header['runtime']}, {header['dtype']}, batch {header['batch']}, threads {header['threads']}"
         cells = [Path(path).name, name, header["device"], runs, str(sum(unit.ms.size for unit in table.units.values()))]
         if found:

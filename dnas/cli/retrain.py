@@ -7,7 +7,7 @@ from pathlib import Path
 
 from timm.utils import random_seed
 
-from dnas.cli.inputs import data_of, device_of, new_folder, recipe_of
+from dnas.cli.inputs import check_same_data, data_of, device_of, new_folder, recipe_of, say_data
 from dnas.export.model_file import build_net, check_name, read_arch, save_weights, verify_export, write_export
 from dnas.report.metrics import read_run
 from dnas.runtime.checkpoint import WORTH_KEEPING
@@ -58,6 +58,9 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     for key in ("num_classes", "in_chans", "img_size"):
         if document[key] != getattr(data, key):
             raise UserError(f"{source} was found for {key} {document[key]}, the data has {getattr(data, key)}")
+    if args.resume:
+        check_same_data(read_json(folder / "config.json", MAX_BYTES), data, str(folder))
+    say_data(data)
     document |= {"mean": data.mean, "std": data.std, "name": args.name or document["name"]}
     check_name(document["name"])
     random_seed(args.seed)
@@ -66,7 +69,7 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     steps = recipe.epochs * len(data.train_batches(recipe.batch_size, seed=args.seed))
     costs = {metric: document[metric] for metric in ("macs", "params")}
     config = {"argv": argv, "args": vars(args), "recipe": asdict(recipe), "provenance": provenance(device)}
-    config["class_names"] = data.class_names
+    config |= {"class_names": data.class_names, "data": data.summary}
     with run_folder(folder, keep_if=WORTH_KEEPING):
         if not args.resume:
             write_json(folder / "config.json", config)

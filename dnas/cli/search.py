@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from timm.utils import random_seed
 
-from dnas.cli.inputs import data_of, device_of, new_folder, open_table, outline_of, recipe_of
+from dnas.cli.inputs import check_same_data, data_of, device_of, new_folder, open_table, outline_of, recipe_of, say_data
 from dnas.export.model_file import build_net, check_name, write_state
 from dnas.latency.measured_parts import parts_of
 from dnas.methods.catalog import METHODS
@@ -35,8 +35,9 @@ from dnas.runtime.signals import stop
 from dnas.spec.budget import Budget, parse_budget, show
 from dnas.spec.checks import MAX_BYTES, UserError, read_json
 from dnas.spec.cost import CostTable, resolve_budgets
+from dnas.spec.image_size import size_text
 from dnas.spec.latency_table import LatencyTable
-from dnas.training.data import Data
+from dnas.training.batches import Data
 from dnas.training.from_scratch import time_step
 from dnas.workflow import Begun, BudgetRun, Plan, dry_run, find, print_table, run_search
 
@@ -107,13 +108,17 @@ def make_goals(plan: Plan, asked: list[tuple[Budget, ...]], folder: Path, name: 
     return goals
 
 
-def check_space(plan: Plan, goals: Sequence[BudgetRun]) -> None:
-    """Raise UserError if a run that is resumed searched another space: a program gave it, which flags cannot."""
+def check_same(plan: Plan, goals: Sequence[BudgetRun]) -> None:
+    """Raise UserError if a run that is resumed began with another space, which a program gave, or with other data."""
     here = json.loads(json.dumps(asdict(plan.net.outline)))
     for goal in goals:
         path = goal.folder / "config.json"
-        if path.exists() and read_json(path, MAX_BYTES).get("space", here) != here:
+        if not path.exists():
+            continue
+        config = read_json(path, MAX_BYTES)
+        if config.get("space", here) != here:
             raise UserError(f"{path} is of a space that its flags do not make: the program that gave it has to resume")
+        check_same_data(config, plan.data, str(goal.folder))
 
 
 def introduce(plan: Plan) -> None:
@@ -124,9 +129,10 @@ def introduce(plan: Plan) -> None:
         more = f" and {len(stays) - 3} more" if len(stays) > 3 else ""
         console.print(f"channels that stay: {', '.join(stays[:3])}{more}", soft_wrap=True)
     reach = " to ".join(show("macs", table.of(arch)) for arch in table.extremes())
-    images = f"{plan.data.num_train} images of {plan.data.img_size} px"
+    images = f"{plan.data.num_train} images of {size_text(plan.data.img_size)} px"
     nets = f"{net.space.num_archs():.0e} nets of {reach}"
     console.print(f"{net.name} on {plan.data.name}, {images}: {nets}", soft_wrap=True)
+    say_data(plan.data)
 
 
 def estimate(plan: Plan, goals: list[BudgetRun], plain_ms: float) -> float:
@@ -175,10 +181,10 @@ def main(
     plan = make_plan(args, asked, *latency, data, net)
     goals = make_goals(plan, asked, Path(output), name)
     if args.resume:
-        check_space(plan, goals)
+        check_same(plan, goals)
     introduce(plan)
     config = {"argv": argv, "args": vars(args), "space": asdict(plan.net.outline), "provenance": plan.info}
-    config["class_names"] = plan.data.class_names
+    config |= {"class_names": plan.data.class_names, "data": plan.data.summary}
     if args.dry_run:
         for goal in goals if rank() == 0 else ():
             with run_folder(goal.folder):

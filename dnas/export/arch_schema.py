@@ -13,6 +13,7 @@ from timm.models import is_model, model_entrypoint
 from dnas.export import narrowed, native
 from dnas.nets.timm_space import check_kwargs
 from dnas.spec.checks import UserError, check, fail
+from dnas.spec.image_size import check_size
 
 Floats = Sequence[float]
 
@@ -35,8 +36,9 @@ NATIVE = {
     "head": WIDTH,
 }
 NARROWED = {"base": str, "kwargs": dict, "features": [WIDTH, range(1, 65)], "modules": dict}  # see dnas.export.narrowed
-# What the network sees and says: img_size in pixels; mean and std of pixels in [0, 1], one a channel.
-SIZES = {"img_size": range(1, 8_193), "in_chans": CHANNELS, "num_classes": range(1, 1_000_001)}
+# What the network sees and says: img_size in pixels, one side of a square or [height, width]; mean and std of pixels in
+# [0, 1], one a channel.
+SIZES = {"img_size": check_size, "in_chans": CHANNELS, "num_classes": range(1, 1_000_001)}
 DATA: dict[str, Any] = {**SIZES, "mean": [float, CHANNELS], "std": [float, CHANNELS]}
 BUDGET = [{"metric": str, "limit": float, "reached": float}, range(17)]
 ARCH = {"schema": (SCHEMA,), "name": str, "supernet": str, **DATA, "answers": dict, "net": dict, "widths": dict}
@@ -117,9 +119,17 @@ def check_name(name: Any) -> None:
         fail("name", name, "no model that timm already has")
 
 
-def check_data(num_classes: int, in_chans: int, img_size: int, mean: Floats, std: Floats) -> dict[str, Any]:
+def _plain_size(img_size: Any) -> Any:
+    """The size of an image as JSON has it."""
+    size = check_size(img_size)
+    return size if isinstance(size, int) else [*size]
+
+
+def check_data(
+    num_classes: int, in_chans: int, img_size: int | Sequence[int], mean: Floats, std: Floats
+) -> dict[str, Any]:
     """These five as a dict that follows `DATA`. Raises UserError otherwise."""
-    data: dict[str, Any] = dict(zip(DATA, (img_size, in_chans, num_classes, [*mean], [*std]), strict=True))
+    data: dict[str, Any] = dict(zip(DATA, (_plain_size(img_size), in_chans, num_classes, [*mean], [*std]), strict=True))
     check("arch", data, DATA)
     for key in ("mean", "std"):
         if len(data[key]) != in_chans:

@@ -31,6 +31,7 @@ from dnas.export.arch_schema import ARCH, DATA, MAX_BYTES, SCHEMA, Floats, check
 from dnas.nets.timm_supernet import measure
 from dnas.runtime.run_folder import write_whole
 from dnas.spec.checks import UserError, check, fail, parse_json, read_json
+from dnas.spec.image_size import ImgSize, sides, strided
 
 
 def check_document(document: Any) -> None:
@@ -79,20 +80,20 @@ def _heads(net: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _one_image(model: nn.Module, in_chans: int, img_size: int) -> Iterator[torch.Tensor]:
-    """A zero image (1, in_chans, img_size, img_size) for the model, which is in eval mode meanwhile."""
+def _one_image(model: nn.Module, in_chans: int, img_size: ImgSize) -> Iterator[torch.Tensor]:
+    """A zero image (1, in_chans, height, width) for the model, which is in eval mode meanwhile."""
     like = next(model.parameters())
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
         with torch.no_grad():
-            yield torch.zeros(1, in_chans, img_size, img_size, device=like.device, dtype=like.dtype)
+            yield torch.zeros(1, in_chans, *sides(img_size), device=like.device, dtype=like.dtype)
     finally:
         for module, mode in modes.items():  # one by one: a frozen batch norm in a training model stays frozen
             module.training = mode
 
 
-def count_macs(model: nn.Module, in_chans: int, img_size: int) -> int:
+def count_macs(model: nn.Module, in_chans: int, img_size: ImgSize) -> int:
     """Multiply-accumulates for one image: convolutions and linear layers as fvcore counts them, products as torch does.
 
     Products are those of two feature maps (attention), which fvcore misses where they are fused.
@@ -104,12 +105,12 @@ def count_macs(model: nn.Module, in_chans: int, img_size: int) -> int:
     return int(by_operator["conv"] + by_operator["linear"]) + _by_torch(model, in_chans, img_size)[1]
 
 
-def count_macs_torch(model: nn.Module, in_chans: int, img_size: int) -> int:
+def count_macs_torch(model: nn.Module, in_chans: int, img_size: ImgSize) -> int:
     """The same by torch's own counter alone; works on the meta device, too."""
     return sum(_by_torch(model, in_chans, img_size))
 
 
-def _by_torch(model: nn.Module, in_chans: int, img_size: int) -> tuple[int, int]:
+def _by_torch(model: nn.Module, in_chans: int, img_size: ImgSize) -> tuple[int, int]:
     """Multiply-accumulates (layers, products); torch counts 2 for each."""
     # Not every torch counts every fused attention (2.14 leaves out the CPU's): unfused ones are plain products.
     unfused = sdpa_kernel(SDPBackend.MATH)
@@ -150,7 +151,7 @@ _SOURCE = '''"""{name}: a network found by dnas, as a plain timm model. Needs to
     net = timm.create_model("{name}", pretrained=True)  # weights: model.safetensors beside this file
     net = timm.create_model("{name}", num_classes=7, in_chans=1, features_only=True)
 
-Found for images of {in_chans} x {img_size} x {img_size} and {num_classes} classes. To change the network, change NET.
+Found for images of {in_chans} x {height} x {width} and {num_classes} classes. To change the network, change NET.
 """
 
 from pathlib import Path
@@ -188,7 +189,14 @@ _ABOUT = {
 
 
 def model_source(
-    name: str, net: dict[str, Any], *, num_classes: int, in_chans: int, img_size: int, mean: Floats, std: Floats
+    name: str,
+    net: dict[str, Any],
+    *,
+    num_classes: int,
+    in_chans: int,
+    img_size: int | Sequence[int],
+    mean: Floats,
+    std: Floats,
 ) -> str:
     """The text of a ``model.py`` that registers ``net`` with timm as ``name``, and needs torch and timm only.
 
@@ -198,22 +206,33 @@ def model_source(
     check_net(net)
     data = check_data(num_classes, in_chans, img_size, mean, std)
     kind = _kind(net)
-    crop_pct = 0.875 if img_size >= 96 else 1.0  # small images come at their final size: nothing to crop
-    cfg: dict[str, Any] = {"input_size": (in_chans, img_size, img_size), "pool_size": _pool_size(net, data)}
+    height, width = sides(img_size)
+    crop_pct = 0.875 if min(height, width) >= 96 else 1.0  # small images come at their final size: nothing to crop
+    cfg: dict[str, Any] = {"input_size": (in_chans, height, width), "pool_size": _pool_size(net, data)}
     cfg |= {key: tuple(map(float, data[key])) for key in ("mean", "std")} | {"num_classes": num_classes}
     cfg |= {"interpolation": "bicubic", "crop_pct": crop_pct, **_heads(net)}
     body = inspect.getsource(kind).split('"""\n', 1)[1].strip()  # without its docstring
     # Numbers, booleans and known words have no quotes inside.
     net_text, cfg_text = (_pretty(part, repr).replace("'", '"') for part in (net, cfg))
     path = f"dnas/export/{kind.__name__.split('.')[-1]}.py"
-    return _SOURCE.format(name=name, kind=path, body=body, about=_ABOUT[kind], net=net_text, cfg=cfg_text, **data)
+    return _SOURCE.format(
+        name=name,
+        kind=path,
+        body=body,
+        about=_ABOUT[kind],
+        net=net_text,
+        cfg=cfg_text,
+        height=height,
+        width=width,
+        **data,
+    )
 
 
 def _pool_size(net: dict[str, Any], data: Mapping[str, Any]) -> tuple[int, int]:
     """Height and width of the last feature map."""
     if "base" not in net:
         strides = [net["stem"]["stride"], *(rows[0]["stride"] for rows in net["stages"])]
-        return (-(-data["img_size"] // math.prod(strides)),) * 2  # every stride halves and rounds up
+        return sides(strided(data["img_size"], math.prod(strides)))  # every stride halves and rounds up
     with torch.device("meta"):
         model = narrowed.network(net, num_classes=data["num_classes"], in_chans=data["in_chans"])
     return measure(model, data["in_chans"], data["img_size"])["pool_size"]
@@ -304,9 +323,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 torch.set_num_threads(1)
-weights, img_size = os.path.isfile("model.safetensors"), int(sys.argv[3])
+weights, shape = os.path.isfile("model.safetensors"), json.loads(sys.argv[2])
 net = timm.create_model(sys.argv[1], pretrained=weights).eval()
-x = torch.zeros(1, int(sys.argv[2]), img_size, img_size)
+x = torch.zeros(1, *shape)
 with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
     found = {"outputs": list(net(x).shape), "params": sum(p.numel() for p in net.parameters())}
 found.update(macs=counter.get_total_flops() // 2, counted_by="torch")
@@ -337,7 +356,7 @@ def verify_export(folder: str | Path) -> dict[str, Any]:
             if (folder / file).is_file():
                 shutil.copy(folder / file, copy)
         command = [sys.executable, "-I", "-B", "-W", "ignore", "-c", _CHILD]
-        command += [str(document[key]) for key in ("name", "in_chans", "img_size")]
+        command += [document["name"], json.dumps([document["in_chans"], *sides(document["img_size"])])]
         child = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=600)
     if child.returncode != 0:
         reason = (child.stderr.strip().splitlines() or ["no message"])[-1]

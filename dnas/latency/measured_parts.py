@@ -25,6 +25,7 @@ from dnas.nets.layer_supernet import space_of, squeeze_width
 from dnas.nets.supernet import Supernet
 from dnas.nets.timm_supernet import TimmSupernet
 from dnas.spec.checks import UserError
+from dnas.spec.image_size import ImgSize, sides, size_text, strided
 from dnas.spec.layer_space import EfficientNetSpace, layers_of
 from dnas.spec.space import Option, Site, Space
 
@@ -71,27 +72,32 @@ def parts_of(net: Supernet) -> tuple[Part, ...]:
 
 def _macro_parts(macro: EfficientNetSpace) -> tuple[Part, ...]:
     sites = {site.name: site for site in space_of(macro).sites}
-    last, side = f"stage{len(macro.stages) - 1}/width", 0
+    last, size = f"stage{len(macro.stages) - 1}/width", macro.img_size
     parts = []
 
     def add(name: str, unit: str, widths: Mapping[str, Option], build: Build, **more: tuple[int, ...]) -> None:
         parts.append(Part(Site(name, unit, widths, {}, sites[name].when, sites[name].layer), build, more))
 
     stem = {"in": macro.in_chans, "out": "stem"}
-    add("conv_stem", f"stem k3/{macro.stem_stride} {macro.act} {macro.img_size}px", stem, partial(_stem, macro))
+    add(
+        "conv_stem",
+        f"stem k3/{macro.stem_stride} {macro.act} {size_text(macro.img_size)}px",
+        stem,
+        partial(_stem, macro),
+    )
     tops = {"stem": macro.stem} | {f"stage{s}/width": stage.width for s, stage in enumerate(macro.stages)}
-    for name, _, i, stage, before, width, stride, side_in in layers_of(macro):
-        side = -(-side_in // stride)
+    for name, _, i, stage, before, width, stride, size_in in layers_of(macro):
+        size = strided(size_in, stride)
         for c in stage.candidates:
             se, skip = squeeze_width(macro, c, tops[before]), i > 0
             widths = {"out": width} if skip else {"in": before, "out": width}  # with a shortcut both are one
             if c.kind != "ds":
                 widths["mid"] = f"{name}/{c.name}/mid"
             row = {"kind": c.kind, "kernel": c.kernel, "stride": stride, "se": se, "skip": skip}
-            unit = f"{c.kind} k{c.kernel}/{stride} se{se} {macro.act} {side_in}px" + " skip" * skip
-            add(f"{name}/{c.name}", unit, widths, partial(_block, macro.act, row, side_in))
+            unit = f"{c.kind} k{c.kernel}/{stride} se{se} {macro.act} {size_text(size_in)}px" + " skip" * skip
+            add(f"{name}/{c.name}", unit, widths, partial(_block, macro.act, row, size_in))
     head = {"in": last, "out": "head"}
-    add("conv_head", f"head {macro.act} {side}px", head, partial(_head, macro.act, side))
+    add("conv_head", f"head {macro.act} {size_text(size)}px", head, partial(_head, macro.act, size))
     classes = {"in": "head", "out": macro.num_classes}
     add("classifier", "classifier", classes, _classifier, out=(10, 100, 1000))
     return tuple(parts)
@@ -109,18 +115,18 @@ def _native(
 def _stem(macro: EfficientNetSpace, widths: Widths, batch: int) -> Built:
     stem = {"width": widths["out"], "stride": macro.stem_stride}
     net = _native(macro.act, widths["out"], stem=stem, in_chans=widths["in"])
-    return nn.Sequential(net.conv_stem, net.bn1), (torch.rand(batch, widths["in"], macro.img_size, macro.img_size),)
+    return nn.Sequential(net.conv_stem, net.bn1), (torch.rand(batch, widths["in"], *sides(macro.img_size)),)
 
 
-def _block(act: str, row: Mapping[str, Any], side: int, widths: Widths, batch: int) -> Built:
+def _block(act: str, row: Mapping[str, Any], size: ImgSize, widths: Widths, batch: int) -> Built:
     in_width = widths.get("in", widths["out"])
     net = _native(act, in_width, {**row, "mid": widths.get("mid", in_width), "out": widths["out"]})
-    return net.blocks[0][0], (torch.rand(batch, in_width, side, side),)
+    return net.blocks[0][0], (torch.rand(batch, in_width, *sides(size)),)
 
 
-def _head(act: str, side: int, widths: Widths, batch: int) -> Built:
+def _head(act: str, size: ImgSize, widths: Widths, batch: int) -> Built:
     net = _native(act, widths["in"], head=widths["out"])
-    return nn.Sequential(net.conv_head, net.bn2, net.global_pool), (torch.rand(batch, widths["in"], side, side),)
+    return nn.Sequential(net.conv_head, net.bn2, net.global_pool), (torch.rand(batch, widths["in"], *sides(size)),)
 
 
 def _classifier(widths: Widths, batch: int) -> Built:
@@ -133,7 +139,7 @@ def _classifier(widths: Widths, batch: int) -> Built:
 def _timm_parts(net: TimmSupernet) -> tuple[Part, ...]:
     base, parts = net.outline, []
     told = "#" + hashlib.sha256(json.dumps(dict(base.kwargs), sort_keys=True).encode()).hexdigest()[:8]
-    prefix = f"{base.name}{told if base.kwargs else ''} {base.in_chans}x{base.img_size}px"
+    prefix = f"{base.name}{told if base.kwargs else ''} {base.in_chans}x{size_text(base.img_size)}px"
     found: dict[tuple, tuple[str, dict[str, Option]]] = {}
     plain = base.create(device="meta").eval()
     calls = _calls(net, plain, {}, 1)
@@ -229,7 +235,7 @@ def _calls(net: TimmSupernet, plain: nn.Module, widths: Mapping[str, int], batch
     for op in ops:
         model.get_submodule(op.module).register_forward_pre_hook(partial(enter, op.module))
     with torch.no_grad(), recorder:
-        model(torch.zeros(batch, base.in_chans, base.img_size, base.img_size, device="meta"))
+        model(torch.zeros(batch, base.in_chans, *sides(base.img_size), device="meta"))
     return recorder.calls
 
 

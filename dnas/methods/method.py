@@ -16,7 +16,7 @@ from dnas.spec.budget import Budget
 from dnas.spec.cost import CostTable
 from dnas.spec.recipe import Recipe
 from dnas.spec.space import Arch
-from dnas.training.data import Batches, Data
+from dnas.training.batches import Batches, Data
 from dnas.training.loop import Learner
 
 HeldOut = Iterator[tuple[Tensor, Tensor]]  # batches of training images that the weights do not learn from

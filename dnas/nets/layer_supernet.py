@@ -24,6 +24,7 @@ from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.supernet import Gate, Supernet
 from dnas.spec.budget import Budget
 from dnas.spec.cost import CostTable
+from dnas.spec.image_size import pixels, strided
 from dnas.spec.layer_space import Candidate, EfficientNetSpace, layers_of, nearest, round_width, width_grid
 from dnas.spec.space import DROP, KEEP, Decision, Option, Site, Space
 
@@ -45,11 +46,11 @@ def space_of(macro: EfficientNetSpace) -> Space:
     tops = {"stem": macro.stem} | {f"stage{s}/width": stage.width for s, stage in enumerate(macro.stages)}
     grid_of = partial(width_grid, divisor=macro.divisor, most=macro.most_widths)
     decisions = [Decision(n, grid_of(top), top) for n, top in (tops | {"head": macro.head}).items()]
-    side = math.ceil(macro.img_size / macro.stem_stride)
+    size = strided(macro.img_size, macro.stem_stride)
     conv = {"in": macro.in_chans, "out": "stem"}
-    sites = [Site("conv_stem", "conv", conv, {"kernel": 3, "size": side**2})]
-    for name, _, i, stage, before, width, stride, side_in in layers_of(macro):
-        side = math.ceil(side_in / stride)
+    sites = [Site("conv_stem", "conv", conv, {"kernel": 3, "size": pixels(size)})]
+    for name, _, i, stage, before, width, stride, size_in in layers_of(macro):
+        size = strided(size_in, stride)
         there: tuple[tuple[str, Option], ...] = ()
         if stage.droppable and i > 0:
             decisions.append(Decision(f"{name}/keep", (DROP, KEEP), KEEP, layer=name))
@@ -59,17 +60,17 @@ def space_of(macro: EfficientNetSpace) -> Space:
             decisions.append(Decision(f"{name}/block", names, names[0], there, name))
         for c in stage.candidates:
             when = (*there, (f"{name}/block", c.name)) if len(names) > 1 else there
-            fixed = {"kernel": c.kernel, "size": side**2, "se": squeeze_width(macro, c, tops[before])}
+            fixed = {"kernel": c.kernel, "size": pixels(size), "se": squeeze_width(macro, c, tops[before])}
             widths: dict[str, Option] = {"in": before, "out": width}
             if c.kind != "ds":
                 mid = f"{name}/{c.name}/mid"
                 grid = grid_of(hidden_top(c, tops[before], macro.divisor))
                 base = nearest(grid, c.base * tops[before])
                 decisions.append(Decision(mid, grid, base, when, name))
-                widths["mid"], fixed["size_in"] = mid, side_in**2
+                widths["mid"], fixed["size_in"] = mid, pixels(size_in)
             sites.append(Site(f"{name}/{c.name}", c.kind, widths, fixed, when, name))
     last = f"stage{len(macro.stages) - 1}/width"
-    sites.append(Site("conv_head", "conv", {"in": last, "out": "head"}, {"kernel": 1, "size": side**2}))
+    sites.append(Site("conv_head", "conv", {"in": last, "out": "head"}, {"kernel": 1, "size": pixels(size)}))
     sites.append(Site("classifier", "linear", {"in": "head", "out": macro.num_classes}, {}))
     return Space(tuple(decisions), tuple(sites))
 
@@ -137,7 +138,7 @@ class MacroSupernet(Supernet):
         self.conv_stem = create_conv2d(macro.in_chans, top["stem"], 3, stride=macro.stem_stride)
         self.bn1 = BatchNormAct2d(top["stem"], act_layer=act)
         layers, self._ins = [], []
-        for name, _, i, stage, before, width, stride, _side in layers_of(macro):
+        for name, _, i, stage, before, width, stride, _size in layers_of(macro):
             blocks: dict[str, Prunode | GatedBlock] = {}
             for c in stage.candidates:
                 hidden, squeeze = hidden_top(c, top[before], macro.divisor), squeeze_width(macro, c, top[before])

@@ -17,6 +17,7 @@ from torch import nn
 
 from dnas.nets.channels import Channels
 from dnas.spec.checks import UserError
+from dnas.spec.image_size import ImgSize
 from dnas.spec.space import Decision, Site, Space
 
 # What dnas itself tells timm, and what would make reading an arch file load or fetch something.
@@ -57,7 +58,7 @@ class TimmBase:
     name: str
     num_classes: int
     in_chans: int = 3
-    img_size: int = 224
+    img_size: ImgSize = 224
     divisor: int = 8
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # more arguments of timm.create_model
     ties: tuple[str, ...] = ()

@@ -26,6 +26,7 @@ from dnas.nets.supernet import Gate, Supernet
 from dnas.nets.timm_space import TimmBase, space_of_channels
 from dnas.nets.tracing import trace
 from dnas.spec.checks import UserError
+from dnas.spec.image_size import ImgSize, sides
 from dnas.spec.space import Option
 
 Factors = Mapping[str, Tensor]  # group -> the factor of each of its units
@@ -149,7 +150,7 @@ class TimmSupernet(Supernet):
         super().__init__()
         self.outline, self.layers = base, nn.ModuleList()
         self.model = base.create(pretrained, checkpoint)
-        image = (base.in_chans, base.img_size, base.img_size)
+        image = (base.in_chans, *sides(base.img_size))
         try:
             self.channels = self.whole = safe_channels(self.model, image)
         except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError) as error:
@@ -250,13 +251,13 @@ def narrowed_net(base: TimmBase, goes: Mapping[Axis, np.ndarray]) -> dict[str, A
     return {"base": base.name, "kwargs": dict(base.kwargs), "features": after["features"], "modules": modules}
 
 
-def measure(model: nn.Module, in_chans: int, img_size: int) -> dict[str, Any]:
+def measure(model: nn.Module, in_chans: int, img_size: ImgSize) -> dict[str, Any]:
     """What timm says about a network, measured on one that is on ``meta``.
 
     Channels of all ``features`` levels; ``num_features``, channels of the last map, whose height and width are
     ``pool_size``; ``head_hidden_size``, what the classifier reads.
     """
-    x = torch.zeros(1, in_chans, img_size, img_size, device="meta")
+    x = torch.zeros(1, in_chans, *sides(img_size), device="meta")
     with torch.no_grad():
         levels = model.eval().forward_intermediates(x, intermediates_only=True)
         last = model.forward_features(x)

@@ -21,6 +21,19 @@ def no_better_than_a_guess(loss: float, num_classes: int) -> list[str]:
     return [f"{said}: its gates had nothing to go by; try another --lr or a longer --search-epochs"]
 
 
+def as_good_as_one_answer(top1: Mapping[str, float], share: float, name: str) -> list[str]:
+    """What to say of trained networks (kind -> top-1) that are no better than to answer the largest class always.
+
+    ``share`` is the share of that class, ``name`` its name.
+    """
+    poor = [kind for kind, reached in top1.items() if reached <= 100 * share + 1e-6]
+    if not poor:
+        return []
+    nets = f"the {poor[0]} net is" if len(poor) == 1 else f"the {', '.join(poor)} nets are"
+    said = f"{nets} no better than always to answer {name!r}, which is right for {100 * share:.2f} % of the validation"
+    return [f"{said} images; balanced accuracy and accuracy by class are in metrics.json; try a longer --epochs"]
+
+
 def over_budget(expected: Mapping[str, float], limits: Mapping[str, float]) -> list[str]:
     """What to say of gates that still expect a net over the budget when a search ends; a line for each metric.
 

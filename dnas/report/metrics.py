@@ -25,6 +25,7 @@ from dnas.spec.recipe import Recipe
 from dnas.spec.space import Arch, Site, Space
 
 METRICS = ("macs", "params", "ms")
+UNITS = {"macs": "FLOPs", "params": "Params", "ms": " "}  # what a table leaves out
 
 
 def search_figures(
@@ -256,9 +257,17 @@ def facts(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         values = [*(metrics[kind].get(metric) for kind in nets), limits.get(metric)]
         values += [expected.get(metric) if metric in limits else None] if expected else []
         if any(v is not None for v in values):
-            rows.append([text, *("" if v is None else show(metric, v) for v in values)])
+            # Without the unit, which the name of the row says: the table has to fit on 80 columns.
+            rows.append([text, *("" if v is None else show(metric, v).partition(UNITS[metric])[0] for v in values)])
     rest = [""] * (len(heads) - 1 - len(nets))
     if "measured_ms" in metrics["found"]:
         rows.append(["measured", *(show("ms", metrics[kind]["measured_ms"]) for kind in nets), *rest])
     tops = (f"{metrics[kind]['top1']:.2f} %" if "top1" in metrics[kind] else "" for kind in nets)
-    return heads, [*rows, ["top-1", *tops, *rest]]
+    rows.append(["top-1", *tops, *rest])
+    fair = [metrics[kind].get("balanced_accuracy") for kind in nets]
+    # Only where classes are of different sizes: elsewhere it is top-1 again.
+    if all(f is not None for f in fair) and any(
+        abs(f - metrics[k]["top1"]) > 0.5 for f, k in zip(fair, nets, strict=True)
+    ):
+        rows.append(["balanced accuracy", *(f"{f:.2f} %" for f in fair), *rest])
+    return heads, rows

@@ -213,10 +213,13 @@ class Journal:
         self.done[what] = result
         self._write({})
 
-    def step(self, what: str, state: Callable[[], Any]) -> None:
-        """Between two steps of ``what``: write a checkpoint if it is time to. Raises `Stopped` if it is time to go."""
+    def step(self, what: str, state: Callable[[], Any], last: bool = False) -> None:
+        """After a step of ``what``: write a checkpoint if it is time to, or the step was the last one.
+
+        So nothing that comes after the steps can lose them. Raises `Stopped` if it is time to go.
+        """
         signal = self.stop()
-        if signal or time.monotonic() - self._written >= self.every_s:
+        if signal or last or time.monotonic() - self._written >= self.every_s:
             self._write({"what": what, "state": state(), "random": random_data(self.device)} if rank() == 0 else {})
         if signal:
             raise Stopped(signal, self.folder)

@@ -45,11 +45,14 @@ class Stop:
                 signal.signal(kind, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's
             self._signal = 0
 
+    def kept(self) -> Path | None:
+        """The folder of the run that was under way, if ``--resume`` can go on with it."""
+        folder = self._folder
+        return folder if folder and any((folder / name).exists() for name in WORTH_KEEPING) else None
+
     def _take(self, number: int, frame: object) -> None:
         if self._signal or not self._waits:
-            folder = self._folder
-            can_go_on = folder and any((folder / name).exists() for name in WORTH_KEEPING)
-            raise Stopped(number, folder if can_go_on else None)
+            raise Stopped(number, self.kept())
         self._signal = number
 
     def journal(self, folder: Path, device: torch.device, every_s: float) -> Journal:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NoReturn
 
 MAX_BYTES = 10_000_000  # of a config.json, which has the names of all classes, or a metrics.json
@@ -42,7 +43,8 @@ def check(where: str, value: Any, allowed: Any) -> None:
     """Raise UserError, naming the entry, unless ``value`` is ``allowed``; types are exact, so that True is no 1.
 
     ``allowed`` is data: a dict has exactly these keys; a list is [entry, how many]; a range holds whole numbers and a
-    tuple known values; `str` is a short line of text, `float` any finite number, `dict` any plain dict.
+    tuple known values; `str` is a short line of text, `float` any finite number, `dict` any plain dict. A function is
+    called with the value, and returns it or raises UserError.
     """
     kind, parts = type(value), []
     if isinstance(allowed, dict):
@@ -60,6 +62,12 @@ def check(where: str, value: Any, allowed: Any) -> None:
     elif isinstance(allowed, tuple):
         ok = any(kind is type(known) and value == known for known in allowed)
         text = f"one of {', '.join(map(str, allowed))}"
+    elif isinstance(allowed, FunctionType):
+        try:
+            allowed(value)
+        except UserError as error:
+            raise UserError(f"{where}: {error.with_flags}") from None
+        ok, text = True, ""
     elif allowed is str:
         ok, text = kind is str and 1 <= len(value) <= 128 and value.isprintable(), "1 to 128 printable characters"
     elif allowed is float:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dnas.spec.checks import UserError, check, fail, read_json
+from dnas.spec.image_size import check_size
 from dnas.spec.space import Site, Space
 
 SCHEMA = 2
@@ -48,7 +49,7 @@ CHECK = {  # see `dnas.latency.profile.check_figures`
 USES = ("device", "runtime", "dtype", "batch", "threads", "channels_last")
 SPACE = {
     **{"supernet": str, "model": str, "model_kwargs": dict, "tie": [str, range(1, 1000)], "width_mult": float},
-    **{"divisor": COUNT, "img_size": COUNT},
+    **{"divisor": COUNT, "img_size": check_size},
 }
 # ``params``: parameters and buffers of the unit.
 ROW = {"unit": str, "widths": dict, "params": range(2**40), "ms": float, "p10": float, "p90": float}

@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dnas.spec.image_size import ImgSize, sides, strided
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -59,7 +61,7 @@ class EfficientNetSpace:
     bipath: bool
     num_classes: int
     in_chans: int = 3
-    img_size: int = 32
+    img_size: ImgSize = 32
     divisor: int = 8
     most_widths: int = 32
 
@@ -83,11 +85,14 @@ def nearest(grid: Sequence[int], width: float) -> int:
     return min(grid, key=lambda w: abs(w - width))
 
 
-def fit_strides(img_size: int, strides: Sequence[int], smallest: int = 4) -> tuple[int, ...]:
-    """Drop the earliest strides of 2 that would leave an image of up to 64 pixels a last map below ``smallest``."""
-    halvings = sum(s == 2 for s in strides)
-    allowed = sum(math.ceil(img_size / 2**n) >= smallest for n in range(1, halvings + 1))  # each halving rounds up
-    allowed = halvings if img_size > 64 else allowed
+def fit_strides(img_size: ImgSize, strides: Sequence[int], smallest: int = 4) -> tuple[int, ...]:
+    """Drop the earliest strides of 2 that would leave an image of up to 64 pixels a last map below ``smallest``.
+
+    The shorter side of the image counts.
+    """
+    halvings, side = sum(s == 2 for s in strides), min(sides(img_size))
+    allowed = sum(math.ceil(side / 2**n) >= smallest for n in range(1, halvings + 1))  # each halving rounds up
+    allowed = halvings if side > 64 else allowed
     fitted = []
     for s in strides:
         drop = s == 2 and halvings > allowed
@@ -96,12 +101,12 @@ def fit_strides(img_size: int, strides: Sequence[int], smallest: int = 4) -> tup
     return tuple(fitted)
 
 
-def layers_of(macro: EfficientNetSpace) -> Iterable[tuple[str, int, int, Stage, str, str, int, int]]:
-    """Every layer: (name, stage index, layer index, stage, in decision, out decision, stride, input side length)."""
-    before, side = "stem", math.ceil(macro.img_size / macro.stem_stride)
+def layers_of(macro: EfficientNetSpace) -> Iterable[tuple[str, int, int, Stage, str, str, int, ImgSize]]:
+    """Every layer: (name, stage index, layer index, stage, in decision, out decision, stride, size of its input)."""
+    before, size = "stem", strided(macro.img_size, macro.stem_stride)
     for s, stage in enumerate(macro.stages):
         width = f"stage{s}/width"
         for i in range(stage.depth):
             stride = stage.stride if i == 0 else 1
-            yield f"stage{s}/{i}", s, i, stage, before, width, stride, side
-            before, side = width, math.ceil(side / stride)
+            yield f"stage{s}/{i}", s, i, stage, before, width, stride, size
+            before, size = width, strided(size, stride)

@@ -15,7 +15,7 @@ from torch import nn
 from dnas.runtime.checkpoint import checkpoint_errors, load_module, module_data
 from dnas.runtime.distributed import from_first, rank
 from dnas.spec.recipe import Recipe
-from dnas.training.data import Data
+from dnas.training.batches import Data
 from dnas.training.loop import cycle, evaluate, learner_data, load_learner, make_learner, train
 from dnas.training.onednn_workaround import subsampled
 from dnas.training.optimizer import autocast, make_optimizer
@@ -29,8 +29,8 @@ def train_from_scratch(
     seed: int,
     on_step: Callable[[Callable[[], dict]], None] | None = None,
     saved: Mapping[str, Any] | None = None,
-) -> tuple[nn.Module, dict[str, float]]:
-    """Train a plain timm model by the recipe. Returns (the trained model, or its EMA; what it reached).
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Train a plain timm model by the recipe. Returns (the trained model, or its EMA; what it reached: `evaluate`).
 
     The figure is the last epoch's: picking the best epoch would select on the data that is reported.
     ``on_step`` is called after every step with a function that gives the state of the training as plain data, and

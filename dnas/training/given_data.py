@@ -17,14 +17,16 @@ from torch.utils.data import (
 )
 
 from dnas.spec.checks import UserError
-from dnas.training.data import Data, Fetch, Pair
+from dnas.spec.image_size import as_size
+from dnas.training.batches import Data, Fetch, Pair
+from dnas.training.data_summary import digest_of, summarize
 
 MOST_BYTES = 4 * 2**30  # of images of an iterable, which are kept in memory
 PLAIN_SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler)  # which take every image
 
 
 def data_of_loaders(train: Iterable[Pair], val: Iterable[Pair], device: str | torch.device = "cpu") -> Data:
-    """`Data` of two iterables of batches (images float [B, C, S, S], labels int [B]), such as DataLoaders.
+    """`Data` of two iterables of batches (images float [B, C, H, W], labels int [B]), such as DataLoaders.
 
     Images are what the network is shown: augmented and normalised already. Of a DataLoader the data set, the workers
     and ``collate_fn`` are used, with batches of the recipe's size; what is random in them draws from the global
@@ -47,7 +49,11 @@ def data_of_loaders(train: Iterable[Pair], val: Iterable[Pair], device: str | to
         raise UserError(f"labels from {least} to {count - 1}: at least 2 classes, from 0 on, are expected")
     channels, (mean, std) = shape[0], ((0.0,) * shape[0], (1.0,) * shape[0])
     sizes = len(labels), len(val_labels)
-    return Data("given", len(names), channels, shape[1], mean, std, names, *sizes, labels, fetch, fetch_val)
+    digest = digest_of([*names, str(shape), *(t.numpy().tobytes() for t in (labels, val_labels))])
+    summary = summarize(names, labels, val_labels, digest, as_size(shape[1:]))
+    return Data(
+        "given", len(names), channels, as_size(shape[1:]), mean, std, names, *sizes, summary, labels, fetch, fetch_val
+    )
 
 
 def on_device(data: Data, device: str | torch.device) -> Data:
@@ -66,9 +72,9 @@ def _check(batch: Any, what: str) -> Pair:
     """A batch as (images float32, labels int64). Raises UserError if it is none."""
     ok = isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)
     x, y = batch if ok else (torch.empty(0), torch.empty(0))
-    if not (ok and x.ndim == 4 and x.is_floating_point() and x.shape[2] == x.shape[3] and y.shape == x.shape[:1]):
+    if not (ok and x.ndim == 4 and x.is_floating_point() and y.shape == x.shape[:1]):
         found = " and ".join(f"{t.dtype} {list(t.shape)}" for t in (x, y)) if ok else type(batch).__name__
-        raise UserError(f"a {what} batch is {found}: images float [B, C, S, S] and labels int [B] are expected")
+        raise UserError(f"a {what} batch is {found}: images float [B, C, H, W] and labels int [B] are expected")
     return x.float(), y.long()
 
 

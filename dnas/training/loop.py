@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from dnas.runtime.checkpoint import load_optimizer, optimizer_data
 from dnas.runtime.distributed import average_gradients, mean, shared_statistics, to_host
 from dnas.spec.checks import UserError
 from dnas.spec.recipe import Recipe
-from dnas.training.data import Batches
+from dnas.training.batches import Batches
 from dnas.training.onednn_workaround import subsampled
 from dnas.training.optimizer import amp_dtype, autocast, make_optimizer, make_scheduler
 
@@ -155,9 +156,14 @@ def cycle(batches: Batches, taken: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe: Recipe) -> dict[str, float]:
-    """``{"top1": percent, "loss": mean cross entropy}`` in eval mode; the training mode is restored."""
-    was_training, sums = model.training, torch.zeros(3, dtype=torch.float64)  # right ones, loss, images
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe: Recipe) -> dict[str, Any]:
+    """What a network reaches on these images, in eval mode; its training mode is restored.
+
+    Returns ``top1`` in percent, ``loss`` (mean cross entropy), ``class_top1`` (by class in percent; None for a class
+    without an image) and ``balanced_accuracy``, the mean of those (scikit-learn's name for it).
+    """
+    was_training = model.training
+    sums: Tensor | float = 0.0  # the loss; then images, and right ones, by class
     model.eval()
     try:
         for x, y in batches:
@@ -166,8 +172,14 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe:
             with autocast(x.device, recipe):
                 logits = model(x).float()
             loss = nn.functional.cross_entropy(logits, y, reduction="sum")
-            sums += torch.stack([(logits.argmax(1) == y).sum(), loss, loss.new_tensor(len(y))]).double().cpu()
+            counts = [part.bincount(minlength=logits.shape[1]) for part in (y, y[logits.argmax(1) == y])]
+            sums = sums + torch.cat([loss[None], *counts]).cpu().double()
     finally:
         model.train(was_training)
-    right, total, count = mean(sums).tolist()
-    return {"top1": 100 * right / count, "loss": total / count}
+    assert isinstance(sums, Tensor)  # there is at least one image
+    total, *by_class = mean(sums).tolist()
+    images, right = by_class[: len(by_class) // 2], by_class[len(by_class) // 2 :]
+    class_top1 = [100 * hit / count if count else None for hit, count in zip(right, images, strict=True)]
+    known = [top1 for top1 in class_top1 if top1 is not None]
+    scores: dict[str, Any] = {"top1": 100 * sum(right) / sum(images), "loss": total / sum(images)}
+    return scores | {"balanced_accuracy": fmean(known), "class_top1": class_top1}

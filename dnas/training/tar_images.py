@@ -1,20 +1,12 @@
 """Reading a tar of images without unpacking it: whole files, or an error that says what is damaged."""
 
 import gzip
-import io
 import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
 from dnas.spec.checks import UserError
-
-MODES = {1: "L", 3: "RGB"}  # Pillow's, by number of channels
 
 
 def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
@@ -39,13 +31,3 @@ def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes | None]]:
     except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{where} is no tar archive, or a damaged one: expected a whole one ({reason})") from error
-
-
-def decode(content: bytes, what: str, in_chans: int) -> Tensor:
-    """A JPEG or PNG as uint8 [in_chans, H, W], decoded as timm does it with files."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            pixels = np.array(image if image.mode == MODES[in_chans] else image.convert(MODES[in_chans]))
-            return torch.from_numpy(pixels).view(*pixels.shape[:2], in_chans).permute(2, 0, 1)
-    except Exception as error:  # on damaged files PIL raises almost anything: OSError, SyntaxError, struct.error
-        raise UserError(f"{what} cannot be decoded: expected a whole JPEG or PNG file") from error
