@@ -1,4 +1,4 @@
-"""Search spaces, one a file. Each is a function from a few numbers to an `EfficientNetSpace`."""
+"""Search spaces, one in each file. Each is a function from a few numbers to an `EfficientNetSpace`."""
 
 from collections.abc import Callable
 

@@ -10,7 +10,7 @@ ROWS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1
 def mobilenet_v2(
     *, num_classes: int, in_chans: int = 3, img_size: ImgSize = 32, width_mult: float = 1.0, divisor: int = 8
 ) -> EfficientNetSpace:
-    """MobileNetV2 at ``width_mult`` as the widest net (DMCP searches from 1.5). Its base net is the widest itself."""
+    """MobileNetV2 at ``width_mult`` is the widest net and the base net of the space (DMCP searches from 1.5)."""
 
     def width(channels: int) -> int:
         return round_width(channels * width_mult, divisor)

@@ -1,9 +1,9 @@
-"""The default space, after PruNet's (arXiv 2209.11785): what GPUNet varies, with a bi-path block for each candidate.
+"""The default space, after PruNet's (arXiv 2209.11785): it varies what GPUNet varies, with bi-path blocks.
 
-Stochastic layers over kernel 3 or 5, squeeze-excite or not, and in the early stages fused or plain inverted residuals
-(GPUNet fuses only there: elsewhere fused blocks cost more than they bring). The fused candidates' widest expansions are
-chosen so that their widest cost is of the order of the plain ones'; otherwise the widest net, and with it what
-"half of the widest net" means, would be a matter of fused 5x5 convolutions alone.
+The layers are stochastic layers. They choose kernel 3 or 5, squeeze-excite or not, and in the early stages fused or
+plain inverted residuals. GPUNet fuses only there: elsewhere fused blocks cost more than they bring. The widest
+expansions of the fused candidates give them about the same widest cost as the plain candidates. Otherwise only the
+fused 5x5 convolutions would decide the cost of the widest net, and so the meaning of "half of the widest net".
 """
 
 from dnas.spec.image_size import ImgSize
@@ -11,7 +11,7 @@ from dnas.spec.layer_space import Candidate, EfficientNetSpace, Stage, fit_strid
 
 PLAIN = tuple(Candidate("ir", k, expand=6, base=4, se=se) for se in (0, 0.25) for k in (3, 5))
 FUSED = tuple(Candidate("er", k, expand=e, base=b, se=se) for se in (0, 0.25) for k, e, b in ((3, 3, 2), (5, 1.5, 1)))
-# (channels, layers, stride, candidates) before scaling; the first stage is the usual cheap one.
+# (channels, layers, stride, candidates) before scaling. The first stage is cheap, as usual.
 ROWS = (
     (16, 1, 1, (Candidate("ds", 3),)),
     (24, 2, 2, PLAIN + FUSED),
@@ -25,9 +25,10 @@ ROWS = (
 def prunet(
     *, num_classes: int, in_chans: int = 3, img_size: ImgSize = 32, width_mult: float = 1.0, divisor: int = 8
 ) -> EfficientNetSpace:
-    """Stage widths on Markov gates, blocks and inner widths on bi-path blocks, layers that may be dropped.
+    """The space has Markov gates on the stage widths, bi-path blocks as candidates, and layers that may be dropped.
 
-    Its base net is plain 3x3 inverted residuals of expansion 4 in every layer.
+    The base net has a 3x3 depthwise separable block in the first stage, and plain 3x3 inverted residuals of expansion 4
+    in all other layers.
     """
 
     def width(channels: int) -> int:

@@ -7,9 +7,9 @@ from dnas.spec.layer_space import Candidate, EfficientNetSpace, Stage, round_wid
 def toy(
     *, num_classes: int = 4, in_chans: int = 3, img_size: ImgSize = 12, width_mult: float = 1.0, divisor: int = 4
 ) -> EfficientNetSpace:
-    """Three layers, two of which may go; 3x3 or 5x5 kernels; inner widths up to 32. The other widths are 4.
+    """Three layers, two of which may be dropped; 3x3 or 5x5 kernels; inner widths up to 32. The other widths are 4.
 
-    Its grid is coarse: no network costs 88 to 90 % of the widest, for one.
+    The grid is coarse: for example, no network costs 88 to 90 % of the widest net.
     """
     candidates = (Candidate("ir", 3, expand=8, base=6), Candidate("ir", 5, expand=8, base=6))
     width = round_width(4 * width_mult, divisor)

@@ -1,1 +1,1 @@
-"""arch.json and model.py, and the proof that they agree."""
+"""Write arch.json and model.py, and check that they agree."""

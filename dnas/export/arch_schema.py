@@ -1,4 +1,4 @@
-"""What an ``arch.json`` may say, and a network in it: nothing that is not listed here ever reaches ``model.py``."""
+"""The schema of ``arch.json`` and of the network in it. Only entries that are listed here can reach ``model.py``."""
 
 import builtins
 import keyword
@@ -36,8 +36,8 @@ NATIVE = {
     "head": WIDTH,
 }
 NARROWED = {"base": str, "kwargs": dict, "features": [WIDTH, range(1, 65)], "modules": dict}  # see dnas.export.narrowed
-# What the network sees and says: img_size in pixels, one side of a square or [height, width]; mean and std of pixels in
-# [0, 1], one a channel.
+# Inputs and outputs of the network: img_size in pixels, one side of a square or [height, width]; mean and std of pixels
+# in [0, 1], one for each channel.
 SIZES = {"img_size": check_size, "in_chans": CHANNELS, "num_classes": range(1, 1_000_001)}
 DATA: dict[str, Any] = {**SIZES, "mean": [float, CHANNELS], "std": [float, CHANNELS]}
 BUDGET = [{"metric": str, "limit": float, "reached": float}, range(17)]
@@ -46,7 +46,10 @@ ARCH |= {"macs": COUNT, "params": COUNT, "budget": BUDGET, "provenance": dict}
 
 
 def check_net(net: Any) -> None:
-    """Raise UserError, naming the entry, unless ``net`` follows `NATIVE` or `NARROWED` and can be built as it says."""
+    """Raise UserError unless ``net`` follows `NATIVE` or `NARROWED` and can be built as it says.
+
+    The error names the entry.
+    """
     if isinstance(net, dict) and "base" in net:
         _check_narrowed(net)
     else:
@@ -114,7 +117,7 @@ def check_name(name: Any) -> None:
     taken = {*dir(builtins), *dir(native), *dir(narrowed), "default_cfgs", "generate_default_cfgs", "register_model"}
     if keyword.iskeyword(name) or name in taken:
         fail("name", name, "no word that Python or model.py itself uses")
-    # A network of ours may be exported again: its entry point has NET beside it.
+    # A network that dnas exported may be exported again: the module of its entry point has a NET.
     if is_model(name) and "NET" not in getattr(model_entrypoint(name), "__globals__", {}):
         fail("name", name, "no model that timm already has")
 
@@ -128,7 +131,7 @@ def _plain_size(img_size: Any) -> Any:
 def check_data(
     num_classes: int, in_chans: int, img_size: int | Sequence[int], mean: Floats, std: Floats
 ) -> dict[str, Any]:
-    """These five as a dict that follows `DATA`. Raises UserError otherwise."""
+    """The five arguments as a dict that follows `DATA`. Raises UserError if they do not follow it."""
     data: dict[str, Any] = dict(zip(DATA, (_plain_size(img_size), in_chans, num_classes, [*mean], [*std]), strict=True))
     check("arch", data, DATA)
     for key in ("mean", "std"):

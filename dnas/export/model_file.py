@@ -1,7 +1,7 @@
-"""A found network out of dnas: checked, counted, and written as a plain timm model with its ``arch.json``.
+"""Export a found net: check it, count its costs, and write it as a plain timm model with its ``arch.json``.
 
-A network is data (`dnas.export.arch_schema`). Whatever goes into ``model.py`` is validated first and written by
-``repr`` of numbers, booleans and known words: an arch file is data, it never becomes code.
+A network is data (`dnas.export.arch_schema`). Everything that goes into ``model.py`` is validated first, and written by
+``repr`` of numbers, booleans and known words. So an arch file is data and never becomes code.
 """
 
 import inspect
@@ -35,7 +35,7 @@ from dnas.spec.image_size import ImgSize, sides, strided
 
 
 def check_document(document: Any) -> None:
-    """Raise UserError unless ``document`` follows `ARCH` and its figures are those of its net, built anew."""
+    """Raise UserError unless ``document`` follows `ARCH` and its figures are those of its net, built again."""
     check("arch", document, ARCH)
     check_name(document["name"])
     check_data(**{key: document[key] for key in DATA})
@@ -52,9 +52,10 @@ def check_document(document: Any) -> None:
 def build_net(
     net: dict[str, Any], *, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0, drop_path_rate: float = 0.0
 ) -> nn.Module:
-    """The timm network of ``net``, freshly initialised. Raises UserError where ``net`` is wrong.
+    """The timm network of ``net``, freshly initialised.
 
-    Rates of 0 are not passed on: not every network of timm's knows them.
+    Rates of 0 are not passed on, because not every network of timm's knows them. Raises UserError if ``net`` is wrong
+    or the network does not take the rates.
     """
     check_net(net)
     cfg: dict[str, Any] = {"num_classes": num_classes, "input_size": (in_chans, 224, 224), **_heads(net)}
@@ -72,7 +73,7 @@ def _kind(net: dict[str, Any]) -> ModuleType:
 
 
 def _heads(net: dict[str, Any]) -> dict[str, Any]:
-    """Where timm finds the first convolution and the classifier."""
+    """The names of the first convolution and of the classifier, for timm."""
     if "base" not in net:
         return {"first_conv": "conv_stem", "classifier": "classifier"}
     cfg = get_pretrained_cfg(net["base"])
@@ -81,7 +82,7 @@ def _heads(net: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _one_image(model: nn.Module, in_chans: int, img_size: ImgSize) -> Iterator[torch.Tensor]:
-    """A zero image (1, in_chans, height, width) for the model, which is in eval mode meanwhile."""
+    """A zero image (1, in_chans, height, width) for the model. Inside the context the model is in eval mode."""
     like = next(model.parameters())
     modes = {module: module.training for module in model.modules()}
     try:
@@ -94,25 +95,25 @@ def _one_image(model: nn.Module, in_chans: int, img_size: ImgSize) -> Iterator[t
 
 
 def count_macs(model: nn.Module, in_chans: int, img_size: ImgSize) -> int:
-    """Multiply-accumulates for one image: convolutions and linear layers as fvcore counts them, products as torch does.
+    """The multiply-accumulates for one image. fvcore counts convolutions and linear layers, torch counts products.
 
-    Products are those of two feature maps (attention), which fvcore misses where they are fused.
+    Products are those of two feature maps (attention). fvcore does not see them if they are fused.
     """
     with _one_image(model, in_chans, img_size) as x:
         analysis = FlopCountAnalysis(model, x).unsupported_ops_warnings(False).tracer_warnings("none")
         by_operator = analysis.uncalled_modules_warnings(False).by_operator()
-    # fvcore's total has batch norm and pooling in it, too
+    # fvcore's total also includes batch norm and pooling
     return int(by_operator["conv"] + by_operator["linear"]) + _by_torch(model, in_chans, img_size)[1]
 
 
 def count_macs_torch(model: nn.Module, in_chans: int, img_size: ImgSize) -> int:
-    """The same by torch's own counter alone; works on the meta device, too."""
+    """The same by torch's own counter alone. This works on the meta device, too."""
     return sum(_by_torch(model, in_chans, img_size))
 
 
 def _by_torch(model: nn.Module, in_chans: int, img_size: ImgSize) -> tuple[int, int]:
-    """Multiply-accumulates (layers, products); torch counts 2 for each."""
-    # Not every torch counts every fused attention (2.14 leaves out the CPU's): unfused ones are plain products.
+    """The multiply-accumulates of (layers, products). torch counts 2 FLOPs for each."""
+    # torch may not count fused attention (2.14 leaves out the CPU's). Unfused attention is plain products.
     unfused = sdpa_kernel(SDPBackend.MATH)
     with _one_image(model, in_chans, img_size) as x, unfused, FlopCounterMode(display=False) as counter:
         model(x)
@@ -122,15 +123,15 @@ def _by_torch(model: nn.Module, in_chans: int, img_size: ImgSize) -> tuple[int, 
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of parameters; the statistics of batch norm are none."""
+    """The number of parameters, without the statistics of batch norm."""
     return sum(p.numel() for p in model.parameters())
 
 
 def _counts(net: dict[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"widths": {module: [in, out]}, "macs", "params"}`` of ``net``; raises UserError where it is wrong."""
+    """``{"widths": {module: [in, out]}, "macs", "params"}`` of ``net``. Raises UserError if ``net`` is wrong."""
     check_net(net)
     try:
-        with torch.device("meta"):  # takes no memory, whatever an arch file from elsewhere asks for
+        with torch.device("meta"):  # needs no memory, even if a foreign arch file asks for much
             model = _kind(net).network(net, num_classes=data["num_classes"], in_chans=data["in_chans"])
         macs = count_macs_torch(model, data["in_chans"], data["img_size"])
         features = measure(model, data["in_chans"], data["img_size"])["features"] if "base" in net else []
@@ -198,9 +199,9 @@ def model_source(
     mean: Floats,
     std: Floats,
 ) -> str:
-    """The text of a ``model.py`` that registers ``net`` with timm as ``name``, and needs torch and timm only.
+    """The text of a ``model.py`` that registers ``net`` with timm as ``name``. It needs torch and timm only.
 
-    Raises UserError where anything that would go into the text is not what it should be.
+    Raises UserError if anything that would go into the text is not valid.
     """
     check_name(name)
     check_net(net)
@@ -239,7 +240,7 @@ def _pool_size(net: dict[str, Any], data: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _pretty(value: Any, write: Callable[[Any], str], indent: int = 0) -> str:
-    """``write(value)``, which is JSON or Python, broken into one entry a line where it does not fit on one."""
+    """``write(value)``, which is JSON or Python. If it does not fit on one line, every entry gets its own line."""
     line = write(value)
     if not isinstance(value, (dict, list)) or indent + len(line) <= 110:
         return line
@@ -264,7 +265,7 @@ def arch_document(
     """The content of ``arch.json`` (`ARCH`), with the widths, MACs and parameters of the net as built.
 
     ``data`` holds the keywords of `model_source`, ``budget`` rows ``{"metric", "limit", "reached"}``. Raises UserError
-    where something is not what it should be.
+    if an entry is not valid.
     """
     data = check_data(**data)
     document = {"schema": SCHEMA, "name": name, "supernet": supernet, **data, "answers": dict(answers), "net": net}
@@ -275,18 +276,21 @@ def arch_document(
 
 
 def write_export(folder: str | Path, document: dict[str, Any]) -> None:
-    """Write ``model.py`` and ``arch.json``, each whole or not at all; nothing (UserError) if ``document`` is wrong."""
+    """Write ``model.py`` and ``arch.json`` into ``folder``, each whole or not at all.
+
+    Raises UserError and writes nothing if ``document`` is wrong.
+    """
     text = (_dump(document) + "\n").encode()
     document = parse_json(text, "arch document", MAX_BYTES)
     check_document(document)
     source = model_source(document["name"], document["net"], **{key: document[key] for key in DATA})
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_whole(Path(folder) / "model.py", source.encode())
-    write_whole(Path(folder) / "arch.json", text)  # last: where it is, the export is complete
+    write_whole(Path(folder) / "arch.json", text)  # last: if it is there, the export is complete
 
 
 def read_arch(path: str | Path) -> dict[str, Any]:
-    """The document in an ``arch.json``, whoever wrote it. Raises UserError if anything is wrong with it."""
+    """The document in an ``arch.json``, whoever wrote the file. Raises UserError if anything is wrong with it."""
     try:
         document = read_json(path, MAX_BYTES)
         check_document(document)
@@ -343,11 +347,12 @@ print(json.dumps({**found, "weights": weights, "torch": torch.__version__, "timm
 
 
 def verify_export(folder: str | Path) -> dict[str, Any]:
-    """Build the ``model.py`` in ``folder`` in a fresh process where dnas cannot be imported, and count.
+    """Build the ``model.py`` in ``folder`` in a fresh process where dnas cannot be imported, and count its costs.
 
-    Loads the weights if they are there. Returns ``macs, params, outputs`` (shape for one image), ``packages`` (where
-    the modules come from), ``counted_by, weights, torch, timm``. Raises UserError if ``arch.json`` is wrong,
-    RuntimeError if the model does not build, is not as ``arch.json`` says, or has parts not from torch and timm.
+    It loads the weights if they are there. Returns ``macs, params, outputs`` (shape for one image), ``packages`` (those
+    that the modules come from), ``counted_by, weights, torch, timm``. Raises UserError if ``arch.json`` is wrong.
+    Raises RuntimeError if the model does not build, differs from ``arch.json``, or has parts that are not from torch
+    and timm.
     """
     folder = Path(folder)
     document = read_arch(folder / "arch.json")

@@ -1,7 +1,7 @@
-"""A found network, given as a network of timm's and what is narrower in each of its modules.
+"""Build a found net from a network of timm's and the smaller sizes of its modules.
 
-Everything below this docstring is copied as it stands into the ``model.py`` of an export, where dnas is absent:
-it may import torch and timm, nothing else.
+Everything below this docstring is copied unchanged into the ``model.py`` of an export, where dnas is absent. So it may
+import only torch, timm and Python's own modules.
 """
 
 import math
@@ -15,10 +15,10 @@ from torch import nn
 
 
 def build(net: dict[str, Any], variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """What a timm entry point named ``variant`` returns for the network ``net``.
+    """The network ``net``, as a timm entry point named ``variant`` returns it.
 
     ``kwargs`` are timm's: num_classes, in_chans, features_only, out_indices, global_pool, drop_rate, drop_path_rate,
-    pretrained_cfg, ... All feature levels are returned by default, however many there are.
+    pretrained_cfg, ... With features_only all feature levels are returned by default, however many there are.
     """
     features = {"feature_cls": "getter", "out_indices": tuple(range(len(net["features"])))}
     return build_model_with_cfg(partial(network, net), variant, pretrained, feature_cfg=features, **kwargs)
@@ -27,13 +27,13 @@ def build(net: dict[str, Any], variant: str, pretrained: bool = False, **kwargs:
 def network(net: dict[str, Any], **kwargs: Any) -> nn.Module:
     """The network ``net["base"]`` of timm's with the sizes of ``net["modules"]``, freshly initialised.
 
-    ``kwargs`` go to `timm.create_model`, and win over ``net["kwargs"]``.
+    ``kwargs`` go to `timm.create_model` and override ``net["kwargs"]``.
     """
     model = timm.create_model(net["base"], pretrained=False, **{**net["kwargs"], **kwargs})
     modules = dict(model.named_modules())
     for path, sizes in net["modules"].items():
         for name, size in sizes.items():
-            if hasattr(modules.get(path), name):  # without classes or features_only, timm leaves the head out
+            if hasattr(modules.get(path), name):  # timm leaves the head out without classes, and for features_only
                 _narrow(modules[path], name, size)
     for level, width in zip(model.feature_info, net["features"], strict=True):
         level["num_chs"] = width
@@ -54,12 +54,12 @@ def _narrow(module: nn.Module, name: str, size: Any) -> None:
 
 
 def _scale(module: nn.Module, old: torch.Tensor, size: list[int | None]) -> float:
-    """From the spread of the weights that timm drew for ``old`` to what it would have drawn at this ``size``.
+    """The factor that gives weights that timm drew for ``old`` the spread that timm would have drawn at this ``size``.
 
-    The law is read off the weights: a variance of 2 / fan-out, 1 to 2 / fan-in, torch's own 1 / (3 fan-in), or one that
-    depends on no width.
+    The variance of the weights shows the law: 2 / fan-out, 2 / fan-in, 1 / fan-in, 1 / (3 fan-in) as in torch, or a
+    variance that depends on no width.
     """
-    if old.ndim < 2 or old.is_meta or not isinstance(old, nn.Parameter):  # a buffer is no draw
+    if old.ndim < 2 or old.is_meta or not isinstance(old, nn.Parameter):  # buffers are not drawn
         return 1.0
     (outs, ins), area, variance = old.shape[:2], old[0, 0].numel(), max(float(old.var()), 1e-24)
     narrower_out, narrower_in = outs / (size[0] or outs), ins / (size[1] or ins)

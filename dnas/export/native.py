@@ -1,7 +1,7 @@
-"""A found network, given as rows of plain data, built by timm itself: a genuine `timm.models.EfficientNet`.
+"""Build a found net from rows of plain data. timm itself builds it: a genuine `timm.models.EfficientNet`.
 
-Everything below this docstring is copied as it stands into the ``model.py`` of an export, where dnas is absent:
-it may import torch and timm, nothing else.
+Everything below this docstring is copied unchanged into the ``model.py`` of an export, where dnas is absent. So it may
+import only torch, timm and Python's own modules.
 """
 
 import math
@@ -16,10 +16,11 @@ ACTS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "hard_swish": nn.Ha
 
 
 def build(net: dict[str, Any], variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """What a timm entry point named ``variant`` returns for the network ``net``.
+    """The network ``net``, as a timm entry point named ``variant`` returns it.
 
     ``kwargs`` are timm's: num_classes, in_chans, features_only, out_indices, global_pool, drop_rate, drop_path_rate,
-    pretrained_cfg, bn_momentum, ... All feature levels are returned by default, however many there are.
+    pretrained_cfg, bn_momentum, ... With features_only all feature levels are returned by default, however many there
+    are.
     """
     levels = 1 + sum(stage[0]["stride"] == 2 for stage in net["stages"])
     features = {"feature_cls": "getter", "out_indices": tuple(range(levels)), "flatten_sequential": True}
@@ -29,9 +30,10 @@ def build(net: dict[str, Any], variant: str, pretrained: bool = False, **kwargs:
 def network(net: dict[str, Any], **kwargs: Any) -> EfficientNet:
     """The `EfficientNet` with exactly the widths, kernels, strides and shortcuts of ``net``, freshly initialised.
 
-    ``kwargs`` go to `EfficientNet` and win over what ``net`` says; its input is (batch, in_chans, height, width).
+    ``kwargs`` go to `EfficientNet` and override ``net``. The input of the network is (batch, in_chans, height, width).
     """
-    # timm counts every stem as stride 2, and turns the strides beyond output_stride into dilation: here only if asked.
+    # timm assumes that every stem has stride 2, and turns the strides beyond output_stride into dilation. Here it does
+    # so only if output_stride is given.
     stem_scale = 2 // net["stem"]["stride"]
     output_stride = stem_scale * kwargs.pop("output_stride", 2 ** len(net["stages"]) * net["stem"]["stride"])
     norm = {key: kwargs.pop(f"bn_{key}") for key in ("momentum", "eps") if f"bn_{key}" in kwargs}
@@ -49,7 +51,7 @@ def network(net: dict[str, Any], **kwargs: Any) -> EfficientNet:
         "num_features": net["head"],
         "act_layer": ACTS[net["act"]],
         "norm_layer": partial(nn.BatchNorm2d, **norm),
-        "round_chs_fn": int,  # widths as they are: timm would round them to multiples of 8
+        "round_chs_fn": int,  # keep widths: timm would round them to multiples of 8
         "output_stride": output_stride,
     }
     model: Any = EfficientNet(**{**args, **kwargs})
@@ -66,7 +68,10 @@ def network(net: dict[str, Any], **kwargs: Any) -> EfficientNet:
 
 
 def _block_args(row: dict[str, Any], in_width: int) -> dict[str, Any]:
-    """One row in the words of timm's block builder, which takes hidden and squeeze widths as ratios of the input's."""
+    """One row as arguments of timm's block builder.
+
+    The builder takes hidden and squeeze widths as ratios to the input width.
+    """
     args = {
         "block_type": row["kind"],
         "exp_kernel_size" if row["kind"] == "er" else "dw_kernel_size": row["kernel"],
@@ -85,8 +90,8 @@ def _block_args(row: dict[str, Any], in_width: int) -> dict[str, Any]:
 def _narrow(block: Any, mid: int) -> None:
     """Cut the hidden width of a fresh inverted (or edge) residual block to its first ``mid`` channels, in place.
 
-    timm's builder knows hidden widths that are multiples of 8 only. It draws weights with a variance of 2 / fan-out;
-    where the fan-out shrinks they are scaled to what timm would have drawn at this width.
+    timm's builder knows only hidden widths that are multiples of 8. It draws weights with a variance of 2 / fan-out. If
+    the fan-out shrinks, the weights are scaled to the variance that timm would have used at this width.
     """
     writers = [block.conv_exp if hasattr(block, "conv_exp") else block.conv_pw]
     readers, norms = [block.conv_pwl], [block.bn1]

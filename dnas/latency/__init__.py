@@ -1,1 +1,1 @@
-"""Measuring milliseconds on the device."""
+"""Measurement of milliseconds on the device."""

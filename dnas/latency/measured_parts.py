@@ -1,8 +1,8 @@
-"""A search space as the parts that its networks run in when they are deployed: what a latency table is measured on.
+"""The parts of the networks of a search space, as they run when they are deployed. A latency table is measured on them.
 
-A part of a macro is what timm's EfficientNet runs as one: the stem with its norm, a whole block, the head with its norm
-and pooling, the classifier. A part of any other network of timm's is a convolution or linear layer with all that runs
-after it, up to the next one. Together the parts are the whole network, each operation once.
+The parts of a macro are those that timm's EfficientNet runs as one: the stem with its norm, a whole block, the head
+with its norm and pooling, the classifier. A part of any other network of timm's is a convolution or linear layer with
+all operations after it, up to the next such layer. Together the parts are the whole network, each operation once.
 """
 
 import copy
@@ -36,9 +36,10 @@ Build = Callable[[Widths, int], Built]  # from widths by slot, and a number of i
 
 @dataclass(frozen=True)
 class Part:
-    """``site`` says which unit of a latency table it is, at which widths; ``build(widths, batch)`` makes that unit.
+    """A part: ``site`` has the name of its unit in a latency table (``op``) and its widths; ``build`` makes the unit.
 
-    ``more`` are widths that are worth measuring beside those of the space, by slot.
+    ``build(widths, batch)`` returns a module and its inputs. ``more`` has widths that are worth measuring in addition
+    to those of the space, by slot.
     """
 
     site: Site
@@ -54,14 +55,14 @@ class Part:
         return found
 
 
-RUN = "run"  # the unit of a run in which nothing is computed: what starting one takes
+RUN = "run"  # the unit of a run that computes nothing: its time is the time to start a run
 
 
 def parts_of(net: Supernet) -> tuple[Part, ...]:
-    """The parts of all networks of a supernet, the first of which is `RUN`.
+    """The parts of all networks of a supernet. The first part is `RUN`.
 
     Raises:
-        UserError: a layer reads or writes several widths side by side (a concatenation), which no unit can tell.
+        UserError: a layer reads or writes several widths side by side (a concatenation); a unit has only one.
     """
     run = Part(Site(RUN, RUN, {}, {}), lambda widths, batch: (nn.Identity(), (torch.rand(1),)), {})
     return run, *(_timm_parts(net) if isinstance(net, TimmSupernet) else _macro_parts(net.outline))
@@ -90,7 +91,7 @@ def _macro_parts(macro: EfficientNetSpace) -> tuple[Part, ...]:
         size = strided(size_in, stride)
         for c in stage.candidates:
             se, skip = squeeze_width(macro, c, tops[before]), i > 0
-            widths = {"out": width} if skip else {"in": before, "out": width}  # with a shortcut both are one
+            widths = {"out": width} if skip else {"in": before, "out": width}  # with a shortcut both widths are one
             if c.kind != "ds":
                 widths["mid"] = f"{name}/{c.name}/mid"
             row = {"kind": c.kind, "kernel": c.kernel, "stride": stride, "se": se, "skip": skip}
@@ -106,7 +107,7 @@ def _macro_parts(macro: EfficientNetSpace) -> tuple[Part, ...]:
 def _native(
     act: str, in_width: int, row: Mapping[str, Any] | None = None, in_chans: int = 1, **given: Any
 ) -> EfficientNet:
-    """An EfficientNet of one block (of any kind), to take a part out of: timm itself makes what is measured."""
+    """An EfficientNet of one block (of any kind). A part is taken out of it, so that timm itself makes this part."""
     row = row or {"kind": "ds", "kernel": 1, "stride": 1, "mid": in_width, "out": in_width, "se": 0, "skip": False}
     net = {"act": act, "stem": {"width": in_width, "stride": 1}, "stages": [[row]], "head": 8, **given}
     return native.network(net, num_classes=1, in_chans=in_chans).eval()
@@ -145,7 +146,7 @@ def _timm_parts(net: TimmSupernet) -> tuple[Part, ...]:
     calls = _calls(net, plain, {}, 1)
     for op in net.whole.ops:
         slots = _slots(net, op)
-        # Equal layers of a stage are one unit: the same calls on the same shapes, hanging on widths in the same way.
+        # Equal layers of a stage are one unit: the same calls on the same shapes, with the same dependence on widths.
         key = (_ways(net, op, [*slots.values()]), *(call.signature() for call in calls[op.module]))
         first, widths = found.setdefault(key, (op.module, slots))
         unit, build = f"{prefix} {first}", partial(_slice, net, plain, first, widths)
@@ -154,7 +155,7 @@ def _timm_parts(net: TimmSupernet) -> tuple[Part, ...]:
 
 
 def _groups(net: TimmSupernet, op: Op) -> dict[str, Group]:
-    """Slot -> the group of channels of one layer, of those that may get narrower."""
+    """Slot -> the group of channels of one layer, if the group may get narrower. Raises UserError for two groups."""
     groups = {}
     for slot, axis in (("in", op.reads), ("out", op.writes)):
         found = [g for g in net.whole.groups if g.name in net.decision_of and axis in g.places]
@@ -169,7 +170,7 @@ def _groups(net: TimmSupernet, op: Op) -> dict[str, Group]:
 
 
 def _slots(net: TimmSupernet, op: Op) -> dict[str, Option]:
-    """Slot -> width decision of one layer; one slot where it reads and writes channels of one width."""
+    """Slot -> width decision of one layer; only one slot if the layer reads and writes channels of one width."""
     slots: dict[str, Option] = {}
     for slot, group in _groups(net, op).items():
         if (decision := net.decision_of[group.name]) not in slots.values():
@@ -178,7 +179,11 @@ def _slots(net: TimmSupernet, op: Op) -> dict[str, Option]:
 
 
 def _ways(net: TimmSupernet, op: Op, decisions: Sequence[Option]) -> tuple[tuple, ...]:
-    """How channels of a layer hang on widths: of each slot which one, its step and size, and channels of a unit."""
+    """How the channels of a layer depend on widths.
+
+    For each slot: its name, the index of its decision, the step and size of its group, the number of channels of a
+    unit.
+    """
     ways = []
     for slot, group in _groups(net, op).items():
         axis = op.reads if slot == "in" else op.writes
@@ -189,7 +194,7 @@ def _ways(net: TimmSupernet, op: Op, decisions: Sequence[Option]) -> tuple[tuple
 
 @dataclass(frozen=True)
 class _Call:
-    """A function of torch that ran, with what it was given and what it returned."""
+    """A call of a torch function, with its arguments and its result."""
 
     func: Callable[..., Any]
     args: tuple
@@ -197,7 +202,7 @@ class _Call:
     out: Any
 
     def signature(self) -> str:
-        """The same for calls that do the same work."""
+        """A text that is the same for all calls that do the same work."""
         told = torch.utils._pytree.tree_map(
             lambda v: (tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v, (self.args, self.kwargs)
         )
@@ -205,7 +210,10 @@ class _Call:
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes all calls that make tensors of tensors, by the layer that ran last (or the first, before it has)."""
+    """Records all calls that make tensors of tensors, under the layer that started last.
+
+    Calls before all layers are recorded under the layer ``first``.
+    """
 
     def __init__(self, first: str) -> None:
         super().__init__()
@@ -224,7 +232,10 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _calls(net: TimmSupernet, plain: nn.Module, widths: Mapping[str, int], batch: int) -> dict[str, list[_Call]]:
-    """Layer -> the calls of its part, of the network with these widths (all others at their widest), on ``meta``."""
+    """Layer -> the calls of its part, recorded on ``meta``.
+
+    The network has these widths; all other widths are at their widest.
+    """
     base, ops, model = net.outline, net.whole.ops, copy.deepcopy(plain)
     remove_channels(model, net.whole.cut(net.sizes(widths))[1])
     recorder = _Recorder(ops[0].module)
@@ -248,7 +259,10 @@ def _slice(
 
 
 class Slice(nn.Module):
-    """Calls of a network in the order in which they ran, on weights of their own; its inputs are maps made before."""
+    """Recorded calls of a network, in their order, on weights of their own.
+
+    Its inputs are the maps that other parts of the network have made before.
+    """
 
     def __init__(self, calls: Sequence[_Call]) -> None:
         super().__init__()
@@ -282,7 +296,7 @@ class Slice(nn.Module):
             made |= {id(t): (k, j) for j, t in enumerate(_tensors(call.out))}
 
     def forward(self, *given: Tensor) -> Tensor:
-        """The maps of `given`, in order -> what the last call makes."""
+        """The maps of `given`, in order -> the first result of the last call."""
         made: list[list[Tensor]] = []
 
         def resolve(value: Any) -> Any:
@@ -314,7 +328,7 @@ class _Given:
 
 
 def _resolved(value: Any, resolve: Callable[[Any], Any]) -> Any:
-    """``value`` with references replaced by their tensors; quick, since it runs while time is taken."""
+    """``value`` with references replaced by their tensors. It has to be fast, because it runs while time is taken."""
     if isinstance(value, dict):
         return {k: _resolved(v, resolve) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,8 +1,8 @@
-"""Milliseconds of networks and of their parts, measured on the device where they will run.
+"""Measure the milliseconds of networks and of their parts, on the device where they will run.
 
-A table begins with a coarse grid of widths for each unit. Between two neighbours on it the unit is tried once more, and
-where interpolation misses what was measured there, the grid gets that width: a device with a smooth latency ends with
-few rows, one with a staircase with many.
+A table begins with a coarse grid of widths for each unit. Between two neighbouring widths the unit is measured once
+more. If interpolation misses this measurement, the grid gets this width. So a device with a smooth latency needs few
+rows, and a device with a latency in steps needs many.
 """
 
 import math
@@ -24,9 +24,9 @@ from dnas.spec.cost import CostTable
 from dnas.spec.latency_table import SLOTS, Unit, units_of
 from dnas.spec.space import Arch, Space
 
-TOGETHER = 200, 2**31  # calls that are kept ready side by side, and measured in turn; bytes that they read
+TOGETHER = 200, 2**31  # calls that are prepared together and measured in turn; bytes that they read
 SIDE_BY_SIDE = 4  # whole networks that are measured in turn
-MOST_WIDTHS = {0: 1, 1: 33, 2: 9, 3: 5}  # of an axis: from there on it is not refined; by the number of axes
+MOST_WIDTHS = {0: 1, 1: 33, 2: 9, 3: 5}  # number of axes -> an axis with this many widths is not refined
 
 
 # A table.
@@ -36,19 +36,19 @@ Measured = dict[Point, dict[str, Any]]
 
 
 def row_of(point: Point, params: int, ms: np.ndarray) -> dict[str, Any]:
-    """The row of a table for one unit at one choice of widths, from [rounds] milliseconds."""
+    """The row of a table for one unit at one choice of widths, from its milliseconds [rounds]."""
     low, middle, high = (float(f"{q:.5g}") for q in np.quantile(ms, (0.1, 0.5, 0.9)))
     return {"unit": point[0], "widths": dict(point[1]), "params": params, "ms": middle, "p10": low, "p90": high}
 
 
 def point_of(row: Mapping[str, Any]) -> Point:
-    """Where a row belongs."""
+    """The point of a row: its unit, and its width in each slot."""
     return row["unit"], tuple((slot, row["widths"][slot]) for slot in SLOTS if slot in row["widths"])
 
 
 @dataclass
 class _Grid:
-    """The widths at which a unit is (to be) measured, ascending, out of all that it may have."""
+    """The widths at which a unit is measured, ascending, and all ``options`` that it may have."""
 
     build: Build
     options: dict[str, tuple[int, ...]]
@@ -58,7 +58,10 @@ class _Grid:
         return [(unit, at) for at in product(*([(slot, w) for w in self.widths[slot]] for slot in self.widths))]
 
     def probes(self, unit: str) -> Iterator[tuple[str, int, Point]]:
-        """Slot, width between two of the grid, and where to try it: all other widths at their least, and most."""
+        """(slot, width between two of the grid, point to measure).
+
+        There are two points for each such width: all other widths at their narrowest, and at their widest.
+        """
         for slot, known in self.widths.items():
             if len(known) >= MOST_WIDTHS[len(self.widths)]:
                 continue
@@ -73,7 +76,7 @@ class _Grid:
 
 
 def first_grids(parts: Sequence[Part], space: Space) -> dict[str, _Grid]:
-    """Unit -> the ends of its widths and, where it has one or two, the middle."""
+    """Unit -> the narrowest and the widest width of each slot, and the middle one if there are one or two slots."""
     grids: dict[str, _Grid] = {}
     for part in parts:
         own = part.options(space)
@@ -88,10 +91,14 @@ def first_grids(parts: Sequence[Part], space: Space) -> dict[str, _Grid]:
 
 
 def refine(grids: Mapping[str, _Grid], measured: Measured, tolerance: float, rounds: int) -> bool:
-    """Give grids the widths where interpolation is off by more than ``tolerance`` and the noise. False: none."""
+    """Give grids the widths where interpolation is off by more than ``tolerance`` (a share) and more than the noise.
+
+    Returns False if no grid has grown.
+    """
     grew = False
-    # Of normal noise p90 - p10 is 2.56 standard deviations, and a median's error 1.25 of them over the root of the
-    # rounds. What is between two medians has half of its variance from them: three errors of the difference.
+    # For normal noise, p90 - p10 is 2.56 standard deviations, and the error of a median is 1.25 standard deviations
+    # over the root of the rounds. The mean of two medians has half of the variance of one. The limit is three times the
+    # error of the difference.
     noise = 3 * math.sqrt(1.5) * 1.25 / 2.56 / math.sqrt(rounds)
     for unit, grid in grids.items():
         known = _unit(unit, grid, measured)
@@ -123,10 +130,11 @@ def profile(
     block_ms: float,
     on_rows: Callable[[list[dict[str, Any]], int], None],
 ) -> list[dict[str, Any]]:
-    """All rows of a table of ``parts``. ``measured`` holds those that are known already, and gets the others.
+    """All rows of a table of ``parts``, without the time to start a run (`without_run`).
 
-    ``on_rows`` gets the rows of every batch of calls that has been measured, and how many are still to come at least.
-    Of several processes, each on a device of its own, each measures its part, and all get all rows.
+    ``measured`` has the rows that are known already, and gets the others; its rows include this time. After each batch
+    of calls ``on_rows`` gets the rows of the batch, and how many rows are still to come at least. Several processes,
+    each on a device of its own, share the work, and all of them get all rows.
     """
     grids, rng = first_grids(parts, space), random.Random(0)
     while True:
@@ -154,15 +162,15 @@ def profile(
 
 
 def held_by(module: nn.Module) -> int:
-    """How many parameters and buffers, number by number."""
+    """The number of scalars in all parameters and buffers."""
     return sum(t.numel() for t in module.state_dict().values())
 
 
 def without_run(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of parts that run one after the other, from rows of parts that were started one by one.
 
-    A network is started once. So what starting takes is a unit of its own, `RUN`, and is taken off all others, down to
-    a hundredth of what was measured.
+    A network is started only once. So the time to start is a unit of its own, `RUN`. It is subtracted from all other
+    rows; at least a hundredth of the measured time stays.
     """
     (run,) = (row["ms"] for row in rows if row["unit"] == RUN)
 
@@ -173,11 +181,13 @@ def without_run(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def fit_scale(ms: np.ndarray, mparams: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
-    """(scale, ms_per_mparam), from what whole networks take and what the sums over their parts are, [networks] each.
+    """(scale, ms_per_mparam), from the ``measured`` milliseconds of whole networks, [networks].
 
-    A part that runs again and again finds its weights in the caches, and a network, which has more of them, does not,
-    quite: hence the second number. Least squares of relative errors; where one of the two would be negative, or there
-    are fewer than three networks, the second is 0 and the first the median of ``measured / ms``.
+    ``ms`` and ``mparams`` are sums over the parts of each network: milliseconds, and millions of parameters and
+    buffers, [networks] each. A part that runs again and again finds its weights in the caches. A network has more
+    weights and does not find all of them there; so the second number is needed. The fit is least squares of relative
+    errors. If one of the two would not be positive, or if there are fewer than three networks, the second is 0 and the
+    first is the median of ``measured / ms``.
     """
     columns = np.stack([ms, mparams], 1) / measured[:, None]
     scale, per_mparam = np.linalg.lstsq(columns, np.ones(len(measured)), rcond=None)[0]
@@ -190,9 +200,10 @@ def fit_scale(ms: np.ndarray, mparams: np.ndarray, measured: np.ndarray) -> tupl
 
 
 def spread_archs(space: Space, count: int, seed: int) -> list[Arch]:
-    """Random networks from narrow to wide: blocks and layers drawn evenly, widths within a quarter of a common share.
+    """Random networks from narrow to wide. Blocks and layers are drawn evenly.
 
-    With every width drawn evenly and alone, all networks would cost much the same, and any table would look good.
+    Each network has a random share, and each of its widths is within a quarter of its grid around this share. If every
+    width was drawn evenly and alone, all networks would cost much the same, and any table would look good.
     """
     rng, archs = random.Random(seed), []
     for _ in range(count):
@@ -214,8 +225,8 @@ def time_nets(
 ) -> np.ndarray:
     """Milliseconds of whole networks on images of (channels, height, width), [len(nets), rounds].
 
-    `SIDE_BY_SIDE` at a time: among many others that take turns with it, a network finds less of itself in the caches,
-    and its memory in more pieces, than where it is deployed.
+    `SIDE_BY_SIDE` networks at a time take turns. If many networks took turns, each would find less of its data in the
+    caches, and its memory in more pieces, than after deployment.
     """
     nets, found = iter(nets), []
     while calls := [ready(net, [torch.rand(target.batch, *shape)], target) for net in islice(nets, SIDE_BY_SIDE)]:
@@ -227,18 +238,22 @@ def time_nets(
 def calibrated(
     table: CostTable, limit: float, find: Callable[[CostTable], Arch], measure: Callable[[Arch], float], tries: int = 5
 ) -> tuple[Arch, CostTable]:
-    """A network that measures what the budget says, and ``table`` scaled so that it tells just that of it.
+    """A network whose measured latency meets the budget, and ``table`` scaled to predict this latency for it.
 
-    A table has an error for networks of one kind, such as narrow ones, and a search looks for those that it takes for
-    fast. So the network is measured, the table is scaled by that, and ``find(table)`` is asked again, until what it
-    finds measures from 96 to 100 % of ``limit`` ms, or was found before, or there is none. Of all that were tried the
-    slowest within the budget is returned; if there is none, the fastest.
+    A table has an error for networks of one kind, such as narrow ones, and a search prefers networks that the table
+    takes for fast. So ``find(table)`` chooses a network, the network is measured, and the table is scaled by this
+    measurement. This is repeated up to ``tries`` times. It ends early if a network measures from 96 to 100 % of
+    ``limit`` ms, if ``find`` returns a network again, or if it has none. The result is the slowest of the tried
+    networks within the budget; if there is none, the fastest.
+
+    Raises:
+        UserError: ``find`` has no network in the first try.
     """
     tried: dict[Arch, tuple[float, CostTable]] = {}
     while len(tried) < tries:
         try:
             arch = find(table)
-        except UserError:  # none is left in the band: one of those that were is it
+        except UserError:  # no other is left in the band: return one of those tried
             if not tried:
                 raise
             break
@@ -262,10 +277,10 @@ def kendall_tau(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def check_figures(table: CostTable, archs: Sequence[Arch], ms: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Prediction against measurement of whole networks; and measurement against measurement.
+    """Figures that compare prediction with measurement, and measurement with measurement, of whole networks.
 
-    ``ms`` holds [len(archs), rounds] twice: the same networks, built and measured once more. Errors are relative to the
-    measured latency. The two say what no table can be better than on this machine.
+    ``ms`` holds two arrays [len(archs), rounds]: the same networks, built and measured twice. Errors are relative to
+    the measured latency. The figures of ``noise`` compare the two measurements: no table can be better on this machine.
     """
     found, predicted = np.median(np.hstack(ms), 1), np.array([table.of(arch) for arch in archs])
     once, again = (np.median(part, 1) for part in ms)

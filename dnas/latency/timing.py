@@ -1,4 +1,4 @@
-"""How networks run where they are deployed, and how long a run takes."""
+"""Run networks as they run when they are deployed, and measure the time of a run."""
 
 import math
 import platform
@@ -22,7 +22,10 @@ from dnas.spec.latency_table import RUNTIMES
 
 @dataclass(frozen=True)
 class Target:
-    """How networks run where they are deployed. ``batch`` images a run; ``threads`` of the CPU."""
+    """How networks run when they are deployed.
+
+    ``batch`` is the number of images in a run, ``threads`` the number of threads of the CPU.
+    """
 
     device: torch.device
     runtime: str = "eager"
@@ -32,7 +35,7 @@ class Target:
     channels_last: bool = False
 
     def header(self) -> dict[str, Any]:
-        """The part of a table's header that says so."""
+        """The part of a table's header that describes this target."""
         known = provenance(self.device)
         driver = platform.platform()
         if self.device.type == "cuda":
@@ -45,7 +48,7 @@ class Target:
 
 
 def target_of(header: Mapping[str, Any], device: torch.device) -> Target:
-    """The target that a table was measured on, which is ``device`` here."""
+    """The target that a table with this header was measured on, as ``device`` of this machine."""
     return Target(device, *(header[key] for key in ("runtime", "dtype", "batch", "threads", "channels_last")))
 
 
@@ -123,7 +126,7 @@ def _graph_call(module: nn.Module, given: Sequence[Tensor]) -> Callable[[], obje
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside), torch.inference_mode():
-        for _ in range(3):  # what is chosen at the first runs (algorithms, workspaces) must not be captured
+        for _ in range(3):  # choices of the first runs (algorithms, workspaces) must not be captured
             module(*given)
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
@@ -140,8 +143,9 @@ def _graph_call(module: nn.Module, given: Sequence[Tensor]) -> Callable[[], obje
 class CpuSpeedReference:
     """Measures the current speed of a CPU with a small reference network. Not used on GPUs.
 
-    On a shared machine other processes may halve the speed for a minute. ``usual_us`` is the reference network's time
-    at the speed to which all milliseconds are converted: the value given, or, for 0, its first measurement.
+    On a shared machine other processes may halve the speed for a minute. All milliseconds are converted to a usual
+    speed: the speed at which the reference network takes ``usual_us``. If the value given is 0, ``usual_us`` is the
+    median of the first measurements.
     """
 
     def __init__(self, target: Target, usual_us: float = 0.0) -> None:
@@ -151,7 +155,7 @@ class CpuSpeedReference:
             return
         wide = nn.Sequential(nn.Conv2d(24, 144, 1), nn.Conv2d(144, 144, 3, padding=1, groups=144), nn.ReLU())
         net = nn.Sequential(wide, nn.Conv2d(144, 24, 1), nn.Flatten(2), nn.Unflatten(2, (14, 56)), nn.Conv2d(24, 96, 3))
-        # In the runtime that is timed: when torch took 1.6 x as long, onnxruntime took 1.4 x.
+        # It runs in the timed runtime: load made torch take 1.6 x as long, and onnxruntime 1.4 x.
         runtime = target.runtime if target.runtime == "onnxruntime" else "eager"
         self.run = ready(net, [torch.rand(1, 24, 28, 28)], Target(target.device, runtime))
         for _ in range(20):
@@ -160,7 +164,7 @@ class CpuSpeedReference:
         self.usual_us = usual_us or self.typical_us()
 
     def slowness(self) -> float:
-        """What the small network takes now over what it usually takes."""
+        """The time of the reference network now, over its usual time. 1 for a GPU."""
         if not self.asked:
             return 1.0
         taken = []
@@ -172,7 +176,7 @@ class CpuSpeedReference:
         return self.seen[-1] / self.usual_us if self.usual_us else 1.0
 
     def typical_us(self) -> float:
-        """The median of all that was seen; 0 of a GPU."""
+        """The median of all measured times of the reference network, in microseconds. 0 for a GPU."""
         return median(self.seen) if self.asked else 0.0
 
 
@@ -184,11 +188,12 @@ def time_calls(
     block_ms: float,
     seed: int = 0,
 ) -> np.ndarray:
-    """Milliseconds of a run at the usual pace, [len(calls), rounds]: the mean over a block of about ``block_ms``.
+    """Milliseconds of a run at the usual speed, [len(calls), rounds]: means over blocks of about ``block_ms``.
 
-    A round takes a block of every call, in an order of its own: what else the machine does, and what it does with its
-    clock, spreads over all of them. A block of several runs begins with one that does not count (caches, other threads
-    asleep). It is divided by the mean of the `CpuSpeedReference.slowness` before and after it.
+    A round measures one block of every call, in a random order. So other load of the machine, and changes of its clock,
+    spread over all calls. A block of several runs begins with a run that does not count, because caches are cold and
+    other threads are asleep. The time of a block is divided by the mean of `CpuSpeedReference.slowness` before and
+    after it.
     """
     sync = torch.cuda.synchronize if target.device.type == "cuda" else (lambda: None)
 

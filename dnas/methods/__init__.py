@@ -1,1 +1,1 @@
-"""How a network inside the budget is chosen."""
+"""Methods: ways to choose one network inside the budget."""

@@ -1,7 +1,7 @@
-"""From scores or probabilities to one architecture inside the budget, by construction.
+"""Derive one arch inside the budget from scores or probabilities.
 
-Of all networks with a cost in [0.98, 1.00] x budget, which one has the highest sum of log-likelihoods? Most methods end
-with this question, and so do the rules (`dnas.methods.rules`).
+Of all networks with a cost in [0.98, 1.00] x budget, the arch has the highest sum of log-likelihoods. The result is
+exact in small spaces. Most methods end with this step, and so do the rules (`dnas.methods.rules`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ Likelihood = Mapping[str, np.ndarray]  # decision -> log-likelihood of each opti
 
 
 class _Walker:
-    """One network as option indices of every decision, with the cost ratios kept up to date while it changes."""
+    """One network that changes, as the index of an option for every decision, with its costs kept up to date."""
 
     def __init__(self, space: Space, tables: Sequence[CostTable], limits: Sequence[float], like: Likelihood) -> None:
         self.space, self.tables, self.limits, self.like = space, tables, limits, like
@@ -50,7 +50,7 @@ class _Walker:
         return max(c / limit for c, limit in zip(self.costs, self.limits, strict=True))
 
     def ratios(self, d: Decision) -> np.ndarray:
-        """The ratio for each option of ``d``, all other answers held."""
+        """The ratio for each option of ``d``, with all other choices fixed."""
         rows = []
         for table, cost, limit in zip(self.tables, self.costs, self.limits, strict=True):
             along = table.along(d, self.at)
@@ -58,7 +58,7 @@ class _Walker:
         return np.max(rows, 0)
 
     def subtree(self, d: Decision, index: int) -> float:
-        """Log-likelihood of one option of ``d`` with the answers that it makes matter."""
+        """Log-likelihood of one option of ``d``, together with the choices that matter because of it."""
         below = [c for c in self.children[d.name] if self.whens[c.name][-1][1] == index]
         return float(self.like[d.name][index]) + sum(self.subtree(c, self.at[c.name]) for c in below)
 
@@ -75,12 +75,12 @@ class _Walker:
         self.at[d.name] = index
 
     def ascend(self, multiplier: float) -> None:
-        """Coordinate ascent on log-likelihood - multiplier * ratio until nothing moves."""
+        """Coordinate ascent on log-likelihood - multiplier * ratio until no choice changes."""
         for _ in range(50):
             moved = False
             for d in reversed(self.space.decisions):
                 own = [(n, i) for n, i in self.whens[d.name] if self.at[n] != i]
-                if own:  # without effect now: choose as if it had, for the choice above it to compare by
+                if own:  # no effect now: choose as if it had one, so that the decision above can compare
                     held = dict(self.at)
                     self.at |= dict(own)
                     costs = [t.along(d, self.at) / limit for t, limit in zip(self.tables, self.limits, strict=True)]
@@ -99,7 +99,7 @@ class _Walker:
 
 
 def in_band(ratio: float) -> bool:
-    """Whether cost over limit is what a derived network must have."""
+    """Whether ``ratio``, cost over limit, is in [0.98, 1.00]."""
     return BAND <= ratio <= 1.0
 
 
@@ -125,14 +125,16 @@ def derive(
     like: Likelihood,
     exact_below: int = 20_000,
 ) -> Arch:
-    """The likeliest `Arch` whose cost keeps every budget and reaches 98 % of at least one.
+    """The most likely `Arch` whose cost keeps every budget and reaches 98 % of at least one.
 
-    Exact by enumeration for small spaces. Otherwise coordinate ascent with a multiplier on the cost, found by
-    bisection, then single and paired moves inside the band; paired moves also mend a net that missed the band. In the
-    end widths are raised that cost nothing.
+    ``like`` maps each decision to the log-likelihood of each option. A space of up to ``exact_below`` networks is
+    enumerated, and the result is exact. For a larger space, coordinate ascent with a multiplier on the cost finds
+    candidates; the multiplier is found by bisection. If no candidate is in the band, single moves, paired moves and
+    random moves bring one there. Then single and paired moves inside the band improve it. At the end `widen_for_free`
+    raises widths that cost nothing.
 
     Raises:
-        UserError: no network in the band was found; the nearest costs are named.
+        UserError: no network in the band was found. The message has the nearest costs.
     """
     used, limits = [tables[b.metric] for b in budgets], [b.limit for b in budgets]
     if space.num_archs() <= exact_below:
@@ -141,7 +143,7 @@ def derive(
     found: list[tuple[float, dict[str, int]]] = []
     nearest = {"below": 0.0, "above": np.inf}
     starts: list[dict[str, int]] = []
-    low, high = -1e5, 1e5  # of a multiplier: large ones mean small nets
+    low, high = -1e5, 1e5  # of the multiplier: a large multiplier means a small net
     for _ in range(40):
         middle = float(np.sinh((np.arcsinh(low * 1e3) + np.arcsinh(high * 1e3)) / 2) / 1e3)
         walker.at = {d.name: int(np.argmax(like[d.name])) for d in space.decisions}
@@ -168,9 +170,10 @@ def derive(
 
 
 def widen_for_free(space: Space, tables: Sequence[CostTable], limits: Sequence[float], arch: Arch) -> Arch:
-    """``arch`` with every width raised as far as no cost rises: to the edge of its step, where a latency has steps.
+    """``arch`` with every width raised as far as no cost rises.
 
-    Costs in closed form rise with every width, and leave it as it is.
+    A latency has steps: there a width is raised to the end of its step. Costs in closed form rise with every width, so
+    ``arch`` stays as it is.
     """
     walker = _Walker(space, tables, limits, {d.name: np.zeros(len(d.options)) for d in space.decisions})
     walker.at |= {name: space.by_name[name].index(option) for name, option in arch.items()}
@@ -206,7 +209,7 @@ def _exact(
 
 
 def _out_of_band(budgets: Sequence[Budget], ratios: Sequence[float]) -> UserError:
-    """The error that names the nearest costs: with several budgets, as shares of the one that binds."""
+    """The error with the nearest costs. For several budgets they are shares of the budget that binds."""
     b, alone = budgets[0], len(budgets) == 1
     costs = " and ".join(show(b.metric, r * b.limit) if alone else f"{100 * r:.1f} % of it" for r in ratios)
     asked = ", ".join(map(str, budgets))
@@ -214,7 +217,10 @@ def _out_of_band(budgets: Sequence[Budget], ratios: Sequence[float]) -> UserErro
 
 
 def _enter_band(walker: _Walker) -> bool:
-    """Single moves, then pairs of moves, into the band: the likeliest that lands, else the one that comes nearest."""
+    """Move the network into the band by single moves, then by pairs of moves. Returns whether it is in the band.
+
+    A single move is the most likely one that lands in the band; if none does, the one that comes nearest.
+    """
 
     def gap(ratio: np.ndarray | float) -> np.ndarray | float:
         return np.abs(ratio - (1 + BAND) / 2)
@@ -262,7 +268,10 @@ def _pair_into_band(walker: _Walker) -> bool:
 
 
 def _polish(walker: _Walker) -> None:
-    """Single moves, and pairs with a neighbouring width, while they raise the likelihood in the band."""
+    """Make single moves and pairs of moves, while they raise the likelihood inside the band.
+
+    The first move of a pair goes to a neighbouring width.
+    """
     for _ in range(30):
         best, moves = 1e-9, None
         for d in walker.active():
@@ -289,22 +298,25 @@ def _polish(walker: _Walker) -> None:
 
 
 def near(d: Decision, width: float) -> np.ndarray:
-    """How near each width of ``d`` is to ``width``: minus the squared difference of their logarithms."""
+    """[number of options]: minus the squared difference of the logarithms of each width of ``d`` and of ``width``."""
     return -(np.log(np.array(d.options, dtype=float) / width) ** 2)
 
 
 def gate_likelihood(net: Supernet, temperature: float = 1.0, only_present: bool = False) -> dict[str, np.ndarray]:
-    """Log-probabilities of the gates of blocks and layers; how near widths are to the expected ones, and how wide.
+    """The log-likelihood of each option by the gates: decision -> [number of options].
 
-    With u the log of a width over the expected one, its likelihood is ``u - u^2``: of networks as near to what the
-    gates expect, the one with the largest product of widths wins. At the expected width it is 0, so that it does not
-    speak for or against layers.
+    Blocks and layers have the log-probabilities of their gates. A width has ``u - u^2``, where u is the logarithm of
+    width over expected width. So of networks equally near to the gates' expectation, the one with the largest product
+    of widths is the most likely. At the expected width the log-likelihood is 0, so that widths do not speak for or
+    against layers.
 
-    Expected sampling (DMCP, Guo et al., CVPR 2020), here inside the band. The likeliest width of a chain whose links
-    are alike is its first or its last one, wherever the expectation, which the budget was met by, lies. A width that
-    was cut off can be chosen, as the network that is found starts anew: on a coarse grid the widths that are left may
-    meet the band only far from what the gates expect. A block or layer that was removed is a last resort, -1000, and so
-    is a width whose weights are gone if ``only_present``.
+    Source: expected sampling (DMCP, Guo et al., CVPR 2020), here inside the band. The most likely width of a chain
+    cannot be used. If all links of the chain are alike, it is the first or the last width, whatever the expectation is.
+    But the search met the budget by the expectation.
+
+    A width that was cut off can be chosen, because the found net is trained from scratch. On a coarse grid the
+    remaining widths may meet the band only far from the expectation. A block or layer that was removed is a last
+    resort: -1000. With ``only_present`` the same holds for a width whose weights are gone.
     """
     like = {d.name: np.zeros(len(d.options)) for d in net.space.decisions}
     left = net.present_options() if only_present else net.live_options()
@@ -321,9 +333,10 @@ def gate_likelihood(net: Supernet, temperature: float = 1.0, only_present: bool 
 
 
 def _walk_into_band(walker: _Walker, rng: np.random.Generator, most: int = 3000) -> bool:
-    """Redraw random decisions towards the band, without crossing it from below, until the net is in it.
+    """Redraw random decisions so that the cost moves towards the band, until it is inside. Returns whether it is.
 
-    Where nothing moves any more (a local optimum on a coarse grid), one decision is redrawn at will.
+    A move from below never crosses the band. If no move is left (a local optimum on a coarse grid), one decision is
+    redrawn freely.
     """
     stuck = 0
     for _ in range(most):

@@ -1,6 +1,7 @@
-"""Gates: weights learn on hard networks, gates on held-out images, and dead parts are cut off while both go on.
+"""The method ``gates``: weights learn on hard nets, gates on held-out images. Unlikely options are cut off meanwhile.
 
-PruNet (arXiv 2209.11785) for blocks, inner widths and layers, DMCP (CVPR 2020) for all other widths.
+Sources: PruNet (arXiv 2209.11785) for blocks, layers and the inner widths of bi-path blocks, DMCP (CVPR 2020) for all
+other widths.
 """
 
 import math
@@ -37,7 +38,7 @@ from dnas.training.optimizer import autocast
 
 @dataclass
 class GatesState:
-    """What this method keeps beyond the supernet, which holds the gates themselves."""
+    """The state of this method outside the supernet. The supernet holds the gates."""
 
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
@@ -45,13 +46,13 @@ class GatesState:
     first: dict[str, float]  # metric -> expected cost at the start
     steps: int  # of the whole search
     taught: int = 0  # gate steps so far
-    skipped: int = 0  # in a row, because gradients were not finite
+    skipped: int = 0  # gate steps in a row, because gradients were not finite
     temperature: float = 1.0
-    tables: tuple[Any, dict[str, CostTable]] = ((), {})  # of what is left of the supernet, and what they are of
+    tables: tuple[Any, dict[str, CostTable]] = ((), {})  # (names that they depend on, `live_tables`)
 
 
 def check_length(steps: int, config: GatesConfig) -> None:
-    """Raise UserError if a search of so many weight steps has no gate step."""
+    """Raise UserError if a search of ``steps`` weight steps has no gate step."""
     if not any(update / steps >= config.warmup for update in range(0, steps, config.gate_every)):
         given = f"--warmup {config.warmup} and --gate-every {config.gate_every}"
         raise UserError(
@@ -60,7 +61,7 @@ def check_length(steps: int, config: GatesConfig) -> None:
 
 
 def init(net: Supernet, task: Task) -> GatesState:
-    """Gates at their start. Raises UserError if the search is too short for a gate step."""
+    """The state at the start of a search. Raises UserError if the search is too short for a gate step."""
     config: GatesConfig = task.config
     steps = task.recipe.epochs * len(task.weight_batches(config.gate_fraction))
     check_length(steps, config)
@@ -81,7 +82,11 @@ def expected_costs(net: Supernet, task: Task) -> dict[str, float]:
 
 
 def distilled_loss(logits: Tensor, y: Tensor, smoothing: float) -> Tensor:
-    """Cross entropy of the first [B] rows of ``logits`` [k * B, classes]; every further [B] rows learn from those."""
+    """The loss of k nets on the same batch, from their ``logits`` [k * B, classes] and the labels ``y`` [B]: a scalar.
+
+    It is the cross entropy of the first B rows with the labels, plus that of every further B rows with the first B
+    rows: their softmax is the target, without a gradient.
+    """
     widest, *others = logits.split(len(y))
     teacher = widest.detach().softmax(1)
     loss = F.cross_entropy(widest, y, label_smoothing=smoothing)
@@ -91,9 +96,12 @@ def distilled_loss(logits: Tensor, y: Tensor, smoothing: float) -> Tensor:
 def weight_loss(search: Search, task: Task, x: Tensor, y: Tensor, progress: float) -> Tensor:
     """The loss of a weight step, a scalar.
 
-    By ``weights_on``, weights learn on hard nets, in turn the widest and one that is drawn; on the soft net that the
-    gates see; or on the widest, the narrowest and a drawn one together, the others taught by the widest (the sandwich
-    rule, arXiv 1903.05134).
+    ``weights_on`` says which nets the weights learn on:
+
+    * ``hard``: in turn the widest net (with drawn blocks) and a drawn net;
+    * ``soft``: the soft net that the gates see;
+    * ``sandwich``: the widest, the narrowest and a drawn net together. The widest one teaches the others (the sandwich
+      rule, arXiv 1903.05134).
     """
     net, draws, config = search.net, search.own.draws, task.config
     even, at = progress < config.warmup, {"temperature": search.own.temperature}
@@ -114,7 +122,10 @@ def mean_entropy(distributions: Iterable[Tensor]) -> Tensor:
 
 
 def check_gradients(net: Supernet, step: int) -> None:
-    """RuntimeError if an open gate got no gradient: a search with dead gates would end as it began, in silence."""
+    """Raise RuntimeError if an open gate got no gradient, or one with entries that are zero or not finite.
+
+    A search with such a gate would go on, and would learn nothing about this decision.
+    """
     for name, gate in net.gates().items():
         for p in () if gate.settled else gate.parameters():
             if p.numel() and (p.grad is None or not bool((p.grad != 0).all()) or not bool(p.grad.isfinite().all())):
@@ -124,10 +135,10 @@ def check_gradients(net: Supernet, step: int) -> None:
 
 
 def log_widths(space: Space, probabilities: Mapping[str, Tensor]) -> Tensor:
-    """The sum over widths of the expected log width, a scalar: what balanced widths are largest in.
+    """The sum over widths of the expected log width, a float64 scalar. It is largest for balanced widths.
 
-    A width counts as much as it is probable that its block and layer are there; this share gets no gradient, so that
-    blocks and layers are not chosen for having more widths.
+    A width is weighted by the probability that its block and layer are there. This weight gets no gradient, because
+    otherwise blocks and layers with more widths would be preferred.
     """
     seen = {name: p.detach().numpy() for name, p in probabilities.items()}
     total = torch.zeros((), dtype=torch.float64)
@@ -143,7 +154,7 @@ SNAPSHOTS = 100  # of the gates, over a whole search
 
 
 def snapshot(net: Supernet, temperature: float) -> dict[str, float | list[float]]:
-    """Where every gate is: the expected width, or the probabilities of its options."""
+    """The state of every gate: the expected width, or the probabilities of its options."""
     found: dict[str, float | list[float]] = {}
     for name, p in net.seen(temperature).items():
         decision, shares = net.space.by_name[name], p.tolist()
@@ -155,9 +166,10 @@ def snapshot(net: Supernet, temperature: float) -> dict[str, float | list[float]
 
 
 def along_scale(logits: Tensor, y: Tensor, seen: int) -> Tensor:
-    """A scalar whose gradient is the part of the cross entropy's along all ``logits`` [B, classes] of all processes.
+    """A scalar whose gradient is the part of the cross entropy's gradient along all ``logits`` [B, classes].
 
-    The cross entropy is a sum over ``seen``. Without this part nothing is gained by a network that is less sure.
+    The logits of all processes count as one vector. The cross entropy is a sum over images divided by ``seen``. A loss
+    without this part gives a network nothing for being less confident.
     """
     z = logits.detach()
     slope = ((z.softmax(1) * z).sum() - z.gather(1, y[:, None]).sum()) / seen
@@ -168,10 +180,10 @@ def along_scale(logits: Tensor, y: Tensor, seen: int) -> Tensor:
 def image_loss(
     search: Search, task: Task, paths: int, x: Tensor, y: Tensor, parts: int, taken: int, p: Mapping[str, np.ndarray]
 ) -> tuple[Tensor, int]:
-    """Backward passes of the gates' cross entropy on ``taken`` of ``parts`` parts of a batch, one after the other.
+    """The backward passes of the gates' cross entropy on ``taken`` of ``parts`` parts of a batch, one after the other.
 
-    So mixing blocks takes the memory of one. ``p`` are the gates' probabilities. Gradients are scaled (see
-    `GatesState.scaler`). Returns (the mean loss, a scalar; how many images it is of).
+    So a mixture of blocks needs the memory of one block. ``p`` are the gates' probabilities. Gradients are scaled by
+    `GatesState.scaler`. Returns (the mean loss, a scalar; the number of images).
     """
     net, own, recipe = search.net, search.own, task.recipe
     soft = partial(net.soft, own.draws, paths, own.temperature, p, task.config.scale_in_gradient)
@@ -186,13 +198,17 @@ def image_loss(
         losses.append(F.cross_entropy(logits, labels, reduction="sum") / seen)
         asked = losses[-1] if task.config.confidence else losses[-1] - along_scale(logits, labels, seen)
         scaled = own.scaler.scale(asked)
-        if scaled.requires_grad:  # not when all that is left is decided
+        if scaled.requires_grad:  # False if every gate is settled
             scaled.backward()
     return torch.stack(losses).detach().sum(), seen
 
 
 def gate_step(search: Search, task: Task, progress: float, held_out: HeldOut) -> dict[str, Any]:
-    """One step of the gates on held-out images: cross entropy of soft nets, plus the distance to the budget."""
+    """One step of the gates on held-out images: cross entropy of soft nets, plus the distance to the budget.
+
+    The settings may add the prior of balanced widths and an entropy term. Returns entries of the row in the history.
+    Raises UserError if `MAX_SKIPPED` steps in a row had gradients that are not finite.
+    """
     net, own, config = search.net, search.own, task.config
     sharpness = ramp(progress, (config.budget_from + config.budget_by) / 2, 1.0)
     own.temperature = config.temperature**sharpness
@@ -211,7 +227,8 @@ def gate_step(search: Search, task: Task, progress: float, held_out: HeldOut) ->
     for w in weights:
         w.requires_grad_(False)
     own.optimizer.zero_grad()
-    paths, taken = (0, 1) if checking else (config.paths, parts)  # to check that gates are alive, one part will do
+    # One part of the images is enough to check that every gate gets a gradient.
+    paths, taken = (0, 1) if checking else (config.paths, parts)
     probabilities = net.probabilities_on_host(own.temperature)
     seen = {name: p.detach().numpy() for name, p in probabilities.items()}
     loss, images = image_loss(search, task, paths, x, y, parts, taken, seen)
@@ -251,15 +268,16 @@ def gate_step(search: Search, task: Task, progress: float, held_out: HeldOut) ->
 
 
 def live_tables(net: Supernet, task: Task) -> dict[str, CostTable]:
-    """The tables of the budgets without the blocks that were removed; made anew when one was."""
+    """The cost tables of the budgets' metrics without removed blocks. `gate_step` renews them if a block is removed."""
     gone = {d.name for d in net.space.decisions} - set(net.gates())
     return {m: task.tables[m].without(gone) for m in task.limits}
 
 
 def narrow(search: Search, task: Task) -> list[dict]:
-    """Cut widths off that no network inside the budgets needs; returns what happened, one record an event.
+    """Cut off widths that no network inside the budgets needs. Returns one record for each event.
 
-    A width begins at ``headroom`` times that of the balanced network with the cheapest blocks and the fewest layers.
+    A reference net is the balanced net with the cheapest blocks and the fewest layers. Each Markov gate in it keeps its
+    widths up to the first one that is at least ``headroom`` times the width in the reference net.
     """
     net, cheapest = search.net, task.tables[task.budgets[0].metric].extremes()[0]
     balanced = balanced_arch(net.space, task.tables, task.budgets, cheapest)
@@ -279,14 +297,17 @@ def narrow(search: Search, task: Task) -> list[dict]:
 
 
 def may_end_with(task: Task, options: Mapping[str, Sequence[int]]) -> bool:
-    """Whether a network of these options (decision -> indices) can still keep every budget and reach one."""
+    """Whether networks of these options (decision -> indices) can still keep every budget and reach at least one.
+
+    For each metric this looks at the cheapest and the most expensive network.
+    """
     limits, tables = task.limits, task.tables
     ends = {m: [tables[m].of(a) for a in tables[m].extremes(options)] for m in limits}
     return all(ends[m][0] <= limits[m] for m in limits) and any(ends[m][1] >= limits[m] for m in limits)
 
 
 def after_step(search: Search, task: Task, progress: float, held_out: HeldOut) -> dict[str, Any]:
-    """After the warm-up, every ``gate_every`` weight steps: a gate step, then cutting of what has died."""
+    """After the warm-up, every ``gate_every`` weight steps: a gate step, then `shrink`. Returns a history row."""
     net, own, config, learner = search.net, search.own, task.config, search.learner
     if learner is None or progress < config.warmup or (learner.update - 1) % config.gate_every:
         return {}
@@ -310,13 +331,13 @@ def after_step(search: Search, task: Task, progress: float, held_out: HeldOut) -
 
 
 def choose(search: Search, task: Task) -> Arch:
-    """The likeliest network of the gates inside the budgets."""
+    """The most likely network inside the budgets, by the gates."""
     like = gate_likelihood(search.net, search.own.temperature, only_present=task.keep_weights)
     return derive(search.net.space, task.tables, task.budgets, like)
 
 
 def state_dict(search: Search) -> dict[str, Any]:
-    """The gates' optimizer and counts; the gates themselves are part of the supernet."""
+    """The gates' optimizer and counters. The gates themselves are part of the supernet."""
     own = search.own
     return {
         "optimizer": optimizer_data(own.optimizer, search.net),
@@ -330,7 +351,7 @@ def state_dict(search: Search) -> dict[str, Any]:
 
 
 def load_state_dict(search: Search, data: Mapping[str, Any]) -> None:
-    """The inverse of `state_dict`, once the supernet has its gates back."""
+    """The inverse of `state_dict`. The supernet must be loaded first."""
     own = search.own
     load_optimizer(own.optimizer, search.net, data["optimizer"])
     own.draws.set_state(data["draws"].cpu())

@@ -1,4 +1,4 @@
-"""One loop for every method: it feeds images, takes weight steps, and keeps what there is to resume."""
+"""The loop of all methods: it feeds images, takes weight steps, and saves and loads the state of a search."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +15,10 @@ from dnas.training.loop import cycle, learner_data, load_learner, make_learner, 
 
 
 def begin(method: Method, net: Supernet, task: Task) -> Search:
-    """A search before its first step. Raises UserError if there is nothing to search, or no time for it."""
+    """A search before its first step.
+
+    Raises UserError if the space has only one network, or if the method has too few steps.
+    """
     if net.space.num_archs() < 2:
         raise UserError(f"nothing can be searched: every decision of the space {net.name} has one option only")
     from_first(net.tensors())
@@ -28,17 +31,18 @@ def begin(method: Method, net: Supernet, task: Task) -> Search:
 
 
 def steps_of(method: Method, task: Task) -> int:
-    """Weight steps of a whole search."""
+    """The number of weight steps of a whole search; 0 if the method trains no weights."""
     return task.recipe.epochs * len(task.weight_batches(method.held_out(task.config))) if method.loss else 0
 
 
 def run(
     method: Method, search: Search, task: Task, *, on_row: Callable[[dict], None] = lambda row: None, until: float = 1.0
 ) -> None:
-    """A search from where it is to ``until``, a share of the whole; ``on_row`` gets a row of history for every step.
+    """Run a search from its current step to ``until``, a share of all steps. ``on_row`` gets a history row per step.
 
-    Until ``method.work(config)[0]`` no budget plays a part. Validation images are not touched. Several processes
-    (`dnas.runtime.distributed`) search together; all need the same arguments, and come to the same.
+    Until the share ``method.work(config)[0]`` no budget plays a part. Validation images are not touched. Several
+    processes (`dnas.runtime.distributed`) search together. All of them need the same arguments, and all get the same
+    result.
     """
     learner, loss_of = search.learner, method.loss
     if learner is None or loss_of is None:
@@ -69,7 +73,7 @@ def run(
 
 
 def _counted(search: Search, task: Task, fraction: float) -> HeldOut:
-    """Held-out batches from where the search is; how many were taken is kept for a search that is resumed."""
+    """Held-out batches from the search's current place on. It counts them, so that a search can be resumed."""
     for pair in cycle(task.held_out_batches(fraction), search.taken):
         search.taken += 1
         yield pair
@@ -78,7 +82,7 @@ def _counted(search: Search, task: Task, fraction: float) -> HeldOut:
 def search(
     method: Method, net: Supernet, task: Task, on_row: Callable[[dict], None] = lambda row: None
 ) -> tuple[Search, Arch]:
-    """A whole search of ``net``, which is changed in place. Returns (the search, the network that it chose)."""
+    """A whole search of ``net``, which is changed in place. Returns (the search, the arch that it chose)."""
     found = begin(method, net, task)
     run(method, found, task, on_row=on_row)
     return found, method.choose(found, task)
@@ -95,7 +99,7 @@ def search_data(method: Method, search: Search) -> dict[str, Any]:
 
 
 def load_search(method: Method, search: Search, data: Mapping[str, Any]) -> None:
-    """Put a search that has just begun into the state that `search_data` gave."""
+    """Put a search that has just begun into the state that `search_data` returned."""
     load_module(search.net, data["net"])
     if search.learner:
         load_learner(search.learner, data["learner"])

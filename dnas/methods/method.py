@@ -1,7 +1,7 @@
-"""The seam between the ways to choose a network and everything around them: a `Method` is a few functions and a config.
+"""The interface between a method and the rest of dnas. A `Method` is a few functions and a config.
 
-A method is asked by the loop of `dnas.methods.loop`, which feeds it images, saves it, and resumes it. What it decides
-ends as one `Arch` inside the budget; export, training and comparison are the same for all methods.
+The loop (`dnas.methods.loop`) calls the functions, feeds images, and saves and resumes the search. The result is one
+`Arch` inside the budget. Export, training and comparison are the same for all methods.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,12 +24,12 @@ HeldOut = Iterator[tuple[Tensor, Tensor]]  # batches of training images that the
 
 @dataclass(frozen=True)
 class Task:
-    """What a method is asked.
+    """The inputs of a method.
 
-    ``tables`` has the cost table of every metric that a budget is in; ``budgets`` are absolute, and empty in ``init``
-    and in the part of a search that several budgets share: nothing may depend on them there. ``recipe`` says how the
-    weights of the supernet are trained, ``config`` is the method's own. ``keep_weights``: the network will start from
-    the weights of the supernet, so that nothing should be chosen that has been cut off.
+    ``tables`` maps every metric with a budget to its cost table. ``budgets`` are absolute. They may be empty in
+    ``init`` and in the part of a search that several budgets share: nothing may depend on them there. ``recipe`` says
+    how the weights of the supernet are trained. ``config`` is the method's own. If ``keep_weights``, the found net
+    starts from the weights of the supernet, so a method should choose no option whose weights were cut off.
     """
 
     tables: Mapping[str, CostTable]
@@ -51,23 +51,23 @@ class Task:
         return self.data.train_batches(self.recipe.batch_size, seed=self.seed, indices=indices)
 
     def held_out_batches(self, fraction: float) -> Batches:
-        """The other training images; all of them (in another order) where ``fraction`` is 0."""
+        """The held-out training images. If ``fraction`` is 0, all training images in another order."""
         indices = self.data.split(fraction, self.seed)[1] if fraction else None
         return self.data.train_batches(self.recipe.batch_size, seed=self.seed + 1, indices=indices)
 
 
 @dataclass
 class Search:
-    """All that changes while a search goes on. A copy of it (``copy.deepcopy``) can go on to another budget."""
+    """Everything that changes during a search. A copy (``copy.deepcopy``) can go on to another budget."""
 
     net: Supernet
-    learner: Learner | None  # of the weights; None where the method trains none
-    own: Any  # what the method keeps
+    learner: Learner | None  # of the weights; None if the method trains no weights
+    own: Any  # the state of the method
     taken: int = 0  # held-out batches so far
 
 
 def nothing(*_: Any) -> dict[str, Any]:
-    """The hook of a method that has nothing to do there."""
+    """The default for functions that a method leaves out: does nothing and returns an empty dict."""
     return {}
 
 
@@ -76,19 +76,23 @@ class Method:
     """One way to choose a network. Functions that are left out do nothing.
 
     Args:
-        summary: what it decides, and from what, in a line; ``source`` the paper.
-        choose: ``(search, task) -> Arch`` inside the budgets of the task; mostly `dnas.methods.derive.derive`.
+        summary: what the method decides, and from what, in one line.
+        source: the paper.
+        choose: ``(search, task) -> Arch`` inside the budgets of the task. Most methods use
+            `dnas.methods.derive.derive`.
         config: a frozen dataclass that checks itself; its fields are the method's flags.
         init: ``(net, task) -> own``, the method's state. Raises UserError if the task gives it nothing to do.
-        loss: ``(search, task, images, labels, progress) -> scalar`` of one weight step; progress is in [0, 1). None:
-            no weights are trained.
-        after_step: ``(search, task, progress, held_out) -> row``, between two weight steps: learn, score, cut. What it
-            returns goes into the history; ``events`` lists what was cut off.
-        held_out: the share of the training images that ``held_out`` of ``after_step`` has, from the config.
-        work: ``config -> (shared, own)``: the work that all budgets of a sweep share, which is also the share of the
-            steps until the first budget plays a part, and that of each budget, in trainings of the widest net.
-        distributions: ``search -> {decision: [options]}``, where the method has probabilities to show.
-        state_dict, load_state_dict: ``own`` as plain data (see `dnas.runtime.checkpoint`), and back into a fresh one.
+        loss: ``(search, task, images, labels, progress) -> scalar`` of one weight step; progress is in [0, 1). None: no
+            weights are trained.
+        after_step: ``(search, task, progress, held_out) -> row``, between two weight steps, to learn, score or cut. The
+            row goes into the history; its ``events`` lists the options that were cut off.
+        held_out: ``config -> share`` of the training images that are the ``held_out`` batches of ``after_step``.
+        work: ``config -> (shared, own)``, in trainings of the widest net. ``shared`` is the work that all budgets of a
+            sweep share, and also the share of the steps before the first budget plays a part. ``own`` is the work for
+            each budget.
+        distributions: ``search -> {decision: [options]}``, if the method has probabilities to show.
+        state_dict: ``search -> data``: ``own`` as plain data (see `dnas.runtime.checkpoint`).
+        load_state_dict: ``(search, data)``: puts this data into a search that has just begun.
     """
 
     summary: str

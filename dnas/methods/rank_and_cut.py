@@ -1,6 +1,6 @@
-"""Rank and cut: train the dense network, score its channels, keep those worth most inside the budget.
+"""Rank and cut: train the dense net, score its channels, keep the channels with the highest scores inside the budget.
 
-A method of this family is a function from a supernet to the scores of its channels; everything else is here.
+A method of this family is a function that scores the channels of a supernet. This file has everything else.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,32 +22,36 @@ Scores = Mapping[str, Tensor]  # width decision -> the score of each of its chan
 
 
 def dense_arch(space: Space) -> Arch:
-    """The base network at full width: base blocks, all layers, every width at its widest."""
+    """The dense net: base blocks, all layers, every width at its widest."""
     return space.complete(
         {d.name: d.options[-1] if d.is_width else KEEP if KEEP in d.options else d.base for d in space.decisions}
     )
 
 
 def only(net: Supernet, arch: Arch) -> dict[str, list[int]]:
-    """What `Supernet.cut_to` leaves of a supernet for one of its networks."""
+    """The options (decision -> indices) that `Supernet.cut_to` has to leave for one network of a supernet."""
     return net.structure() | {name: [net.space.by_name[name].index(option)] for name, option in arch.items()}
 
 
 def cut_to_dense(net: Supernet, task: Task) -> Arch:
-    """Leave a supernet nothing but the dense network, which is all that is trained and ranked. Returns it."""
+    """Cut a supernet to the dense net, because only the dense net is trained and ranked. Returns its arch."""
     dense = dense_arch(net.space)
     net.cut_to(only(net, dense))
     return dense
 
 
 def dense_loss(search: Search, task: Task, x: Tensor, y: Tensor, progress: float) -> Tensor:
-    """Cross entropy of the dense network, with the recipe's label smoothing: a scalar."""
+    """Cross entropy of the dense net, with the recipe's label smoothing: a scalar."""
     logits = search.net(x, search.own).float()
     return F.cross_entropy(logits, y, label_smoothing=task.recipe.smoothing)
 
 
 def most_score(space: Space, scores: Scores) -> dict[str, np.ndarray]:
-    """Decision -> the worth of each option: of a width, the sum of its highest scores; only base blocks, all layers."""
+    """The value of each option: decision -> [number of options].
+
+    A width of n units has the sum of its n highest scores. Other decisions, and widths without scores, are held at the
+    dense net: its option has 0, every other option has -10000.
+    """
     dense = dense_arch(space)
     like = {d.name: np.where(np.array(d.options) == dense.get(d.name), 0.0, -1e4) for d in space.decisions}
     for name, score in scores.items():
@@ -58,17 +62,17 @@ def most_score(space: Space, scores: Scores) -> dict[str, np.ndarray]:
 
 
 def rank_and_cut(score: Callable[[Search, Task], Scores], summary: str, source: str) -> Method:
-    """The method that trains the dense network and then keeps the most ``score`` that fits, one shot.
+    """A method that trains the dense net and then cuts it once: it keeps the highest total ``score`` inside the budget.
 
-    Deviation from the papers, which cut a share of each layer (Li et al.) or all scores below one global threshold:
-    `derive` weighs scores against what channels cost.
+    Deviation: the papers cut a share of each layer (Li et al.) or all channels with scores below one global threshold.
+    Here `derive` weighs the scores against the costs of the channels.
     """
 
     def choose(search: Search, task: Task) -> Arch:
         with torch.no_grad():
             scores = score(search, task)
             like = most_score(search.net.space, scores)
-        # A narrower network keeps the first channels: now they are the best ones.
+        # A narrower network keeps the first channels, so the best channels come first.
         search.net.reorder({name: own.argsort(descending=True, stable=True) for name, own in scores.items()})
         return derive(search.net.space, task.tables, task.budgets, like)
 
@@ -76,7 +80,10 @@ def rank_and_cut(score: Callable[[Search, Task], Scores], summary: str, source: 
 
 
 def l1_norms(search: Search, task: Task) -> Scores:
-    """The L1 norm of each filter, a layer's scaled to mean 1; of channels that several layers write, their sum."""
+    """The L1 norm of each filter, divided by the mean of its layer.
+
+    If several layers write the same channels, their scores are added.
+    """
     scores: dict[str, Tensor] = {}
     for name, axes in search.net.channel_axes().items():
         for axis in axes:
@@ -90,10 +97,11 @@ BATCHES = 10  # of training images that first-order scores are taken over
 
 
 def first_order(search: Search, task: Task) -> Scores:
-    """The square of the loss's first-order change when a channel is zeroed, summed over batches; a layer's mean is 1.
+    """The squared first-order change of the loss when a channel is zeroed, summed over `BATCHES` batches.
 
-    The change is the sum of weight times gradient over all weights that read the channel. Deviation from the paper,
-    whose gates follow batch norms: one score for all readers of channels that several layers write.
+    The change is the sum of weight times gradient over all weights that read the channel. The scores of a width are
+    divided by their mean. Deviation: the paper's gates follow batch norms. Here channels that several layers write have
+    one score for all their readers.
     """
     net, recipe = search.net, task.recipe
     axes = {n: [a for a in own if a.role == "in"] for n, own in net.channel_axes().items() if n in search.own}
@@ -110,7 +118,7 @@ def first_order(search: Search, task: Task) -> Scores:
             scores[name] = scores.get(name, 0) + change**2
     net.zero_grad()
     net.train(was_training)
-    return {name: score / score.mean().clamp(min=1e-30) for name, score in scores.items()}  # a branch may be at zero
+    return {name: score / score.mean().clamp(min=1e-30) for name, score in scores.items()}  # all of a branch may be 0
 
 
 L1 = rank_and_cut(

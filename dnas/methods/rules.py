@@ -1,6 +1,6 @@
-"""Rules: networks inside the budget that cost nothing to choose. What a search has to beat.
+"""Rules: ways to choose a network inside the budget without data or training. A search has to find better networks.
 
-Where blocks and depth are open, uniform and balanced take the base blocks and keep all layers.
+If a space has decisions on blocks and layers, uniform and balanced take the base blocks and keep all layers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,10 @@ from dnas.spec.space import KEEP, Arch, Decision, Space
 def _held_blocks(
     space: Space, of_width: Callable[[Decision], np.ndarray], held: Arch | None = None
 ) -> dict[str, np.ndarray]:
-    """Widths by ``of_width``; blocks and depth of ``held``, by default base blocks and all layers."""
+    """Log-likelihoods: widths by ``of_width``; blocks and layers are held at those of ``held``.
+
+    Without ``held`` these are the base blocks and all layers. Other options have -1000.
+    """
     base = {d.name: KEEP if KEEP in d.options else d.base for d in space.decisions}
     base |= held or {}
     return {
@@ -27,10 +30,13 @@ def _held_blocks(
 
 
 def uniform_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequence[Budget]) -> Arch:
-    """The base net with every width scaled alike, at equal cost.
+    """The uniform net: the base net with all widths scaled by one number, at the cost of the budget.
 
-    The scale is found by bisection; then the network in the band that is nearest to it, in squared log widths. Where
-    the base blocks are too cheap for the budget even at full width, a few layers take dearer ones.
+    Bisection finds the number. Then `derive` takes the network in the band that is nearest to it, in squared log
+    widths. If the base blocks are too cheap for the budget even at full width, a few layers take more expensive blocks.
+
+    Raises:
+        UserError: no network in the band was found. The message has the nearest costs.
     """
 
     def likelihood(scale: float) -> dict[str, np.ndarray]:
@@ -49,10 +55,14 @@ def uniform_arch(space: Space, tables: Mapping[str, CostTable], budgets: Sequenc
 def balanced_arch(
     space: Space, tables: Mapping[str, CostTable], budgets: Sequence[Budget], held: Arch | None = None
 ) -> Arch:
-    """The net with the largest product of widths at equal cost, and the blocks and depth of ``held`` or the base net.
+    """The net with the largest product of widths at the cost of the budget, with the blocks and layers of ``held``.
 
-    At the optimum all widths that are not at an end of their grid account for the same share of the cost: w dC/dw is
-    the same for all of them. Where those blocks are too cheap even at full width, a few layers take dearer ones.
+    Without ``held`` these are the base blocks and all layers. At the optimum, w dC/dw (C is the cost) is the same for
+    all widths w that are not at an end of their grid: each of them accounts for the same share of the cost. If those
+    blocks are too cheap even at full width, a few layers take more expensive blocks.
+
+    Raises:
+        UserError: no network in the band was found. The message has the nearest costs.
     """
     return derive(space, tables, budgets, _held_blocks(space, lambda d: np.log(np.array(d.options, dtype=float)), held))
 
@@ -66,14 +76,14 @@ def random_arch(
     start: Arch | None = None,
     proposals: int | None = None,
 ) -> Arch:
-    """A random network in the band: every decision answered evenly and independently, given that the cost fits.
+    """A random network in the band: every decision is drawn evenly and independently, on condition that the cost fits.
 
-    Plain rejection has this distribution and would almost never end. Here a walk finds one network in the band, and a
-    Metropolis chain, by default 50 ``proposals`` a decision, then forgets where it started. With a ``start`` in the
-    band and few proposals the result is a neighbour of it.
+    Plain rejection gives this distribution, but would almost never end. Here a random walk finds one network in the
+    band. Then a Metropolis chain of ``proposals`` (by default 50 for each decision) makes the result independent of
+    this start. With a ``start`` in the band and few proposals, the result is a neighbour of ``start``.
 
     Raises:
-        UserError: no network in the band was found; the nearest costs are named.
+        UserError: no network in the band was found. The message has the nearest costs.
     """
     rng = np.random.default_rng(seed)
     flat = {d.name: np.zeros(len(d.options)) for d in space.decisions}
@@ -90,10 +100,10 @@ def random_arch(
 
 
 def _mix(walker: _Walker, rng: np.random.Generator, proposals: int) -> None:
-    """Metropolis-Hastings steps inside the band towards the even distribution over all answers there.
+    """Metropolis-Hastings steps inside the band, towards the even distribution over all choices in the band.
 
-    A proposal redraws one to three decisions evenly, and then another one evenly among those of its options (n of them;
-    m before the others changed) that cost what the band allows: accepted with probability min(1, n / m).
+    A proposal redraws one to three decisions evenly. Then it redraws another decision evenly among those of its options
+    with a cost in the band: n options, and m before the others changed. It is accepted with probability min(1, n / m).
     """
 
     def landing(d: Decision) -> np.ndarray:
@@ -117,7 +127,7 @@ def _mix(walker: _Walker, rng: np.random.Generator, proposals: int) -> None:
     walker.refresh()
 
 
-# Beside the found network in every run, by the names that metrics.json has.
+# The nets beside the found net in every run, by their names in metrics.json.
 RULES: dict[str, Callable[..., Arch]] = {"uniform": uniform_arch, "balanced": balanced_arch}
 
 UNIFORM = Method(

@@ -21,10 +21,10 @@ WeightsOn = Literal["hard", "soft", "sandwich"]
 
 @dataclass(frozen=True)
 class GatesConfig:
-    """All settings of this search except the weights' `Recipe`. Times are shares of the whole search, in [0, 1].
+    """All settings of the method ``gates`` except the weights' `Recipe`. Times are shares of the whole search, 0 to 1.
 
-    ``gate_lr`` 0 means: a logit can move by 20 over all gate steps; the rate stays in [0.01, 0.3]. Raises UserError for
-    a number out of range, with the name of the flag.
+    ``gate_lr`` 0 means that the rate lets a logit move by 20 over all gate steps, but is at least 0.01 and at most 0.3.
+    Raises UserError with the name of the flag if a number is out of range.
     """
 
     gate_fraction: float = setting(

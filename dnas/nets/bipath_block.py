@@ -1,16 +1,16 @@
 """The bi-path block over inner widths (PruNet's Prunode, arXiv 2209.11785), around timm's own blocks.
 
-Two copies in one: the same block at two inner widths ``small < large`` that share one bank of weights, the small copy
-being its prefix. What lies before the squeeze-excite works channel by channel or produces channels independently of
-each other, so it is computed once and its batch statistics are the same in both copies; the last norm sees different
-sums and is kept per copy. Time and memory are those of two paths at most, however many widths the grid has: O(1).
+The block has two copies, at the inner widths ``small < large``. They share one bank of weights; the small copy is the
+prefix of this bank. Each channel before the squeeze-excite is computed without the other hidden channels. So this part
+is computed once, and its batch statistics are the same in both copies. The last norm gets other sums in each copy and
+is kept per copy. Time and memory are at most those of two paths, for any number of widths in the grid: O(1).
 
-Candidates of one layer share what they have in common as well (`share`): with a bank of its own, each of eight random
-candidates would feed the next layer features of its own, and a short search would train none of them.
+The candidates of one layer share their common parts, too (`share`). With a separate bank of weights, each of eight
+random candidates would give the next layer other features, and a short search would train none of them.
 
-Source: the abstract verifies the bi-path block and its O(1) cost; the bracketing rule of `PairGate.update` is ours and
-realises "the candidates are changed according to the current architecture weights". Deviation: the copies
-and the candidates share weights.
+Source: the paper's abstract has the bi-path block and its O(1) cost. The bracketing rule of `PairGate.update` is ours;
+it realises "the candidates are changed according to the current architecture weights". Deviation: the copies and the
+candidates share weights.
 """
 
 import copy
@@ -38,7 +38,8 @@ def parts(block: TimmBlock) -> tuple[list[tuple[nn.Conv2d, nn.BatchNorm2d]], nn.
     return [(block.conv_dw, block.bn1)], block.conv_pw, "bn2"
 
 
-# A prefix of a module's channels. All of them: the module itself, so that the bits agree with plain timm.
+# Modules applied to a prefix of their channels. For all channels the module itself runs, so that the result is bit for
+# bit that of plain timm.
 
 
 def _conv(conv: nn.Conv2d, x: Tensor, width: int) -> Tensor:
@@ -62,17 +63,20 @@ def _batch_norm(norm: nn.BatchNorm2d, x: Tensor, weight: Tensor, bias: Tensor) -
 
 
 def channel_factors(by: Tensor | Option, length: int, like: Tensor) -> Tensor:
-    """A width gate's answer as a factor of each of ``length`` channels: it is one, or says how many channels stay."""
+    """The answer ``by`` of a width gate as a factor for each channel, [length].
+
+    The answer is this tensor already, or it is the number of channels that stay.
+    """
     return by if isinstance(by, Tensor) else prefix_mask(length, int(by), like)
 
 
 def scaled_norm(norm: nn.BatchNorm2d, x: Tensor, by: Tensor | Option, times: Tensor | None = None) -> Tensor:
-    """A norm of timm's that a width gate (see `channel_factors`) acts on, and the number ``times``.
+    """A norm of timm's, times the answer ``by`` of a width gate (see `channel_factors`) and the number ``times``.
 
-    Both are parts of the norm's weight and bias, and cost no pass over the map. A norm with an activation (all of
-    timm's give 0 for 0) takes factors of 0 and 1 only. Widths are not sliced: an even draw has other shapes in every
-    step, each of which costs a CPU the making of new kernels and a GPU the choice of some; what stays too wide for long
-    is cut off for good.
+    The norm's weight and bias are multiplied by both factors, so that no pass over the map is needed. For a norm with
+    an activation (all of timm's give 0 for 0) the factors must be 0 or 1. Widths are masked and not sliced: even draws
+    have other shapes in every step, and for each shape a CPU makes new kernels and a GPU selects kernels. A channel
+    that stays unlikely is cut off for good (`dnas.nets.shrink`).
     """
     if times is None and not isinstance(by, Tensor) and by == norm.num_features:
         return norm(x)
@@ -82,10 +86,10 @@ def scaled_norm(norm: nn.BatchNorm2d, x: Tensor, by: Tensor | Option, times: Ten
 
 
 def _norms_of_both(y: Tensor, norms: Sequence[nn.BatchNorm2d], factors: Sequence[Tensor]) -> Tensor:
-    """The two copies' last norms, times a factor [out] each, and added: [B, 2 * out, H, W] -> [B, out, H, W].
+    """The sum of the two copies' last norms, each times its factor [out]: [B, 2 * out, H, W] -> [B, out, H, W].
 
-    One norm without weights, and a 1x1 convolution that holds the weights of both: halves of a channels_last
-    map are no dense maps, and slow to normalise.
+    It is one norm without weights, and a 1x1 convolution with the weights of both norms. The reason: half of the
+    channels of a channels_last map are not dense in memory, and slow to normalise.
     """
     first = norms[0]
     mean, var = (torch.cat([getattr(n, name) for n in norms]) for name in ("running_mean", "running_var"))
@@ -105,7 +109,7 @@ def prefix_mask(length: int, width: int, like: Tensor) -> Tensor:
 
 
 def _squeeze_excite(se: nn.Module, h: Tensor, width: int | None = None) -> Tensor:
-    """Squeeze-excite that reads only the first ``width`` channels (default: all that ``h`` has)."""
+    """Squeeze-excite that reads only the first ``width`` channels (default: all channels of ``h``)."""
     width = width or h.shape[1]
     if isinstance(se, nn.Identity) or width == se.conv_reduce.in_channels:
         return se(h)
@@ -115,18 +119,18 @@ def _squeeze_excite(se: nn.Module, h: Tensor, width: int | None = None) -> Tenso
     return h * se.gate(s)
 
 
-Made = dict[tuple[nn.Module, int], Tensor]  # (convolution, width) -> what it, its norm and activation gave
+Made = dict[tuple[nn.Module, int], Tensor]  # (convolution, width) -> the result after its norm and activation
 
 
 def expand(block: TimmBlock, x: Tensor, width: int, made: Made | None = None) -> Tensor:
-    """The hidden map before squeeze-excite, its first ``width`` channels: [B, in, H, W] -> [B, width, H', W'].
+    """The first ``width`` channels of the hidden map before squeeze-excite: [B, in, H, W] -> [B, width, H', W'].
 
-    ``made`` remembers what convolutions that candidates of a layer share have given for this ``x``.
+    ``made`` keeps the results for this ``x`` of convolutions that the candidates of a layer share.
     """
     made = {} if made is None else made
     for conv, norm in parts(block)[0]:
         if (conv, width) not in made:
-            if conv.groups > 1:  # depthwise: its input channels are the hidden ones
+            if conv.groups > 1:  # depthwise: it reads hidden channels
                 x = x[:, :width]
             made[conv, width] = _norm(norm, _conv(conv, x, width))
         x = made[conv, width]
@@ -134,9 +138,9 @@ def expand(block: TimmBlock, x: Tensor, width: int, made: Made | None = None) ->
 
 
 def project(block: TimmBlock, norm: nn.BatchNorm2d, h: Tensor, out: Tensor | Option, times: Tensor | None) -> Tensor:
-    """From a prefix of the hidden map to the residual branch: [B, width, H', W'] -> [B, out, H', W'].
+    """The residual branch from a prefix of the hidden map: [B, width, H', W'] -> [B, out, H', W'].
 
-    ``norm``: the block's last one, or another in its place; it is a `scaled_norm` by ``out`` and ``times``.
+    ``norm`` is the last norm of the block, or another one in its place. ``out`` and ``times`` scale it (`scaled_norm`).
     """
     conv = parts(block)[1]
     h = _squeeze_excite(block.se, h)
@@ -146,11 +150,12 @@ def project(block: TimmBlock, norm: nn.BatchNorm2d, h: Tensor, out: Tensor | Opt
 
 @torch.no_grad()
 def share(blocks: Sequence[TimmBlock]) -> None:
-    """Let the candidates of one layer hold the same modules where they agree, and start alike where they do not.
+    """Let the candidates of one layer share equal modules, and start alike with the others. The blocks change in place.
 
-    All inverted residuals share the expansion, those of one kernel also the depthwise convolution; all candidates share
-    the projection (a fused one its prefix). A larger depthwise kernel starts as the smaller one with a rim of zeros, a
-    fused convolution as the product of expansion and depthwise kernel.
+    All inverted residuals share the expansion. Those with the same kernel size also share the depthwise convolution.
+    All candidates except depthwise separable blocks share the projection; a narrower one uses its prefix. A larger
+    depthwise kernel starts as the smaller kernel with a rim of zeros. A fused convolution starts as the product of
+    expansion and depthwise kernel.
     """
     widest_first = sorted(blocks, key=lambda b: -parts(b)[1].in_channels)
     plain = [b for b in widest_first if isinstance(b, InvertedResidual)]
@@ -176,10 +181,10 @@ def share(blocks: Sequence[TimmBlock]) -> None:
 
 
 class PairGate(Gate):
-    """Which of two inner widths: two logits, and the rule that moves the pair over its grid.
+    """A gate over two inner widths at a time: two logits, and the rule that moves the pair over its grid.
 
     Args:
-        widths: the ascending grid; the pair starts at its top and at a quarter of it (on the grid).
+        widths: the ascending grid. The pair starts with the last width and the width at a quarter of the grid.
     """
 
     def __init__(self, widths: Sequence[int]) -> None:
@@ -187,7 +192,7 @@ class PairGate(Gate):
         self.options = self.widths = tuple(widths)
         self.low, self.high = max(0, len(widths) // 4 - 1), len(widths) - 1  # grid indices of the pair
         self.logits = nn.Parameter(torch.zeros(2 if self.high > self.low else 0))
-        self.average = 0.5  # moving average of the larger one's probability
+        self.average = 0.5  # moving average of the larger width's probability
 
     @property
     def small(self) -> int:
@@ -198,28 +203,31 @@ class PairGate(Gate):
         return self.widths[self.high]
 
     def live(self) -> list[int]:
-        """The pair, or the one width that is left."""
+        """Indices of the pair, or of the one width that is left."""
         return sorted({self.low, self.high})
 
     def reachable(self) -> list[int]:
-        """All: the pair moves both ways."""
+        """All indices, because the pair moves both ways."""
         return list(range(len(self.options)))
 
     def probabilities(self, temperature: float = 1.0) -> Tensor:
-        """[number of options], zero but for the pair."""
+        """[number of options], zero for widths outside the pair."""
         return pair_distributions([self], temperature)[0]
 
     def soft(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """A relaxed sample (q_small, q_large)."""
+        """A Gumbel-softmax sample of the weights (q_small, q_large), [2]."""
         return gumbel_softmax(self.logits, temperature, generator)
 
     def update(self, p_large: float, threshold: float, decay: float = 0.8) -> tuple[int, int] | None:
-        """Average the larger one's probability; if one side is above ``threshold``, say where the pair should go.
+        """Update the average of the larger width's probability, and return where the pair moves.
 
-        A bracketing search on the grid: while the gap is wider than one step the loser moves half-way to the winner
-        (the optimum is below, between or above); at the smallest gap the pair slides by one step, so that a wrong early
-        halving can be mended. The gap never grows. Returns the new (low, high) grid indices, or None to stay; the
-        caller moves the gate and resizes the block (`dnas.nets.remove_options.move_pair`).
+        ``p_large`` is this probability now. If the average of one width is above ``threshold``, the result is the new
+        (low, high) grid indices. It is None if the pair stays: below the threshold, at the end of the grid, or with
+        only one width left. The caller moves the gate and resizes the block (`dnas.nets.remove_options.move_pair`).
+
+        The rule is a bracketing search on the grid. While the gap is wider than one step, the less likely width moves
+        half-way to the other one (the optimum is below, between or above the two). At the smallest gap the pair slides
+        by one step, so that a wrong early step can be corrected. The gap never grows.
         """
         if self.settled:
             return None
@@ -236,13 +244,16 @@ class PairGate(Gate):
 
     @torch.no_grad()
     def move(self, low: int, high: int) -> None:
-        """Set the pair to these grid indices; the logits and their average start anew."""
+        """Set the pair to these grid indices. The logits and their average start again."""
         self.low, self.high, self.average = low, high, 0.5
         self.logits.zero_()
 
 
 def pair_distributions(gates: Sequence[PairGate], temperature: float = 1.0) -> list[Tensor]:
-    """Distributions over all options: a few operations on all gates. Where there is one option, it is certain."""
+    """The distributions of all gates over all their options, [number of options] each; 1 for the only option of a gate.
+
+    A few operations compute all gates together.
+    """
     learning = [g for g in gates if len(g.logits)]
     flat = gates[0].logits.new_zeros(sum(len(g.options) for g in gates))
     ends = np.cumsum([0, *(len(g.options) for g in gates)])
@@ -282,9 +293,9 @@ class Prunode(nn.Module):
             return project(self.block, norm, expand(self.block, x, mid, made), out, times)
         h = expand(self.block, x, large, made)
         factors = [q if times is None else q * times for q in mid]
-        whole = conv.weight[:, :large]  # of a bank that another candidate of the layer may need wider
-        # The hidden map is never sliced (a slice of a channels_last map is slow): its small copy is the large one seen
-        # through weights that are zero beyond the prefix, so that both copies are one convolution.
+        whole = conv.weight[:, :large]  # another candidate may have made the bank wider
+        # The hidden map is never sliced, because a slice of a channels_last map is slow. The small copy reads the whole
+        # map with weights that are zero beyond the prefix, so both copies are one convolution.
         inside = whole * prefix_mask(large, small, whole)[:, None, None]
         if isinstance(self.block.se, nn.Identity):
             channels = channel_factors(out, len(whole), whole)
@@ -295,9 +306,10 @@ class Prunode(nn.Module):
 
 
 class GatedBlock(nn.Module):
-    """A timm block whose inner width hangs on a Markov gate (DMCP's way), without the shortcut.
+    """A timm block with a Markov gate on its inner width (as in DMCP), without the shortcut.
 
-    The gate is its own, or, for a depthwise separable block, that of its input stream, whose width it shares.
+    ``gate`` is the block's own gate. A depthwise separable block has none: it shares the width and the gate of its
+    input stream.
     """
 
     def __init__(self, block: TimmBlock, mid: str, gate: MarkovGate | None = None) -> None:
@@ -309,8 +321,8 @@ class GatedBlock(nn.Module):
     ) -> Tensor:
         """[B, in, H, W] -> [B, out, H', W']; ``mid``: a width, or the factor of each hidden channel.
 
-        The factor is applied once, after the depthwise convolution's norm and activation, where no norm can undo it
-        (the released DMCP code applies it twice and so squares it). ``out``, ``times`` and ``made`` as in `Prunode`.
+        The factor is applied once, after the last norm and activation of the hidden map, where no norm can undo it (the
+        released DMCP code applies it twice and so squares it). ``out``, ``times`` and ``made`` are as in `Prunode`.
         """
         h = expand(self.block, x, mid if isinstance(mid, int) else len(mid), made)
         if isinstance(mid, Tensor):

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from dnas.nets.channels import Axis, Channels, Group, Op
 
-FIXED = 0  # the unit of all that cannot be cut: images, logits, and what is not understood
+FIXED = 0  # the unit of everything that cannot be cut: images, logits, and tensors that no rule understands
 
 
 class Units:
     """Numbered units that can be joined (union-find)."""
 
     def __init__(self) -> None:
-        self.parent = [FIXED]  # of every unit; a unit that is its own parent stands for all that were joined with it
+        self.parent = [FIXED]  # of every unit; a unit that is its own parent represents all units joined with it
 
     def find(self, unit: int) -> int:
-        """The unit that stands for all units joined with this one."""
+        """The unit that represents all units joined with this one."""
         root = unit
         while self.parent[root] != root:
             root = self.parent[root]
@@ -32,7 +32,7 @@ class Units:
         return root
 
     def fresh(self, count: int) -> Tensor:
-        """New units."""
+        """``count`` new units, [count]."""
         start = len(self.parent)
         self.parent.extend(range(start, start + count))
         return torch.arange(start, start + count)
@@ -40,15 +40,15 @@ class Units:
     def join(self, a: Tensor, b: Tensor) -> None:
         """Join the units of two tensors element by element. Their shapes are broadcast."""
         a, b = torch.broadcast_tensors(a, b)
-        # A dimension along which both tensors only repeat their elements needs one look.
+        # If both tensors only repeat their elements along a dimension, the first position is enough.
         once = [slice(0, 1) if not s and not t else slice(None) for s, t in zip(a.stride(), b.stride(), strict=True)]
         pairs = torch.stack([a[tuple(once)].flatten(), b[tuple(once)].flatten()])
         for one, two in torch.unique(pairs[:, pairs[0] != pairs[1]], dim=1).t().tolist():
             low, high = sorted((self.find(one), self.find(two)))
-            self.parent[high] = low  # FIXED is the lowest: what is joined with it becomes fixed
+            self.parent[high] = low  # FIXED is the lowest: units that are joined with it become fixed
 
     def fix(self, units: Tensor) -> bool:
-        """Join these units with `FIXED`. False if the tensor held nothing else."""
+        """Join these units with `FIXED`. Returns False if the tensor holds only `FIXED`."""
         if not bool((units != FIXED).any()):
             return False
         self.join(units, torch.zeros_like(units))
@@ -57,8 +57,9 @@ class Units:
     def meet(self, a: Tensor, b: Tensor) -> Tensor:
         """The units of the result of an element-wise operation on two tensors.
 
-        Terms are joined. But if one element of a tensor meets several units of the other (a map of one channel, a
-        single number), then only this tensor is fixed: joining would tie all units of the other.
+        The units of elements that meet are joined. Exception: if one element of a tensor meets several units of the
+        other (a map of one channel, a single number), then only this tensor is fixed. A join would tie all units of the
+        other tensor.
         """
         rank = max(a.ndim, b.ndim)
         a, b = (t.reshape([1] * (rank - t.ndim) + list(t.shape)) if t.ndim < rank else t for t in (a, b))
@@ -71,7 +72,7 @@ class Units:
 
 
 class Record:
-    """What is known about a network while its forward pass runs."""
+    """The facts about a network that are collected while its forward pass runs."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -89,7 +90,11 @@ class Record:
         self.inside: list[str] = []  # the modules that run now, the innermost last
 
     def units_of(self, t: Tensor) -> Tensor:
-        """The units of a tensor. Those of a parameter with one line of elements are made when it is first used."""
+        """The units of a tensor, in its shape.
+
+        A parameter or buffer with only one dimension longer than 1 gets new units when it is first used. Any other
+        tensor without known units is fixed.
+        """
         if id(t) in self.of:
             return self.of[id(t)]
         name = self.names.get(id(t))
@@ -100,11 +105,11 @@ class Record:
         return self.loose[name]
 
     def set_units(self, t: Tensor, units: Tensor) -> None:
-        """Say which units a tensor has. Their shape is broadcast."""
+        """Store the units of a tensor. Their shape is broadcast."""
         self.of[id(t)] = units.expand(t.shape)
 
     def set_channels(self, t: Tensor, line: Tensor) -> None:
-        """Say which units a tensor has along dimension 1."""
+        """Store the units of a tensor along dimension 1."""
         self.set_units(t, line.reshape(1, -1, *[1] * (t.ndim - 2)))
 
     def units_along(self, t: Tensor, dim: int) -> Tensor:
@@ -115,12 +120,12 @@ class Record:
         return line
 
     def fix(self, units: Tensor, why: str) -> None:
-        """Fix these units, and note the running module with the reason if any of them could have been cut."""
+        """Fix these units. If any of them could have been cut, note the running module with the reason."""
         if self.units.fix(units):
             self.reasons.append(f"{self.inside[-1]}: {why}")
 
     def add_axis(self, name: str, index: int, units: Tensor) -> None:
-        """Say which units an axis of the network holds. If it is used again, the units of both uses are joined."""
+        """Store the units on an axis of the network. If the axis has units already, both are joined."""
         if (name, index) in self.axes:
             self.units.join(self.axes[name, index], units)
         self.axes[name, index] = units
@@ -148,7 +153,7 @@ def first_line(units: Tensor, dim: int) -> Tensor:
 
 
 def channels_of(record: Record) -> Channels:
-    """The result of a pass. Units that occur in the same axes, equally often in each, form a group."""
+    """The channels that a pass has found. Units on the same axes, equally often on each, form a group."""
     for name, units in record.loose.items():
         record.add_axis(name, int(np.argmax(units.shape)), units.flatten())
     places: dict[int, dict[Axis, list[int]]] = {}  # of each unit that can be cut

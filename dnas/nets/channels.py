@@ -1,7 +1,7 @@
-"""Which channels of a network must share a width, as plain data; `dnas.nets.tracing` finds it for any CNN.
+"""Which channels of a network must share a width, as plain data. `dnas.nets.tracing` finds this for any CNN.
 
-A *unit* is a set of channels that can only stay or go together: those that an addition ties, a channel of a depthwise
-convolution and the one that it reads, a whole group of a grouped convolution.
+A *unit* is a set of channels that can only stay or go together: channels that an addition ties; a channel of a
+depthwise convolution and the channel that it reads; a whole group of a grouped convolution.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-Axis = tuple[str, int]  # a parameter, buffer or number of a module by its full name, and a dimension (or index) of it
+Axis = tuple[str, int]  # full name of a parameter, buffer or number of a module; a dimension (or index) of it
 
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that share a width: ``size`` units, of which a narrower network keeps the first ones.
+    """Channels that share a width: ``size`` units. A narrower network keeps the first units.
 
-    ``places`` says for each axis where the units are, [size, positions of a unit]. ``step`` is the number of output
-    channels of the layer ``name`` (or of a part of them, ``name[first:end]``) that a unit is.
+    ``places`` has the positions of the units on each axis, [size, positions of a unit]. ``name`` is the layer that
+    writes the channels, or a part of its output channels (``name[first:end]``). ``step`` is the number of output
+    channels of this layer in one unit.
     """
 
     name: str
@@ -30,11 +31,11 @@ class Group:
 
 
 class ChannelAxis(NamedTuple):
-    """Where a parameter or buffer of a module holds channels of one width decision.
+    """A dimension of a parameter or buffer that holds the channels of one width decision.
 
-    ``role`` is "out" for the weight of a convolution or linear layer that writes them (a depthwise convolution, too),
-    "in" for one that reads them, "norm" for everything that holds one number a channel. ``places`` is [units, positions
-    of a unit] along ``dim``.
+    ``role`` is "out" for the weight of a convolution or linear layer that writes the channels (also of a depthwise
+    convolution), "in" for the weight of a layer that reads them, and "norm" for every tensor with one number for each
+    channel. ``places`` has the positions along ``dim``, [units, positions of a unit].
     """
 
     module: nn.Module
@@ -44,7 +45,10 @@ class ChannelAxis(NamedTuple):
     places: np.ndarray
 
     def slices(self, of_gradient: bool = False) -> Tensor:
-        """What the tensor, or its gradient, holds of each unit, [units, numbers]."""
+        """The numbers of the tensor that belong to each unit, [units, numbers of a unit].
+
+        If ``of_gradient``, the numbers of its gradient; a tensor without a gradient has zeros.
+        """
         tensor: Tensor = getattr(self.module, self.name)
         if of_gradient:
             tensor = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
@@ -54,10 +58,10 @@ class ChannelAxis(NamedTuple):
 
 @dataclass(frozen=True)
 class Op:
-    """A convolution or linear layer, which writes dimension 0 of its weight.
+    """A convolution or linear layer. ``writes`` is dimension 0 of its weight, ``reads`` is dimension 1.
 
-    ``positions`` is how often the weight is applied to one image. ``reads`` is dimension 1 of the weight, None where
-    the layer works channel by channel (depthwise, or in groups that stay or go whole).
+    ``positions`` is how often the weight is applied to one image. ``reads`` is None if the layer works channel by
+    channel: a depthwise convolution, or a convolution in groups that stay or go whole.
     """
 
     module: str
@@ -68,12 +72,13 @@ class Op:
 
 @dataclass(frozen=True)
 class Channels:
-    """What can be narrowed in a network, and how it hangs together.
+    """The groups of channels in a network that can get narrower, and the layers that hold these channels.
 
-    ``norms`` are the modules that normalise over channels (layer norms): in a narrower net they see fewer.
-    ``standardised`` are convolutions whose weights are, over the channels that they read (timm's ScaledStdConv2d).
-    ``products`` is the number of multiply-accumulates in which nothing is cut: of matrix products without weights
-    (attention), and of convolutions that are not understood. ``fixed`` tells why channels stay: "module: operation".
+    ``norms`` are the modules that normalise over channels (layer norms): in a narrower net they normalise over fewer
+    channels. ``standardised`` are the convolutions that standardise their weights over the channels that they read
+    (timm's ScaledStdConv2d). ``products`` is the number of multiply-accumulates that stay the same for all widths:
+    those of matrix products without weights (attention), and of convolutions that the tracer does not understand.
+    ``fixed`` gives the reasons why channels stay, as "module: operation".
     """
 
     groups: tuple[Group, ...]
@@ -84,7 +89,10 @@ class Channels:
     fixed: tuple[str, ...]
 
     def cut(self, sizes: Mapping[str, int]) -> tuple["Channels", dict[Axis, np.ndarray]]:
-        """What is left when groups keep their first units only, and for each axis the positions that go."""
+        """The channels if each group keeps its first ``sizes[name]`` units, and the positions that go on each axis.
+
+        A group that is not in ``sizes`` keeps all its units.
+        """
         gone: dict[Axis, list[np.ndarray]] = {}
         for group in self.groups:
             for axis, at in group.places.items():
@@ -100,6 +108,6 @@ class Channels:
         return replace(self, groups=tuple(groups)), goes
 
     def without(self, names: Sequence[str], why: str) -> "Channels":
-        """The same with some groups left as they are."""
+        """The same without the groups ``names``, whose widths stay for the reason ``why``."""
         groups = tuple(g for g in self.groups if g.name not in names)
         return replace(self, groups=groups, fixed=(*self.fixed, *(f"{name}: {why}" for name in names)))

@@ -1,7 +1,7 @@
-"""Tensors and modules made narrower (or wider) in place, together with their optimizer state.
+"""Make tensors and modules narrower (or wider) in place, together with their optimizer state.
 
-Parameters keep their identity (``param.data`` is replaced), so that optimizers and gates need not be rebuilt; every
-optimizer buffer of a parameter's shape is cut along with it.
+A parameter stays the same object: only ``param.data`` is replaced, so that optimizers and gates need not be rebuilt.
+Every optimizer buffer with the shape of the parameter is cut in the same way.
 """
 
 import math
@@ -25,7 +25,10 @@ SIDES: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
 
 
 def _resized(old: Tensor, dim: int, width: int, fill: float | None) -> Tensor:
-    """The first ``width`` slices of ``old`` along ``dim``; new ones are ``fill``, or like the old ones at random."""
+    """The first ``width`` slices of ``old`` along ``dim``. New slices are ``fill``.
+
+    If ``fill`` is None, they are random, with the standard deviation of ``old``.
+    """
     if width <= old.shape[dim]:
         return old.narrow(dim, 0, width).clone(memory_format=torch.preserve_format)
     shape = (*old.shape[:dim], width - old.shape[dim], *old.shape[dim + 1 :])
@@ -47,7 +50,7 @@ def _replace(
     state: Callable[[Tensor], Tensor],
     optimizers: Iterable[Optimizer],
 ) -> None:
-    """Put ``value(t)`` in the place of a parameter or buffer t, and ``state(b)`` in that of its optimizer buffers."""
+    """Replace a parameter or buffer t by ``value(t)``, and each of its optimizer buffers b by ``state(b)``."""
     tensor = getattr(owner, name)
     if not isinstance(tensor, nn.Parameter):
         setattr(owner, name, value(tensor))
@@ -57,7 +60,7 @@ def _replace(
     for optimizer in optimizers:
         found = optimizer.state.get(tensor, {})
         if any(isinstance(v, Tensor) and v.ndim and v.shape != shape for v in found.values()):
-            del optimizer.state[tensor]  # factored statistics (adafactor) cannot be cut: they start anew
+            del optimizer.state[tensor]  # factored statistics (adafactor) cannot be cut: they start again
             continue
         found.update({k: state(v) for k, v in found.items() if isinstance(v, Tensor) and v.ndim})
 
@@ -65,7 +68,10 @@ def _replace(
 def resize_tensor(
     owner: nn.Module, name: str, dim: int, width: int, optimizers: Iterable[Optimizer] = (), fill: float | None = 0.0
 ) -> None:
-    """Cut or lengthen one parameter or buffer of ``owner`` along ``dim``, and its optimizer buffers (new: zero)."""
+    """Cut or lengthen one parameter or buffer of ``owner`` along ``dim``, together with its optimizer buffers.
+
+    New entries are as in `_resized`; those of optimizer buffers are zero.
+    """
     tensor = getattr(owner, name)
     if tensor is not None and tensor.shape[dim] != width:
         value = partial(_resized, dim=dim, width=width, fill=fill)
@@ -73,15 +79,15 @@ def resize_tensor(
 
 
 def remove_channels(model: nn.Module, goes: Mapping[Axis, np.ndarray], optimizers: Iterable[Optimizer] = ()) -> None:
-    """Take positions out of tensors, and their number out of the numbers that modules keep (see `Channels.cut`).
+    """Remove positions from tensors, and reduce the numbers of channels that modules keep (see `Channels.cut`).
 
-    A number that is no whole one is timm's ``scale`` of a weight, which goes with the root of 1 / channels read.
+    A number that is a float is timm's ``scale`` of a weight, which is proportional to 1 / sqrt(channels read).
     """
     places = []
     for (full, index), gone in goes.items():
         path, _, name = full.rpartition(".")
         places.append((model.get_submodule(path), name, index, gone))
-    # A scale first, while the weight tells how many channels it reads.
+    # Scales come first, while the weights still have all the channels that they read.
     places.sort(key=lambda place: not isinstance(getattr(*place[:2]), float))
     for owner, name, index, gone in places:
         value = getattr(owner, name)
@@ -101,10 +107,10 @@ def remove_channels(model: nn.Module, goes: Mapping[Axis, np.ndarray], optimizer
 
 
 def resize_module(module: nn.Module, side: str, width: int, optimizers: Iterable[Optimizer] = ()) -> None:
-    """Give one side of a convolution, linear layer or norm ``width`` channels: the first ones stay.
+    """Give one side of a convolution, linear layer or norm ``width`` channels: the first channels stay.
 
-    New channels (a pair of inner widths that slides up) start so that they change nothing yet: an ``in`` side with zero
-    weights, the others like their neighbours, a norm as the identity.
+    There are new channels if a pair of inner widths slides up. They start so that they change nothing yet: the ``in``
+    side has zero weights, the other sides have random weights like the old ones, and a norm is the identity.
     """
     attributes, tensors = SIDES[side]
     for name in attributes:

@@ -1,7 +1,7 @@
-"""What all gates share: a gate is a decision that is still open, and a distribution over its options.
+"""The base class of all gates. A gate is a decision that is still open, with a distribution over its options.
 
-Probabilities are over the *original* options, zero where one was cut off: that is what an expected cost is taken over.
-The temperature is an argument everywhere: it is the search's, not the gate's.
+Probabilities are given for all *original* options, and are 0 for options that were cut off. The expected cost is taken
+over this distribution. The temperature is always an argument, because it belongs to the search and not to the gate.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from dnas.spec.space import Option
 
 
 class Gate(nn.Module):
-    """A decision between ``options`` that learns. The kinds of gates say which options are live, and how likely."""
+    """A decision with learned probabilities of ``options``. Subclasses say which options are live and how likely."""
 
     options: tuple[Option, ...]
 
@@ -28,23 +28,23 @@ class Gate(nn.Module):
 
     @property
     def settled(self) -> bool:
-        """Whether there is one live option, so that nothing can be learnt now."""
+        """Whether only one option is live. Then nothing can be learnt now."""
         return len(self.live()) == 1
 
     def widest(self) -> Option:
-        """The largest live option: the widest width, the layer in."""
+        """The last live option: the widest width, or that the layer stays."""
         return self.options[self.live()[-1]]
 
     def narrowest(self) -> Option:
-        """The smallest live option: the narrowest width, the layer out."""
+        """The first live option: the narrowest width, or that the layer is dropped."""
         return self.options[self.live()[0]]
 
     def probabilities(self, temperature: float = 1.0) -> Tensor:
-        """[number of options]; see `dnas.nets.supernet.Supernet.probabilities` for many gates at once."""
+        """[number of options]. `dnas.nets.supernet.Supernet.probabilities` computes those of many gates at once."""
         raise NotImplementedError
 
     def pick(self, p: np.ndarray, draw: float, even: bool = False) -> Option:
-        """The option at ``draw``, a number in [0, 1): by the probabilities ``p``, or ``even`` over the live ones."""
+        """The live option for ``draw``, a number in [0, 1): by the probabilities ``p``, or evenly if ``even``."""
         live = self.live()
         if even:
             return self.options[live[int(draw * len(live))]]
@@ -53,19 +53,19 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator | None = None, uniform: bool = False, temperature: float = 1.0) -> Option:
-        """One live option, by the probabilities or evenly."""
+        """One live option, drawn by the probabilities, or evenly if ``uniform``."""
         draw = torch.rand((), generator=generator, dtype=torch.float64).item()
         return self.pick(self.probabilities(temperature).double().cpu().numpy(), draw, uniform)
 
     @torch.no_grad()
     def best(self) -> Option:
-        """The most likely option; of equally likely ones the last."""
+        """The most likely option. Of equally likely options it is the last."""
         p = self.probabilities().double().cpu().numpy()
         return self.options[int(np.flatnonzero(p == p.max())[-1])]
 
 
 def gumbel(count: int, generator: torch.Generator | None = None) -> Tensor:
-    """[count] numbers of the Gumbel(0, 1) distribution, float64, on the CPU, where the generator lives."""
+    """[count] random numbers of the Gumbel(0, 1) distribution: float64, on the CPU, as the generator is on the CPU."""
     uniform = torch.rand(count, generator=generator, dtype=torch.float64)
     return -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
 
@@ -73,7 +73,7 @@ def gumbel(count: int, generator: torch.Generator | None = None) -> Tensor:
 def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
     """A relaxed one-hot sample, [N] -> [N]: ``softmax((logits + g) / temperature)`` with g ~ Gumbel(0, 1).
 
-    As torch.nn.functional.gumbel_softmax, but with its own generator, so that a search can be repeated.
+    As torch.nn.functional.gumbel_softmax, but with a generator of its own, so that a search can be repeated.
     """
     return torch.softmax((logits + gumbel(len(logits), generator).to(logits)) / temperature, 0)
 

@@ -1,4 +1,4 @@
-"""The stochastic layer: a choice of candidate block, the threshold that removes some, the skip (PruNet)."""
+"""The stochastic layer (PruNet): a gate over candidate blocks, the threshold that removes blocks, and the skip."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ Answers = Mapping[str, Answer]  # decision -> answer
 
 
 class ChoiceGate(Gate):
-    """Which block: a logit for each live candidate (FBNet's Gumbel-softmax)."""
+    """A gate over candidate blocks: one logit for each live block (FBNet's Gumbel-softmax)."""
 
     def __init__(self, options: Sequence[str]) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class ChoiceGate(Gate):
         self.logits = nn.Parameter(torch.zeros(len(options)))
 
     def live(self) -> list[int]:
-        """Those that were not removed."""
+        """Indices of the blocks that were not removed."""
         return self.alive
 
     def probabilities(self, temperature: float = 1.0) -> Tensor:
@@ -38,9 +38,9 @@ class ChoiceGate(Gate):
     ) -> dict[str, Tensor]:  # fmt: skip
         """Gumbel-softmax weights ``{block: weight}`` of the live blocks.
 
-        ``paths`` > 0 takes only that many blocks, those that the noise favours, with their weights scaled to sum to 1
-        (as ProxylessNAS trains two paths at a time): the cost of a step then does not grow with the number of blocks.
-        ``p`` are the probabilities at this temperature, where they have been read already.
+        If ``paths`` > 0, only this many blocks are taken: those that the noise favours. Their weights are scaled to sum
+        to 1 (as ProxylessNAS trains two paths at a time). So the cost of a step does not grow with the number of
+        blocks. ``p`` are the probabilities at this temperature, if they are known already.
         """
         if p is None:
             p = self.probabilities(temperature).detach().double().cpu().numpy()
@@ -52,13 +52,16 @@ class ChoiceGate(Gate):
         return {self.options[self.alive[k]]: w for k, w in zip(taken, weights, strict=True)}
 
     def below(self, threshold: float, p: np.ndarray) -> list[str]:
-        """Live blocks whose probability in ``p`` is under ``threshold``, least likely first, never the best one."""
+        """Live blocks with a probability ``p`` below ``threshold``, least likely first; never the most likely block."""
         order = sorted(self.alive, key=p.__getitem__)
         return [str(self.options[k]) for k in order[:-1] if p[k] < threshold]
 
 
 def choice_distributions(gates: Sequence[ChoiceGate], temperature: float = 1.0) -> list[Tensor]:
-    """Distributions over all options, removed ones included: a few operations on all gates, not a few on each."""
+    """The distributions of all gates over all their options, [number of options] each; 0 for removed blocks.
+
+    A few operations compute all gates together, instead of a few operations for each gate.
+    """
     logits = torch.cat([g.logits for g in gates])
     most, first = max(len(g.alive) for g in gates), 0
     slots: list[int] = []
@@ -74,11 +77,11 @@ def choice_distributions(gates: Sequence[ChoiceGate], temperature: float = 1.0) 
 
 
 class SkipGate(Gate):
-    """Whether a residual layer stays: a coefficient ``s = sigmoid(3 kappa / T)`` on its branch (PruNet).
+    """Whether a residual layer stays: a coefficient ``s = sigmoid(3 kappa / T)`` scales its branch (PruNet).
 
-    Before ``open()`` the layer is simply there. The skip scales the branch; it is never averaged with the candidates,
-    where it would compete with untrained blocks and win: what makes searches of this kind collapse. The factor 3 lets s
-    cross 1/2 in a third of the steps that the bare logit would take.
+    Before ``open()`` the layer always stays. The skip scales the branch and is not averaged with the candidate blocks.
+    In an average it would compete with untrained blocks and win; this makes searches of this kind collapse. With the
+    factor 3, s crosses 1/2 in a third of the steps that the plain logit would need.
     """
 
     options = (DROP, KEEP)
@@ -90,16 +93,16 @@ class SkipGate(Gate):
 
     @torch.no_grad()
     def open(self, start: float = 0.9, temperature: float = 1.0) -> None:
-        """Let the layer be dropped from now on, beginning at s = ``start`` at this temperature."""
+        """From now on the layer may be dropped. s begins at ``start``, at this temperature."""
         self.is_open = True
         self.kappa.fill_(math.log(start / (1 - start)) / 3 * temperature)
 
     def live(self) -> list[int]:
-        """Both once it is open."""
+        """Indices: only keep before `open`, both after it, only drop once the layer is removed."""
         return [0] if self.is_removed else [0, 1] if self.is_open else [1]
 
     def reachable(self) -> list[int]:
-        """Both until the layer is removed: a closed skip opens later."""
+        """Both indices until the layer is removed, because a closed skip opens later."""
         return [0] if self.is_removed else [0, 1]
 
     def coefficient(self, temperature: float = 1.0) -> Tensor:
@@ -112,7 +115,7 @@ class SkipGate(Gate):
 
 
 def skip_distributions(gates: Sequence[SkipGate], temperature: float = 1.0) -> list[Tensor]:
-    """(P(drop), P(keep)) of all gates at once. Those that cannot learn (closed or removed) get no gradient either."""
+    """(P(drop), P(keep)) of all gates at once. Gates that cannot learn (closed or removed) get no gradient either."""
     learning = [not g.settled for g in gates]
     s = torch.sigmoid(3 * torch.stack([g.kappa for g in gates]) / temperature)
     fixed = s.new_tensor([float(not g.is_removed) for g in gates])
@@ -121,14 +124,14 @@ def skip_distributions(gates: Sequence[SkipGate], temperature: float = 1.0) -> l
 
 
 class StochasticLayer(nn.Module):
-    """Candidate blocks, one of which will stay, and for a residual layer the coefficient that may drop it.
+    """Candidate blocks, of which one stays in the end, and for a residual layer the coefficient that may drop it.
 
     Args:
         name: prefix of the decisions ``name/block`` and ``name/keep``.
         blocks: candidate name -> block.
         out: the decision on the output width.
-        residual: whether input is added to output (stride 1, one stream).
-        droppable: whether the layer may vanish; only a residual one can.
+        residual: whether the input is added to the output (stride 1, one stream).
+        droppable: whether the layer may be dropped; only a residual layer can be.
     """
 
     def __init__(
@@ -142,14 +145,15 @@ class StochasticLayer(nn.Module):
 
     @property
     def only(self) -> str:
-        """The one block that is left. ValueError while there are several."""
+        """The name of the one block that is left. Raises ValueError if there are several."""
         (name,) = self.blocks
         return name
 
     def forward(self, x: Tensor, answers: Answers) -> Tensor:
         """[B, in, H, W] -> [B, out, H', W'].
 
-        Whatever an answer multiplies the branch by, its block's last norm does (`dnas.nets.bipath_block.scaled_norm`).
+        The last norm of each block multiplies the branch by the factors of the answers
+        (`dnas.nets.bipath_block.scaled_norm`).
         """
         keep = answers[f"{self.name}/keep"] if self.skip else KEEP
         if isinstance(keep, str) and keep == DROP:

@@ -1,6 +1,6 @@
 """Supernets made of layers: timm's own blocks at full width, several to a layer.
 
-An `EfficientNetSpace` describes the space as plain data. Its decisions and the rows of a found network follow from that
+An `EfficientNetSpace` describes the space as plain data. The decisions and the rows of a found net follow from this
 data alone, and the modules are built from it.
 """
 
@@ -32,12 +32,15 @@ ACTS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": 
 
 
 def squeeze_width(macro: EfficientNetSpace, candidate: Candidate, widest_in: int) -> int:
-    """Squeeze channels: a fixed number for each layer (timm ties it to the input width, which is searched here)."""
+    """The number of squeeze channels, or 0. It is fixed for each layer.
+
+    timm ties it to the input width, which is searched here.
+    """
     return max(4, round(candidate.se * widest_in)) if candidate.se else 0
 
 
 def hidden_top(candidate: Candidate, widest_in: int, divisor: int) -> int:
-    """Widest hidden width: a multiple of 8, to which timm rounds it, and of ``divisor``."""
+    """The widest hidden width: a multiple of ``divisor`` and of 8, as timm rounds it to multiples of 8."""
     return round_width(candidate.expand * widest_in, math.lcm(8, divisor))
 
 
@@ -76,7 +79,7 @@ def space_of(macro: EfficientNetSpace) -> Space:
 
 
 def net_of(macro: EfficientNetSpace, arch: Mapping[str, Option]) -> dict:
-    """The rows of one network, as `dnas.export.native.build` reads them."""
+    """One network as the data that `dnas.export.native.build` reads: its rows, stem, head and activation."""
     stages: list[list[dict]] = [[] for _ in macro.stages]
     tops = {"stem": macro.stem} | {f"stage{s}/width": stage.width for s, stage in enumerate(macro.stages)}
     for name, s, i, stage, before, width, stride, _ in layers_of(macro):
@@ -94,9 +97,10 @@ def net_of(macro: EfficientNetSpace, arch: Mapping[str, Option]) -> dict:
 def size_to(
     outline: Callable[[float], EfficientNetSpace], budgets: Sequence[Budget], share: float = 0.5
 ) -> EfficientNetSpace:
-    """The macro whose widest net costs about 1 / ``share`` of the tightest absolute budget.
+    """The macro whose widest net costs about 1 / ``share`` times the tightest absolute budget.
 
-    ``outline`` maps a width multiplier in [1/4, 16] to a macro. Found by bisection on the multiplier's logarithm.
+    ``outline`` maps a width multiplier in [1/4, 16] to a macro. Bisection on the multiplier's logarithm finds the
+    multiplier.
     """
 
     def too_big(mult: float) -> bool:
@@ -189,7 +193,10 @@ class MacroSupernet(Supernet):
         return found
 
     def fit(self, optimizers: Sequence[Optimizer] = ()) -> None:
-        """Cut every module to what the live gates need: one that several share, to what the widest of them needs."""
+        """Cut every module to the widths that the live gates need.
+
+        A module that several blocks share keeps the widest of the widths that they need.
+        """
         gates = self.gates()
         needs: dict[tuple[nn.Module, str], int] = {}
         for name, places in self.slices().items():
@@ -239,11 +246,11 @@ class MacroSupernet(Supernet):
         return axes
 
     def net_of(self, arch: Mapping[str, Option]) -> dict[str, Any]:
-        """The rows of one network, as `dnas.export.native.build` reads them."""
+        """One network as the data that `dnas.export.native.build` reads."""
         return net_of(self.outline, arch)
 
     def plain_state(self) -> dict[str, Tensor]:
-        """The weights under the names of timm's EfficientNet, once every layer has one block."""
+        """The weights under the names of timm's EfficientNet. Every layer must have at most one block left."""
         outer = {"conv_stem", "bn1", "conv_head", "bn2", "classifier"}
         state = {n: t for n, t in self.state_dict().items() if n.split(".")[0] in outer}
         position: dict[str, int] = {}

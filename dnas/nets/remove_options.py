@@ -1,6 +1,6 @@
-"""Parts of a supernet cut off for good, together with their optimizer state: a width, a pair, a block, a layer.
+"""Cut options off a supernet for good, together with their optimizer state: widths, blocks, layers. Move pairs.
 
-Each leaves modules as they are: call `dnas.nets.supernet.Supernet.fit` after.
+These functions do not resize modules: call `dnas.nets.supernet.Supernet.fit` after them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from dnas.nets.markov_gate import MarkovGate
 
 
 def narrow(gate: MarkovGate, width: int, optimizers: Sequence[Optimizer] = ()) -> None:
-    """Leave a Markov gate only its widths up to ``width``, which is one of them."""
+    """Leave a Markov gate only its widths up to ``width``, which must be one of them."""
     gate.widths = gate.widths[: gate.widths.index(width) + 1]
     resize_tensor(gate, "alpha", 0, len(gate.widths) - 1, optimizers)
     gate.idle = gate.idle[: len(gate.widths) - 1]
@@ -24,8 +24,8 @@ def narrow(gate: MarkovGate, width: int, optimizers: Sequence[Optimizer] = ()) -
 def move_pair(block: Prunode, low: int, high: int, optimizers: Sequence[Optimizer] = ()) -> None:
     """Set a bi-path block's pair to the grid indices ``low <= high``.
 
-    A copy that slid into the other one's width takes over its last norm, optimizer state included; the copy that is new
-    there starts as the other one does. The logits' optimizer state starts anew.
+    A copy that moves to the old width of the other copy takes over the last norm of the other copy, with its optimizer
+    state. The other copy, at its new width, starts with the same values. The optimizer state of the logits is removed.
     """
     gate, (_, _, name) = block.gate, parts(block.block)
     down = gate.widths[high] == gate.small < gate.large
@@ -45,13 +45,13 @@ def move_pair(block: Prunode, low: int, high: int, optimizers: Sequence[Optimize
 
 
 def remove_block(layer: StochasticLayer, name: str, optimizers: Sequence[Optimizer] = ()) -> None:
-    """Delete one candidate of a layer for good. ValueError if it is the last."""
+    """Delete one candidate of a layer for good. Raises ValueError if it is the last one."""
     choice = layer.choice
     if choice is None or len(choice.alive) < 2:
         raise ValueError(f"{layer.name}: {name} is the only block left")
     gone = choice.alive.index(choice.options.index(name))
     del layer.blocks[name]
-    # The logit moves out of the vector: the ones behind it close up, in the optimizer's buffers too.
+    # Remove the logit: those behind it move up by one place, in the optimizer's buffers too.
     keep = [k for k in range(len(choice.alive)) if k != gone]
     for tensor in (choice.logits.data, *_buffers_like(choice.logits, optimizers)):
         tensor[: len(keep)] = tensor[keep].clone()
@@ -65,7 +65,7 @@ def _buffers_like(parameter: nn.Parameter, optimizers: Iterable[Optimizer]) -> l
 
 
 def remove_layer(layer: StochasticLayer) -> None:
-    """Drop a residual layer for good: its input is its output. ValueError if it may not go."""
+    """Drop a residual layer for good: its output is then its input. Raises ValueError if it cannot be dropped."""
     if layer.skip is None:
         raise ValueError(f"{layer.name} cannot be dropped")
     layer.blocks.clear()
@@ -74,7 +74,7 @@ def remove_layer(layer: StochasticLayer) -> None:
 
 
 def forget(module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-    """Take parameters that are no longer the module's out of the optimizers, with their state."""
+    """Remove parameters that no longer belong to the module from the optimizers, with their state."""
     alive = {id(p) for p in module.parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Cut dead parts off a supernet for good, together with their optimizer state, while it trains."""
+"""Cut unlikely options off a supernet for good, together with their optimizer state, while it trains."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,10 @@ from dnas.spec.space import Arch, Option
 
 
 def cut_width(net: Supernet, name: str, width: int, optimizers: Sequence[Optimizer] = ()) -> None:
-    """Leave a Markov gate only its widths up to ``width``. ValueError if it is not a live one. Call `net.fit` after."""
+    """Leave a Markov gate only its widths up to ``width``. Call `net.fit` after it.
+
+    Raises ValueError if ``width`` is not a live width.
+    """
     gate = net.gates()[name]
     assert isinstance(gate, MarkovGate)
     if width not in gate.widths:
@@ -25,7 +28,10 @@ def cut_width(net: Supernet, name: str, width: int, optimizers: Sequence[Optimiz
 
 
 def moved_pair(gate: PairGate, p: np.ndarray, temperature: float, threshold: float) -> tuple[int, int] | None:
-    """`PairGate.update` by the probabilities at a temperature; the rule looks at those at temperature 1."""
+    """Where a pair moves by `PairGate.update`; None if it stays.
+
+    ``p`` has the probabilities at ``temperature``; the rule gets them converted to temperature 1.
+    """
     if gate.settled:
         return None
     large = float(np.clip(p[gate.high], 1e-12, 1 - 1e-12))
@@ -44,12 +50,15 @@ def shrink(
     patience: int,
     temperature: float = 1.0,
 ) -> list[dict]:
-    """All three tiers of pruning after a step of the gates; returns what happened, one record an event.
+    """Remove blocks, layers and widths after a gate step, and move pairs. Returns one record for each event.
 
-    Blocks whose clean softmax is under ``block_below`` and layers whose coefficient is under ``layer_below`` go, and
-    every chain group of a Markov gate beyond the first whose marginal has been under ``width_below`` for
-    ``patience`` steps in a row; pairs move as `PairGate.update` says. Nothing goes that the budget might still need:
-    ``may_end_with(live options)`` is asked first.
+    * A block is removed if its softmax without noise is below ``block_below``.
+    * A layer is removed if its coefficient is below ``layer_below``.
+    * A chain group of a Markov gate, except the first, is removed if its marginal has been below ``width_below`` for
+      ``patience`` steps in a row.
+    * A pair moves as `PairGate.update` says, with the threshold ``move_above``.
+
+    Nothing is removed that the budget may still need: ``may_end_with(live options)`` is asked first.
     """
     events: list[dict] = []
     p = net.seen(temperature)
@@ -76,7 +85,7 @@ def shrink(
                 events.append({"pair": block.mid, "widths": [block.gate.small, block.gate.large]})
     for name, gate in net.gates().items():
         if isinstance(gate, MarkovGate) and len(gate.widths) > 1:
-            marginals = p[name][::-1].cumsum()[::-1][1 : len(gate.widths)]  # they only fall: the dead are the tail
+            marginals = p[name][::-1].cumsum()[::-1][1 : len(gate.widths)]  # they never rise: low ones are at the end
             gate.idle = [k + 1 if low else 0 for k, low in zip(gate.idle, marginals < width_below, strict=True)]
             alive = 1 + sum(k < patience for k in gate.idle)
             if alive < len(gate.widths) and allowed(name, range(alive)):
@@ -89,7 +98,7 @@ def shrink(
 
 
 def extract(net: Supernet, arch: Mapping[str, Option]) -> Supernet:
-    """A copy of the supernet cut down to one architecture: one block a layer, every width fixed."""
+    """A copy of the supernet, cut to one arch: one block in each layer, every width fixed."""
     net = copy.deepcopy(net)
     by_name = net.space.by_name
     net.cut_to(net.structure() | {name: [by_name[name].index(option)] for name, option in arch.items()})
@@ -97,11 +106,11 @@ def extract(net: Supernet, arch: Mapping[str, Option]) -> Supernet:
 
 
 def plain_state(net: Supernet, arch: Arch) -> dict[str, Tensor]:
-    """The weights of one architecture, from a supernet, under the names of the plain network."""
+    """The weights of one arch from a supernet, under the names of the plain network."""
     return extract(net, arch).plain_state()
 
 
 def has_weights_of(net: Supernet, arch: Arch) -> bool:
-    """Whether nothing of this architecture has been cut off the supernet."""
+    """Whether the supernet still has all weights of this arch."""
     present, by_name = net.present_options(), net.space.by_name
     return all(by_name[name].index(option) in present[name] for name, option in arch.items())

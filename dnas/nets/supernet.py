@@ -18,7 +18,7 @@ from dnas.runtime.distributed import to_host
 from dnas.spec.cost import CostTable
 from dnas.spec.space import Arch, Option, Space
 
-# kind of gate -> the distributions of many gates at a temperature: one by one they would be thousands of operations
+# kind of gate -> the distributions of many gates at a temperature; gate by gate it would be thousands of operations
 DISTRIBUTIONS: dict[type, Callable[[Sequence[Any], float], list[Tensor]]] = {
     MarkovGate: chain_distributions,
     PairGate: pair_distributions,
@@ -30,19 +30,19 @@ DISTRIBUTIONS: dict[type, Callable[[Sequence[Any], float], list[Tensor]]] = {
 class Supernet(nn.Module):
     """All networks of a space in one module.
 
-    ``forward(x, answers)`` runs any network of ``space``: ``answers`` maps each decision to an option (an `Arch` will
-    do) or to the weights that its gate gives while the gates learn; see `widest`, `draw` and `soft`. There are two
-    kinds: `dnas.nets.layer_supernet.MacroSupernet`, built of layers, and `dnas.nets.timm_supernet.TimmSupernet`, around
-    a network of timm's.
+    ``forward(x, answers)`` runs any network of ``space``. ``answers`` maps each decision to an option, as an `Arch`
+    does. While the gates learn, it maps a decision to the weights that its gate gives; see `widest`, `draw` and `soft`.
+    There are two kinds: `dnas.nets.layer_supernet.MacroSupernet` is built of layers,
+    `dnas.nets.timm_supernet.TimmSupernet` is built around a network of timm's.
     """
 
     outline: Any  # the plain data (a dataclass) that it was built from
     space: Space
-    layers: nn.ModuleList  # of `StochasticLayer`, whose blocks and skips are searched; none in a network of timm's
+    layers: nn.ModuleList  # each a `StochasticLayer` with searched blocks and skip; empty for a network of timm's
 
     @property
     def name(self) -> str:
-        """That of its outline."""
+        """The name of its outline."""
         return self.outline.name
 
     def forward(self, x: Tensor, answers: Answers) -> Tensor:
@@ -58,11 +58,14 @@ class Supernet(nn.Module):
         raise NotImplementedError
 
     def net_of(self, arch: Mapping[str, Option]) -> dict[str, Any]:
-        """One network of the space as the plain data that `dnas.export.model_file.build_net` builds."""
+        """One network of the space as plain data, which `dnas.export.model_file.build_net` builds."""
         raise NotImplementedError
 
     def plain_state(self) -> dict[str, Tensor]:
-        """The weights under the names of the plain network, once one is left (`dnas.nets.shrink.extract`)."""
+        """The weights under the names of the plain network.
+
+        Only one network may be left in the supernet (`dnas.nets.shrink.extract`).
+        """
         raise NotImplementedError
 
     def channel_axes(self) -> dict[str, list[ChannelAxis]]:
@@ -71,11 +74,11 @@ class Supernet(nn.Module):
 
     @torch.no_grad()
     def reorder(self, orders: Mapping[str, Tensor]) -> None:
-        """Permute the channels of widths: unit k becomes the one that was ``orders[decision][k]``.
+        """Permute the channels of widths in place: unit k becomes the old unit ``orders[decision][k]``.
 
-        The networks that have all of these channels compute what they did. One that is narrower keeps the first ones,
-        which are now others: so the weights of the best channels are kept. Only one block of each layer may be left,
-        as blocks share tensors.
+        A network with all of these channels computes the same as before. A narrower network keeps the first channels.
+        So it keeps the weights of the best channels, if they are now the first. Only one block of each layer may be
+        left, because blocks share tensors.
         """
         for name, axes in self.channel_axes().items():
             for axis in axes if name in orders else ():
@@ -107,23 +110,27 @@ class Supernet(nn.Module):
         return {name: found[name] for name in gates}
 
     def probabilities_on_host(self, temperature: float = 1.0) -> dict[str, Tensor]:
-        """The same in float64 on the CPU, differentiable: one copy for all gates, which is all that a GPU waits for."""
+        """`probabilities` in float64 on the CPU, differentiable.
+
+        All gates are copied in one piece, so that the CPU waits for a GPU only once.
+        """
         found = self.probabilities(temperature)
         flat = to_host(torch.cat([p.double() for p in found.values()]))
         return dict(zip(found, flat.split([len(p) for p in found.values()]), strict=True))
 
     @torch.no_grad()
     def seen(self, temperature: float = 1.0) -> dict[str, np.ndarray]:
-        """The same as arrays, for drawing and cutting."""
+        """`probabilities` as arrays in float64, for draws and for cutting."""
         return {name: p.detach().numpy() for name, p in self.probabilities_on_host(temperature).items()}
 
     def soft(
         self, generator: torch.Generator | None = None, paths: int = 0, temperature: float = 1.0,
         p: Mapping[str, np.ndarray] | None = None, with_scale: bool = False,
     ) -> dict[str, Answer]:  # fmt: skip
-        """What the net is multiplied by while the gates learn; ``paths`` blocks a layer (0: all live ones).
+        """The answers of the soft net that gates learn on: the weights of each gate, or its option if only one is live.
 
-        ``p``: what `seen` gives, where it has been read already. ``with_scale``: see `MarkovGate.soft`.
+        ``paths`` is the number of blocks that are mixed in a layer (0: all live blocks). ``p`` is the result of `seen`,
+        if it is known already. ``with_scale``: see `MarkovGate.soft`.
         """
         p = self.seen(temperature) if p is None else p
         answers: dict[str, Answer] = {}
@@ -143,18 +150,24 @@ class Supernet(nn.Module):
     def draw(
         self, generator: torch.Generator | None = None, uniform: bool = False, temperature: float = 1.0
     ) -> dict[str, Answer]:
-        """One hard network, by the gates' probabilities or evenly over what is alive."""
+        """The answers of one hard network, drawn by the gates' probabilities, or evenly if ``uniform``."""
         gates, p = self.gates(), {} if uniform else self.seen(temperature)
         draws = torch.rand(len(gates), generator=generator, dtype=torch.float64).numpy()
         nothing = np.empty(0)
         return {n: g.pick(p.get(n, nothing), u, uniform) for (n, g), u in zip(gates.items(), draws, strict=True)}
 
     def widest(self, generator: torch.Generator | None = None, temperature: float = 1.0) -> dict[str, Answer]:
-        """Every live width at its widest, every live layer in; blocks are drawn by their probabilities."""
+        """The answers with every live layer and the widest live option of every width.
+
+        Blocks are drawn by their probabilities.
+        """
         return self._end(Gate.widest, generator, temperature)
 
     def narrowest(self, generator: torch.Generator | None = None, temperature: float = 1.0) -> dict[str, Answer]:
-        """Every live width at its narrowest, every layer out that may go by now; blocks are drawn as in `widest`."""
+        """The answers with the narrowest live option of every width, without the layers that may be dropped now.
+
+        Blocks are drawn as in `widest`.
+        """
         return self._end(Gate.narrowest, generator, temperature)
 
     def _end(
@@ -170,31 +183,40 @@ class Supernet(nn.Module):
         return answers
 
     def live_options(self) -> dict[str, list[int]]:
-        """Decision -> indices of the options that the search can still end with."""
+        """Decision -> indices of the options that the search can still end with.
+
+        A decision without a gate has all its options.
+        """
         live = {d.name: list(range(len(d.options))) for d in self.space.decisions}
         return live | {name: gate.reachable() for name, gate in self.gates().items()}
 
     def best(self) -> Arch:
-        """The most likely option of every decision, whatever it costs."""
+        """The arch of the most likely options, whatever it costs."""
         fallback = {d.name: d.options[0] for d in self.space.decisions}
         return self.space.complete(fallback | {name: gate.best() for name, gate in self.gates().items()})
 
     def live_cost(self, table: CostTable) -> float:
-        """Cost of the dearest network that is physically there: of its live widths, blocks and layers."""
+        """The cost of the most expensive network that is left: of live widths, blocks and layers."""
         return table.of(table.extremes(self.present_options())[1])
 
     def present_options(self) -> dict[str, list[int]]:
-        """Decision -> indices of the options whose weights are physically there; a pair may still move beyond its."""
+        """Decision -> indices of the options whose weights are there now.
+
+        A pair of inner widths may still move to wider options.
+        """
         live = self.live_options()
         return live | {name: [k for k in live[name] if k <= gate.live()[-1]] for name, gate in self.gates().items()}
 
     def structure(self) -> dict[str, list[int]]:
-        """Decision -> indices of the options that are physically there, of a pair of widths those two; see `cut_to`."""
+        """Decision -> indices of the options that are left, as `cut_to` takes them.
+
+        The width of a bi-path block has only the options of its pair.
+        """
         pairs = {name: gate.live() for name, gate in self.gates().items() if isinstance(gate, PairGate)}
         return self.live_options() | pairs
 
     def cut_to(self, left: Mapping[str, Sequence[int]], optimizers: Sequence[Optimizer] = ()) -> None:
-        """Cut the supernet down until only the options ``left`` (decision -> indices) are there."""
+        """Cut the supernet in place until only the options ``left`` (decision -> indices) remain."""
         by_name = self.space.by_name
         for layer in self.layers:
             if layer.skip is not None and not layer.skip.is_removed and list(left[f"{layer.name}/keep"]) == [0]:
@@ -212,10 +234,10 @@ class Supernet(nn.Module):
         self.fit(optimizers)
         forget(self, optimizers)
 
-    # What is left, beside the tensors: with it `load_state_dict` restores a supernet that has been cut, whole.
+    # The extra state says what is left of the supernet, so that `load_state_dict` restores one that has been cut.
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Plain data: see `structure`; which skips are open; what gates remember of the steps before."""
+        """Plain data: `structure`, the names of the open skips, and the numbers that gates keep from step to step."""
         gates = self.gates()
         return {
             "structure": self.structure(),
@@ -225,7 +247,10 @@ class Supernet(nn.Module):
         }
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Cut to the structure of ``state``, of which this supernet must have all options left."""
+        """Cut to the structure of ``state``, and restore the numbers of the gates.
+
+        This supernet must still have all options of the structure.
+        """
         self.cut_to(state["structure"])
         for name, gate in self.gates().items():
             if isinstance(gate, SkipGate):

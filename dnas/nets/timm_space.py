@@ -20,7 +20,7 @@ from dnas.spec.checks import UserError
 from dnas.spec.image_size import ImgSize
 from dnas.spec.space import Decision, Site, Space
 
-# What dnas itself tells timm, and what would make reading an arch file load or fetch something.
+# Arguments that dnas itself passes to timm, or that would load or download something when an arch file is read.
 RESERVED = {
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes"),
     *("in_chans", "features_only", "scriptable", "exportable", "no_jit"),
@@ -28,7 +28,10 @@ RESERVED = {
 
 
 def check_kwargs(kwargs: Mapping[str, Any]) -> None:
-    """Raise UserError unless these may be arguments of a base: plain data that says the same in JSON and in Python."""
+    """Raise UserError unless ``kwargs`` may be arguments of a base.
+
+    Names in `RESERVED` are not allowed. Values must be plain data that is the same in JSON and in Python.
+    """
 
     def is_plain(value: Any) -> bool:
         if isinstance(value, list):
@@ -49,10 +52,11 @@ def check_kwargs(kwargs: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class TimmBase:
-    """A network of timm's, the widest of a space.
+    """A network of timm's, which is the widest net of a space.
 
-    ``divisor`` is the step of the width grids, and ``most_widths`` the largest number of widths on one of them. Each of
-    ``ties`` is a list of shell patterns, joined by commas: all groups of channels whose names match share one width.
+    All widths of a grid below the widest are multiples of ``divisor``. A grid has at most ``most_widths`` widths. Each
+    of ``ties`` is a text of shell patterns with commas between them: all groups of channels with a matching name share
+    one width.
     """
 
     name: str
@@ -68,9 +72,10 @@ class TimmBase:
         return f"--model {self.name}" + (f" --model-kwargs {dict(self.kwargs)}" if self.kwargs else "")
 
     def create(self, pretrained: bool = False, checkpoint: str | None = None, device: str = "cpu") -> nn.Module:
-        """The network itself, with weights of timm's or from a file if asked for.
+        """The network, with timm's weights if ``pretrained``, or with the weights of the file ``checkpoint``.
 
-        Raises UserError if timm has no model of this name, or its weights cannot be had or do not fit.
+        Raises UserError if timm has no model of this name, if arguments are not allowed, or if the weights cannot be
+        loaded or do not fit.
         """
         if not timm.is_model(self.name):
             near = difflib.get_close_matches(self.name, timm.list_models(), 4, 0.4)
@@ -98,16 +103,19 @@ class TimmBase:
 
 
 def channel_grid(top: int, step: int, divisor: int, most: int) -> tuple[int, ...]:
-    """``top``, and below it at most ``most`` multiples of ``divisor`` and ``step``, down to a tenth of it."""
+    """The ascending grid of widths up to ``top``: at most ``most`` widths, down to a tenth of ``top``.
+
+    All widths below ``top`` are multiples of ``divisor`` and ``step``.
+    """
     unit = math.lcm(step, divisor)
     unit *= math.ceil(top / (unit * most))
     return (*(w for w in range(unit, top, unit) if w >= top / 10), top)
 
 
 def tied(groups: Mapping[str, tuple[int, ...]], ties: Sequence[str]) -> dict[str, str]:
-    """Group -> the first group that it shares its width with, or itself. ``groups`` has the widths of each.
+    """Group -> the first group of its tie, or itself. ``groups`` maps each group to its widths.
 
-    Raises UserError for a tie of fewer than two groups, of groups with different widths, or of a group in another tie.
+    Raises UserError if a tie has fewer than two groups, groups with different widths, or a group of another tie.
     """
     found, tie_of = {name: name for name in groups}, dict[str, str]()
     for tie in ties:
@@ -133,11 +141,11 @@ def _shown(widths: Sequence[int]) -> str:
 def space_of_channels(
     channels: Channels, shapes: Mapping[str, torch.Size], filters: Mapping[str, torch.Size], base: TimmBase
 ) -> tuple[Space, dict[str, str]]:
-    """A width decision for every group (or tie of groups) with more than one width, and the costs of all layers.
+    """A width decision for every group (or tie of groups) with more than one width, and the sites of all layers.
 
-    Returns the space and {group: its decision}. ``shapes`` are those of all parameters, ``filters`` those of buffers
-    that convolve (BlurPool2d). Costs are products of widths, so that a layer that reads several groups side by side (a
-    concatenation) is a site for each pair of a group that it reads and one that it writes.
+    Returns the space and {group: its decision}. ``shapes`` has the shapes of all parameters, ``filters`` those of
+    buffers that convolve (BlurPool2d). The cost of a site is a product of widths. So a layer that reads several groups
+    side by side (a concatenation) has one site for each pair of a group that it reads and a group that it writes.
     """
     grids = {g.name: channel_grid(g.size * g.step, g.step, base.divisor, base.most_widths) for g in channels.groups}
     grids = {name: grid for name, grid in grids.items() if len(grid) > 1}
@@ -146,7 +154,7 @@ def space_of_channels(
     open_groups = [g for g in channels.groups if g.name in grids]
 
     def parts(axis: tuple[str, int] | None, length: int) -> dict[str | None, tuple[int, int]]:
-        """Group -> (channels of a unit, its step) on an axis; None -> the channels that stay."""
+        """Group -> (channels of a unit, its step) on an axis. None -> (number of channels that stay, 1)."""
         at = {g.name: (g.places[axis].shape[1], g.step, g.size) for g in open_groups if axis in g.places}
         rest = length - sum(n * size for n, _, size in at.values())
         found: dict[str | None, tuple[int, int]] = {name: (n, step) for name, (n, step, _) in at.items()}

@@ -1,8 +1,8 @@
 """A supernet around any convolutional network of timm's: a width gate on every group of channels that may get narrower.
 
-Nothing is added to the network. A gate acts where its channels are read: the factor of a channel scales the weights of
-the convolutions and linear layers that read it, ``conv(x * f, w) = conv(x, w * f)``, which costs a product of weights
-instead of feature maps, applies each gate exactly once on every path, and leaves no norm behind it that could undo it.
+Nothing is added to the network. A gate acts where its channels are read: the factor f of a channel scales the weights w
+of the convolutions and linear layers that read it, ``conv(x * f, w) = conv(x, w * f)``. This is a product with weights
+and not with feature maps. Each gate is applied exactly once on every path, and no norm behind it can undo it.
 """
 
 import copy
@@ -30,11 +30,14 @@ from dnas.spec.image_size import ImgSize, sides
 from dnas.spec.space import Option
 
 Factors = Mapping[str, Tensor]  # group -> the factor of each of its units
-Reads = Mapping[Axis, tuple[frozenset[str], Tensor]]  # what reads -> its groups; where each channel finds its factor
+Reads = Mapping[Axis, tuple[frozenset[str], Tensor]]  # axis that reads -> its groups; place of each channel's factor
 
 
 def read_by(model: nn.Module, channels: Channels) -> Reads:
-    """For every weight that reads channels and every layer norm: the factor's place among 1 and those of all units."""
+    """For every weight that reads channels, and every layer norm: the place of each channel's factor.
+
+    It is a place in a vector that holds a 1 and then the factors of all units, group by group.
+    """
     ends = np.cumsum([1, *(g.size for g in channels.groups)])
     starts = {g.name: end for g, end in zip(channels.groups, ends[:-1], strict=True)}
     found: dict[Axis, tuple[frozenset[str], Tensor]] = {}
@@ -63,9 +66,11 @@ def gated(model: nn.Module, channels: Channels, reads: Reads, factors: Factors, 
         weight, factor = model.get_parameter(name), every[index]
         if dim == 1:
             spread = factor.reshape(-1, *[1] * (weight.ndim - 2))
-            if name.rpartition(".")[0] in channels.standardised:  # such a convolution subtracts means and scales by
-                mean = (weight * spread).mean((1, 2, 3), keepdim=True) / spread.mean()  # deviations: those of what it
-                scaled[name] = (weight - mean) * spread / spread.mean().sqrt()  # reads only, as a narrower one would
+            # A convolution that standardises its weights does so over the channels that it reads. So mean and deviation
+            # are weighted by the factors: this equals a narrower convolution if factors are 0 and 1.
+            if name.rpartition(".")[0] in channels.standardised:
+                mean = (weight * spread).mean((1, 2, 3), keepdim=True) / spread.mean()
+                scaled[name] = (weight - mean) * spread / spread.mean().sqrt()
             else:
                 scaled[name] = weight * spread
         else:
@@ -75,14 +80,14 @@ def gated(model: nn.Module, channels: Channels, reads: Reads, factors: Factors, 
 
 
 class _WeightedNorms(TorchFunctionMode):
-    """Within it, layer norms with these weights (by identity) count channels as much as their factors say."""
+    """Inside this context, layer norms with these weights (by ``id``) weight channels by their factors in all means."""
 
     def __init__(self, factors: Mapping[int, Tensor]) -> None:
         super().__init__()
         self.factors = factors
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        given = kwargs or {}  # torch's layer_norm names all but the first two
+        given = kwargs or {}  # torch's layer_norm passes all but the first two by name
         factor = self.factors.get(id(given.get("weight"))) if func is nn.functional.layer_norm else None
         if factor is None:
             return func(*args, **given)
@@ -93,17 +98,18 @@ class _WeightedNorms(TorchFunctionMode):
 
 
 def safe_channels(model: nn.Module, image: Sequence[int]) -> Channels:
-    """The channels of ``model`` without those groups that it cannot do with fewer of.
+    """The channels of ``model``, without the groups that must keep their width for the network to work.
 
-    What a network does with numbers that it has computed or kept elsewhere cannot be seen in one pass. So all groups
-    are cut, and the logits are compared with those of the masked network, in double precision and with norms that
-    hide nothing; where they differ or the network fails, the groups are tried in halves, and those that break it stay.
+    One pass does not show everything that a network does with numbers of channels that it computes or keeps elsewhere.
+    So all groups are cut to a half, and the logits are compared with those of the masked network. The comparison uses
+    double precision, and random norms and biases that hide no channel. If the logits differ or the network fails, the
+    set of groups is split in halves and each half is tried. Groups that break the network keep their widths.
     """
     channels = trace(model, image)
     model = copy.deepcopy(model).double().eval()
     draws = torch.Generator().manual_seed(0)
     for name, t in (*model.named_parameters(), *model.named_buffers()):
-        if t.ndim == 1 and t.is_floating_point():  # at the start many are 0 or 1, and a branch times 0 shows nothing
+        if t.ndim == 1 and t.is_floating_point():  # many are 0 or 1 at first, and a branch times 0 shows nothing
             low = 0.5 if "var" in name or "weight" in name or "gamma" in name else -0.5
             t.data.copy_(torch.rand(t.shape, generator=draws) + low)
     x = torch.randn(1, *image, generator=draws, dtype=torch.double)
@@ -116,7 +122,7 @@ def safe_channels(model: nn.Module, image: Sequence[int]) -> Channels:
         remove_channels(cut, channels.cut(sizes)[1])
         try:
             error = (cut(x) - masked).abs().max() / masked.abs().max()
-        except Exception as problem:  # whatever the network's own code runs into
+        except Exception as problem:  # any error of the network's own code
             return str(problem).splitlines()[0][:100]
         return "" if float(error) < 1e-9 else f"the logits differ by {float(error):.1e}"
 
@@ -142,8 +148,10 @@ class TimmSupernet(Supernet):
     """All narrower versions of a network of timm's.
 
     Args:
-        base: the network, which is the widest of the space.
+        base: the network, which is the widest net of the space.
         pretrained, checkpoint: start from timm's weights, or from those in a file (with or without its classifier).
+
+    Raises UserError if the network cannot be run on an image of its size, or has no channels that can be cut.
     """
 
     def __init__(self, base: TimmBase, pretrained: bool = False, checkpoint: str | None = None) -> None:
@@ -189,7 +197,7 @@ class TimmSupernet(Supernet):
         """Cut every module to what the live gates need."""
         self.channels, goes = self.channels.cut(self.sizes({n: gate.widest() for n, gate in self.gates().items()}))
         remove_channels(self.model, goes, optimizers)
-        self.reads = {}  # found anew in the next step
+        self.reads = {}  # computed again in the next step
 
     def sizes(self, widths: Mapping[str, Option]) -> dict[str, int]:
         """Group -> its number of units, for the widths of decisions."""
@@ -213,7 +221,7 @@ class TimmSupernet(Supernet):
         return axes
 
     def net_of(self, arch: Mapping[str, Option]) -> dict[str, Any]:
-        """The network as `dnas.export.narrowed.build` reads it: the base, and what is narrower in each module."""
+        """The network as `dnas.export.narrowed.build` reads it: the base, and the smaller sizes of each module."""
         goes = self.whole.cut(self.sizes(arch))[1]
         return narrowed_net(self.outline, goes)
 
@@ -223,7 +231,11 @@ class TimmSupernet(Supernet):
 
 
 def narrowed_net(base: TimmBase, goes: Mapping[Axis, np.ndarray]) -> dict[str, Any]:
-    """A network as data, measured on a copy without memory: its new sizes by module, and what timm says about it."""
+    """The data of a narrower network, as `dnas.export.narrowed.build` reads it.
+
+    It has the new sizes of each module and the channels of the feature levels. They are measured on a copy on ``meta``,
+    from which the positions ``goes`` are removed.
+    """
     plain = base.create(device="meta")
     before = measure(plain, base.in_chans, base.img_size)
     remove_channels(plain, goes)
@@ -237,12 +249,12 @@ def narrowed_net(base: TimmBase, goes: Mapping[Axis, np.ndarray]) -> dict[str, A
         else:
             lengths = value.shape if isinstance(value, Tensor) else value
             sizes.setdefault(name, [None] * len(lengths))[index] = lengths[index]
-    # The numbers that timm reports or builds a new head from.
+    # The numbers that timm reports, and those from which it builds a new head.
     heads = [(path, m) for path, m in plain.named_modules() if any(c is plain.get_classifier() for c in m.children())]
     for path, module in dict([("", plain), *heads]).items():
         for name in ("num_features", "in_features", "head_hidden_size", "hidden_size"):
             value = getattr(module, name, None)
-            # num_features are the channels of the last map to a network, and what its classifier reads to a head.
+            # In a network, num_features are the channels of the last map; in a head, those that its classifier reads.
             first = name == "in_features" or (module is plain and name == "num_features")
             keys = ("num_features", "head_hidden_size") if first else ("head_hidden_size", "num_features")
             key = next((k for k in keys if type(value) is int and value == before[k]), None)
@@ -252,10 +264,10 @@ def narrowed_net(base: TimmBase, goes: Mapping[Axis, np.ndarray]) -> dict[str, A
 
 
 def measure(model: nn.Module, in_chans: int, img_size: ImgSize) -> dict[str, Any]:
-    """What timm says about a network, measured on one that is on ``meta``.
+    """The sizes of a network on the device ``meta``, measured in one pass.
 
-    Channels of all ``features`` levels; ``num_features``, channels of the last map, whose height and width are
-    ``pool_size``; ``head_hidden_size``, what the classifier reads.
+    ``features``: the channels of all feature levels. ``num_features``: the channels of the last map. ``pool_size``: the
+    height and width of the last map. ``head_hidden_size``: the number of channels that the classifier reads.
     """
     x = torch.zeros(1, in_chans, *sides(img_size), device="meta")
     with torch.no_grad():

@@ -1,8 +1,8 @@
-"""Which channels of a network must share a width (`dnas.nets.channels`), found by running it once.
+"""Find which channels of a network must share a width (`dnas.nets.channels`) by one forward pass.
 
-The pass keeps the units of every tensor (`dnas.nets.channel_units`). Each operation of torch has a rule that says what
-it does to units: a convolution makes new ones, an addition joins those of its terms, a view or a concatenation moves
-them. The rules know operations and no model classes, except timm's weight-standardised convolutions. If no rule
+The pass keeps the units of every tensor (`dnas.nets.channel_units`). Each operation of torch has a rule that says how
+it changes units: a convolution makes new units, an addition joins the units of its terms, a view or a concatenation
+moves them. The rules know operations and no model classes, except timm's weight-standardised convolutions. If no rule
 understands an operation, then the units that enter it are fixed: in doubt a channel stays. The pass runs on the device
 ``meta``, which needs no arithmetic and no memory.
 """
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dnas.nets.channel_units import Record, channels_of, first_line
 from dnas.nets.channels import Axis, Channels, Op
 
-MOST_WITHIN = 4  # a convolution with at most so many groups keeps their number, and each group gets narrower
+MOST_WITHIN = 4  # a convolution with at most this many groups keeps all of them, and each group gets narrower
 
 
 def trace(model: nn.Module, image: Sequence[int]) -> Channels:
@@ -54,12 +54,12 @@ class Call(NamedTuple):
 
 
 class _Tracer(TorchDispatchMode):
-    """Applies the rule of every operation of a pass."""
+    """Applies to each operation of a pass the rule of this operation."""
 
     def __init__(self, record: Record) -> None:
         super().__init__()
         self.record = record
-        self.held: list[Any] = []  # the record knows tensors by their ids, which are unique only while they live
+        self.held: list[Any] = []  # keeps tensors alive: the record uses their ids, unique only while they live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -83,7 +83,7 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def not_understood(record: Record, call: Call) -> None:
-    """All that enters is fixed."""
+    """All units that enter are fixed."""
     for t in call.tensors:
         record.fix(record.units_of(t), call.name)
 
@@ -93,7 +93,7 @@ def change_of_memory_format(record: Record, call: Call) -> None:
 
 
 def element_wise(record: Record, call: Call) -> None:
-    """Elements that meet are joined."""
+    """The units of elements that meet are joined."""
     total = record.units_of(call.tensors[0])
     for t in call.tensors[1:]:
         total = record.units.meet(total, record.units_of(t))
@@ -101,7 +101,7 @@ def element_wise(record: Record, call: Call) -> None:
 
 
 def spatial(record: Record, call: Call) -> None:
-    """Pooling, padding and resizing of maps: each channel on its own."""
+    """Pooling, padding and resizing of maps: each channel keeps its unit. Padding by channels fixes all of them."""
     line = record.units_along(call.args[0], 1)
     if len(line) != call.outs[0].shape[1]:  # padded by channels
         record.fix(line, call.name)
@@ -141,7 +141,7 @@ def transposition(record: Record, call: Call) -> None:
 
 
 def split(record: Record, call: Call) -> None:
-    """Parts of one size are cut alike, because the module knows only this size."""
+    """Parts of the same size are cut alike, because the module knows only this size."""
     parts = _moved(record, call)
     lines = [first_line(part, call.args[2] if len(call.args) > 2 else 0) for part in parts]
     if call.name == "split" and len({*map(len, lines)}) == 1:
@@ -202,7 +202,7 @@ def convolution(record: Record, call: Call) -> None:
         record.units.fix(line)
         what = "a transposed convolution" if transposed else "a convolution whose weight is computed"
         record.reasons.append(f"{running}: {what}")
-        record.products += (x if transposed else out).numel() * weight.shape[1:].numel()  # it costs all the same
+        record.products += (x if transposed else out).numel() * weight.shape[1:].numel()  # its cost counts, too
 
 
 def matrix_product(record: Record, call: Call) -> None:
@@ -281,7 +281,7 @@ def group_norm(record: Record, call: Call) -> None:
 
 
 def layer_norm(record: Record, call: Call) -> None:
-    """Its weights have the units of the last dimension."""
+    """Weight and bias have the units of the last dimension."""
     x, shape, *weights = call.args
     line, own = record.units_along(x, -1), [record.names[id(t)] for t in weights[:2] if id(t) in record.names]
     if len(shape) > 1 or len(own) < 2:

@@ -1,4 +1,4 @@
-"""What is suspicious about a search that has ended, a line each with what to try."""
+"""Warnings about a search that has ended. Each is one line, and says what to try."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,10 @@ from dnas.spec.space import DROP, KEEP, Arch, Space
 
 
 def no_better_than_a_guess(loss: float, num_classes: int) -> list[str]:
-    """What to say of a search that ended at this cross entropy; nothing if its supernet knew more than nothing."""
+    """A warning if a search ended at a cross entropy that is not at least 2 % below that of a guess; otherwise none.
+
+    ``loss`` is this cross entropy. That of a guess is log(``num_classes``).
+    """
     guess = math.log(num_classes)
     if loss < 0.98 * guess:
         return []
@@ -35,9 +38,9 @@ def as_good_as_one_answer(top1: Mapping[str, float], share: float, name: str) ->
 
 
 def over_budget(expected: Mapping[str, float], limits: Mapping[str, float]) -> list[str]:
-    """What to say of gates that still expect a net over the budget when a search ends; a line for each metric.
+    """A warning for each metric whose expected cost at the end of a search is more than 5 % over the budget.
 
-    Over is by more than 5 %, a tolerance chosen by hand.
+    The tolerance of 5 % was chosen by hand.
     """
     return [
         f"the gates ended at {show(metric, expected[metric])}, over the budget of {show(metric, limit)}: the net was "
@@ -48,10 +51,10 @@ def over_budget(expected: Mapping[str, float], limits: Mapping[str, float]) -> l
 
 
 def signs_of_collapse(space: Space, found: Arch, uniform: Arch, distributions: Mapping[str, Tensor]) -> list[str]:
-    """What is suspicious about a network that a search found, a line each, with what to try.
+    """Warnings about the network that a search found: one line each, with what to try.
 
-    ``uniform`` is the uniform net of the same budget and ``distributions`` are those of the gates as the search left
-    them (`dnas.nets.supernet.Supernet.probabilities`).
+    ``uniform`` is the uniform net of the same budget. ``distributions`` are those of the gates at the end of the search
+    (`dnas.nets.supernet.Supernet.probabilities`).
     """
     said = []
     by_name = space.by_name

@@ -1,4 +1,4 @@
-"""What a run came to: figures of its search, costs of its layers, and the verdict over runs of one experiment."""
+"""The results of a run: figures of its search, costs of its layers, and the verdict over runs of one experiment."""
 
 import math
 import os
@@ -31,11 +31,11 @@ UNITS = {"macs": "FLOPs", "params": "Params", "ms": " "}  # what a table leaves 
 def search_figures(
     rows: Sequence[dict], recipe: Recipe, seconds: float, plain_ms: float, device: torch.device
 ) -> dict[str, Any]:
-    """The ``search`` part of metrics.json; what a method does not have is left out.
+    """The ``search`` part of metrics.json, without figures that the method does not have.
 
-    A first and a last step are medians over up to ten steps; where there are gate steps, over steps that taught both
-    weights and gates. The very first of them mixes all blocks once, to see that every gate is alive, and does not
-    count.
+    ``first_step_ms`` and ``last_step_ms`` are medians over up to ten steps. If there are gate steps, only steps with a
+    gate step count. The first step is left out: a first gate step mixes all blocks once, to check that every gate gets
+    a gradient.
     """
     figures: dict[str, Any] = {"seconds": seconds, "steps": len(rows)}
     if not rows:
@@ -60,7 +60,7 @@ def search_figures(
 
 
 def effort(figures: Mapping[str, Any]) -> str:
-    """What a search took, in a sentence, from the ``search`` part of metrics.json."""
+    """The time that a search took, as a sentence, from the ``search`` part of metrics.json."""
     if not figures["steps"]:
         return f"no training, {figures['seconds']:.1f} s"
     first, last = (figures[f"{which}_step_ms"] for which in ("first", "last"))
@@ -79,7 +79,7 @@ def decision_rows(space: Space, archs: Mapping[str, Arch]) -> list[dict[str, Any
 
 
 def layer_rows(net: Supernet, latency: LatencyTable | None, archs: Mapping[str, Arch]) -> list[dict[str, Any]]:
-    """What every layer costs in these networks, for metrics.json: ``{"name", "macs": {net: cost}, ...}`` in order."""
+    """The costs of every layer in these nets, for metrics.json: ``{"name", "macs": {net: cost}, ...}``, in order."""
     space = net.space
     priced: dict[str, tuple[Sequence[Site], Callable[[list[Site]], CostTable]]] = {
         metric: (space.sites, partial(CostTable.build, space, metric)) for metric in ("macs", "params")
@@ -100,7 +100,7 @@ def layer_rows(net: Supernet, latency: LatencyTable | None, archs: Mapping[str, 
 
 @dataclass(frozen=True)
 class Run:
-    """What a complete run folder says: its settings (``args`` of config.json) and its metrics.json."""
+    """The content of a complete run folder: its settings (``args`` of config.json) and its metrics.json."""
 
     folder: Path
     args: Mapping[str, Any]
@@ -119,7 +119,7 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """A complete run, whoever wrote it. Raises UserError if it is none."""
+    """The run in a folder, whoever wrote the files. Raises UserError if it is not a complete run."""
     try:
         config, metrics = (read_json(Path(folder) / f"{name}.json", MAX_BYTES) for name in ("config", "metrics"))
         for what, content, keys in (("config", config, ["args"]), ("metrics", metrics, ["budget", "found"])):
@@ -143,7 +143,7 @@ def read_run(folder: str | Path) -> Run:
     return run
 
 
-# What two runs may differ in and still be one experiment with several seeds.
+# Settings in which two runs may differ and still be one experiment with several seeds.
 OF_A_RUN = {"seed", "output", "name", "resume", "device", "workers", "checkpoint_every", "log"}
 
 
@@ -154,7 +154,7 @@ def same_but_seed(run: Run, other: Run) -> bool:
 
 
 def grouped(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs by experiment, in order; of one seed only the first run counts."""
+    """The runs by experiment, in order. Of several runs with the same seed only the first one counts."""
     groups: list[list[Run]] = []
     for run in runs:
         group = next((g for g in groups if same_but_seed(g[0], run)), None)
@@ -176,13 +176,16 @@ def sibling_runs(run: Run) -> list[Run]:
         if os.path.isfile(folder / "metrics.json"):
             try:
                 others.append(read_run(folder))
-            except UserError:  # whatever else lies there is not of this experiment
+            except UserError:  # another folder is not part of this experiment
                 continue
     return grouped([run, *others])[0]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of independent values, and the ends of Student's 95 % interval; infinite for a single value."""
+    """(mean, low, high): the mean of independent values, and the ends of Student's 95 % interval.
+
+    The ends are infinite for a single value.
+    """
     mean, n = fmean(values), len(values)
     half = math.inf if n < 2 else float(scipy.stats.t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n)
     return mean, mean - half, mean + half
@@ -206,14 +209,15 @@ def paired_difference(runs: Sequence[Run], kind: str) -> tuple[float, float, flo
 
 
 def started_alike(run: Run, kind: str) -> bool:
-    """Whether the nets of this kind and the found one both began with weights of the search, or both from scratch."""
+    """Whether the nets of this kind and the found net all started with weights of the search, or all from scratch."""
     return len({bool(row.get("inherited")) for row in (*run.nets["found"], *run.nets.get(kind, ()))}) == 1
 
 
 def verdict(runs: Sequence[Run]) -> tuple[str, str]:
-    """What runs of one experiment show about the found net and the rules: a word for it, and a sentence.
+    """(word, sentence): what the runs of one experiment show about the found net and the rules.
 
-    ``better`` than every rule, ``worse`` than one of them, ``open``, or ``alone`` where there is no rule beside it.
+    The word is ``better`` (than every rule), ``worse`` (than one of them), ``open`` (neither), or ``alone`` (there is
+    no net of a rule that was trained alike).
     """
     found = {
         rule: difference
@@ -247,7 +251,10 @@ def verdict(runs: Sequence[Run]) -> tuple[str, str]:
 
 
 def facts(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """A table as text: heads, and rows of found, the rules, the budget, expected by the gates; empty if unknown."""
+    """(heads, rows): a table as text. Unknown values are empty.
+
+    The columns are the found net, the nets of the rules, the budget, and the cost that the gates expect.
+    """
     nets = [kind for kind in ("found", *RULES) if kind in metrics]
     limits = {row["metric"]: row["limit"] for row in metrics["budget"]}
     expected = metrics.get("search", {}).get("expected")

@@ -1,4 +1,4 @@
-"""Pages: what a run came to (``report.html``), and several runs side by side. Each is one file that loads nothing."""
+"""HTML pages: the report of a run (``report.html``), and several runs side by side. A page loads no other file."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def _page(path: Path, **content: Any) -> None:
 
 
 def write_report(folder: Path) -> None:
-    """``report.html`` of a complete run folder, from its files and those of runs beside it (`sibling_runs`)."""
+    """Write ``report.html`` of a complete run folder, from its files and those of runs beside it (`sibling_runs`)."""
     run = read_run(folder)
     runs, metrics = sibling_runs(run), run.metrics
     config = json.loads((folder / "config.json").read_text())
@@ -80,7 +80,7 @@ def write_report(folder: Path) -> None:
 
 
 def again(argv: Sequence[str]) -> str:
-    """The words of a command line as they are typed, without ``--output``, which is there by now."""
+    """The command line as a user types it, without ``--output``, because this folder exists by now."""
     kept = [w for k, w in enumerate(argv) if w != "--output" and argv[k - 1 : k] != ["--output"]]
     return shlex.join(w for w in kept if not w.startswith("--output="))
 
@@ -112,10 +112,11 @@ def _pictures(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> list[Pi
 
 
 def network(decisions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The network drawn layer by layer: sections of rows, from the ``decisions`` of metrics.json.
+    """The found net layer by layer: sections of rows, from the ``decisions`` of metrics.json.
 
-    A row has a ``name``, whether it is ``gone``, its ``blocks`` [(name, whether it was chosen)], and of its width the
-    ``found`` and ``widest`` channels and the ``share`` and ``uniform`` share of the widest, in percent; None without.
+    A row has ``name``, ``gone`` (whether the layer was dropped) and ``blocks`` [(name, whether it was chosen)]. If it
+    has a width, it also has ``found`` and ``widest`` in channels, and ``share`` and ``uniform``: the found and the
+    uniform width in percent of the widest. Without a width ``found`` and ``uniform`` are None.
     """
     by_layer: dict[str, list[Mapping[str, Any]]] = {}
     for decision in decisions:
@@ -139,9 +140,12 @@ def network(decisions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def experiments(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row for each experiment: ``run`` (a name), ``seeds``, ``budget`` (metric: limit), mean ``macs``, ``params`` and
-    ``ms`` of the found nets (None where not known), top-1 of all trainings of each of `KINDS`
-    nets, and ``minus_uniform`` and ``minus_balanced`` [mean, low, high] (None where not known).
+    """One row for each experiment.
+
+    A row has ``run`` (a name), ``seeds`` (their number), ``budget`` {metric: limit}, and the mean ``macs``, ``params``
+    and ``ms`` of the found nets (None if not known). For each kind of net in `KINDS` it has the top-1 of all trainings.
+    ``minus_uniform`` and ``minus_balanced`` are [mean, low, high] of the found nets minus these nets (None if not
+    known).
     """
     table = []
     for group in grouped(runs):
@@ -164,7 +168,7 @@ HEADS = ["run", "seeds", "budget", "MACs", "parameters", "ms", *KINDS, *(f"found
 
 
 def as_text(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Rows of `experiments` to be read: those of `HEADS` that have something to say, and their cells."""
+    """(heads, cells): the rows of `experiments` as text. Columns of `HEADS` without any content are left out."""
 
     def spread(values: Sequence[float]) -> str:
         mean = f"{fmean(values):.2f}" if values else ""
@@ -186,7 +190,7 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str
 
 
 def write_comparison(path: Path, runs: Sequence[Run]) -> None:
-    """A page with the table of `experiments` and, for every metric, top-1 against cost."""
+    """Write a page with the table of `experiments` and, for every metric, a plot of top-1 against cost."""
     groups, drawn = grouped(runs), []
     for metric, text in (("macs", "MACs"), ("params", "parameters"), ("ms", "milliseconds")):
         points = []

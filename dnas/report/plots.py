@@ -1,4 +1,4 @@
-"""Pictures of a search as SVG text, drawn by matplotlib. Colours are CSS variables: a page may be light or dark."""
+"""Pictures of a search as SVG text, by matplotlib. Colours are CSS variables, because a page may be light or dark."""
 
 import io
 import re
@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from dnas.spec.budget import show
 from dnas.spec.space import KEEP
 
-# What matplotlib draws with, and the variable of the page that takes its place.
+# The colours that matplotlib draws with, and the variables of the page that replace them.
 INK, MUTED, LINE, FOUND, UNIFORM, EVENT, BALANCED = (f"#{k:02x}0d0f" for k in range(1, 8))
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", FOUND: "found", UNIFORM: "uniform", EVENT: "event"}
 VARIABLES |= {BALANCED: "balanced"}
@@ -45,7 +45,7 @@ POINTS = 300  # of a curve: a search of ten thousand steps stays a small page
 
 
 def _svg(figure: Figure, name: str, told: str) -> str:
-    """The figure as an ``<svg>`` element with ids of its own; ``told`` is what it shows, in words."""
+    """The figure as an ``<svg>`` element with ids of its own. ``told`` describes it in words."""
     file = io.StringIO()
     with rc_context(STYLE | {"svg.hashsalt": name}):  # the same rows give the same file
         figure.savefig(file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
@@ -59,7 +59,10 @@ def _svg(figure: Figure, name: str, told: str) -> str:
 
 
 def _curve(steps: Sequence[int], values: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Medians over up to `POINTS` stretches; values that are missing (a step that was skipped) do not count."""
+    """(steps, values): medians over up to `POINTS` stretches.
+
+    Missing values (None, of a step that was skipped) do not count.
+    """
     known = np.array([v is not None for v in values], dtype=bool)
     x, y = np.array(steps)[known], np.array([v for v in values if v is not None], dtype=float)
     parts = min(POINTS, len(x))
@@ -89,7 +92,7 @@ def top1(nets: Mapping[str, Sequence[float]]) -> str:
 
 
 def course(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> str:
-    """Over the steps of a search: cost and budget, losses, the time of a step. Lines mark what was cut off."""
+    """Plots over the steps of a search: costs and budget, losses, step time. Lines mark steps that cut options off."""
     gate_rows = [row for row in rows if "expected" in row]
     cuts = [row["step"] for row in rows if row.get("events")]
     steps, taught = [row["step"] for row in rows], [row["step"] for row in gate_rows]
@@ -122,9 +125,11 @@ def course(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> st
 
 
 def gates(rows: Sequence[Mapping[str, Any]], decisions: Sequence[Mapping[str, Any]]) -> str:
-    """Heat map over the search: of a width its expectation over the widest, of the rest the chance of what was found.
+    """Heat map over the steps of a search.
 
-    A layer that was dropped goes dark; a block that was chosen goes bright.
+    A width is shown as the expected width over the widest width. A block is shown as the probability of the block that
+    was chosen, a layer as the probability that it stays. So a layer that was dropped goes dark, and a block that was
+    chosen goes bright.
     """
     shots = [row for row in rows if "gates" in row]
     shown = [d for d in decisions if d["found"] is not None and len(d["options"]) > 1]
@@ -156,7 +161,10 @@ def gates(rows: Sequence[Mapping[str, Any]], decisions: Sequence[Mapping[str, An
 
 
 def layers(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What every layer costs in the widest, the found and the uniform net: MACs, and milliseconds if there are any."""
+    """The cost of every layer in the widest, the found, the uniform and the balanced net.
+
+    The costs are MACs, and milliseconds if the rows have them.
+    """
     metrics = [metric for metric in ("macs", "ms") if any(metric in row for row in rows)]
     names = [row["name"] for row in rows if any(row.get(metric, {}).get("widest") for metric in metrics)]
     by_name = {row["name"]: row for row in rows}
@@ -185,7 +193,10 @@ def layers(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def predicted(nets: Mapping[str, tuple[float, float]]) -> str:
-    """Milliseconds of networks as a latency table tells them, and as they were measured: (predicted, measured)."""
+    """Milliseconds of networks: predicted by a latency table against measured.
+
+    ``nets`` maps a kind of net to (predicted, measured).
+    """
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH / 2, WIDTH / 2.4), layout="constrained")
         axes: Axes = figure.subplots()
@@ -199,7 +210,10 @@ def predicted(nets: Mapping[str, tuple[float, float]]) -> str:
 
 
 def pareto(metric: str, points: Sequence[tuple[str, str, float, Sequence[float]]]) -> str:
-    """Top-1 against cost: (group, kind of net, cost, top-1 of its trainings). Kinds are joined by a line each."""
+    """Top-1 against cost. ``points`` are (group, kind of net, cost, top-1 of its trainings).
+
+    A line joins the points of each kind, except those of ``random``.
+    """
     kinds = list(dict.fromkeys(kind for _, kind, _, _ in points))
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")

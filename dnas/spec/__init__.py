@@ -1,1 +1,1 @@
-"""Plain data: budgets, spaces, architectures, costs."""
+"""Plain data: budgets, spaces, archs, costs."""

@@ -1,8 +1,9 @@
-"""Budgets as text, and back.
+"""Read budgets from text, and write them as text.
 
-**FLOPs means multiply-accumulates here** (one MAC = one), as in the papers, in fvcore and in timm's ``gmacs``, and only
-those of convolution and linear layers: timm's mobilenetv2_100 has 300.8 M, its resnet50 4089.2 M, as published.
-``300MFLOPs``, ``300MMACs`` and ``0.3G`` are the same budget. This is the only place that says so in code.
+**FLOPs means multiply-accumulates here**: one multiply-accumulate (MAC) counts as one FLOP, as in the papers, in fvcore
+and in timm's ``gmacs``. Convolutions, linear layers and matrix products of two feature maps (attention) count; norms,
+activations and pooling do not. timm's mobilenetv2_100 has 300.8 M and its resnet50 has 4089.2 M, as published.
+``300MFLOPs``, ``300MMACs`` and ``0.3G`` are the same budget. No other place in the code defines this.
 """
 
 import math
@@ -24,7 +25,8 @@ ALLOWED = "a number with a unit (300MFLOPs, 0.3G, 5MParams, 1.2ms, or 50% of the
 class Budget:
     """An upper limit on one metric of a network.
 
-    ``metric`` is ``"macs"``, ``"params"`` or ``"ms"``; ``limit`` is in units of it, or a percentage if ``percent``.
+    ``metric`` is ``"macs"``, ``"params"`` or ``"ms"``. ``limit`` is a number of multiply-accumulates, of parameters or
+    of milliseconds. If ``percent``, it is a percentage of the cost of the widest net.
     """
 
     metric: str
@@ -32,7 +34,7 @@ class Budget:
     percent: bool = False
 
     def resolve(self, full: float) -> "Budget":
-        """The absolute budget, given the cost ``full`` of the widest net; an absolute budget is its own answer."""
+        """The absolute budget, from the cost ``full`` of the widest net. An absolute budget is returned unchanged."""
         return Budget(self.metric, self.limit / 100 * full) if self.percent else self
 
     def __str__(self) -> str:
@@ -40,7 +42,7 @@ class Budget:
 
 
 def show(metric: str, value: float) -> str:
-    """``show("macs", 3e6) == "3MFLOPs"``: four significant digits, with the unit."""
+    """A cost as text with four significant digits and its unit: ``show("macs", 3e6) == "3MFLOPs"``."""
     if metric == "ms":
         return f"{value:.4g}ms"
     scale = next((s for s in "tgmk" if value >= _SCALE[s]), "")
@@ -48,10 +50,13 @@ def show(metric: str, value: float) -> str:
 
 
 def parse_budget(text: str) -> tuple[Budget, ...]:
-    """Read ``"300MFLOPs"`` or ``"300MFLOPs,5MParams"``: at most one budget a metric, all of them to be kept.
+    """The budgets in a text such as ``"300MFLOPs"`` or ``"300MFLOPs,5MParams"``. A network must keep all of them.
+
+    A metric has at most one budget. A percentage is a budget in FLOPs.
 
     Raises:
-        UserError: a number that is not positive and finite, no unit, an unknown one, or a metric given twice.
+        UserError: a number is not positive and finite, a percentage is above 100, a unit is missing or unknown, or a
+            metric is given twice.
     """
     budgets: list[Budget] = []
     for part in text.split(","):

@@ -1,4 +1,4 @@
-"""Data from a file, checked entry by entry: what is wrong is told in one line that names the entry."""
+"""Checks of data from a file, entry by entry. An error is one line that names the wrong entry."""
 
 import json
 import math
@@ -7,17 +7,17 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, NoReturn
 
-MAX_BYTES = 10_000_000  # of a config.json, which has the names of all classes, or a metrics.json
+MAX_BYTES = 10_000_000  # of a config.json, which has the names of all classes, or of a metrics.json
 
 
 _FLAG = re.compile(r"(?<![\w'\"-])--([a-z][a-z0-9-]*)(?:/-[a-z])?")
 
 
 class UserError(ValueError):
-    """The user's mistake, told in one line that quotes what was given and what is allowed; the command exits with 2.
+    """A user's mistake. The message is one line that quotes the mistake and says what is allowed; the exit code is 2.
 
-    The text that it is made of names flags (``--batch-size``), which is what the command line prints. `str` names the
-    arguments of a Python function (``batch_size``).
+    The message names flags (``--batch-size``), and the command line prints it unchanged. `str` replaces each flag by
+    the argument of a Python function (``batch_size``).
     """
 
     def __str__(self) -> str:
@@ -25,26 +25,33 @@ class UserError(ValueError):
 
     @property
     def with_flags(self) -> str:
-        """The text for the command line."""
+        """The message for the command line."""
         return str(self.args[0]) if self.args else ""
 
 
 def fail(where: str, value: object, allowed: str) -> NoReturn:
-    """Raise a UserError that says what ``where`` is and what it must be."""
+    """Raise a UserError: the entry ``where`` is ``value``, but it must be ``allowed``."""
     try:
         shown = " ".join(repr(value).split())
     except ValueError:  # Python refuses to print integers of thousands of digits
         shown = "a huge number"
-    where = where if len(where) <= 200 else where[:197] + "..."  # it may have keys from the file in it
+    where = where if len(where) <= 200 else where[:197] + "..."  # it may contain long keys from the file
     raise UserError(f"{where} is {shown if len(shown) <= 60 else shown[:57] + '...'}: it must be {allowed}")
 
 
 def check(where: str, value: Any, allowed: Any) -> None:
-    """Raise UserError, naming the entry, unless ``value`` is ``allowed``; types are exact, so that True is no 1.
+    """Raise UserError with the name of the entry unless ``value`` is ``allowed``. Types must be equal: True is not 1.
 
-    ``allowed`` is data: a dict has exactly these keys; a list is [entry, how many]; a range holds whole numbers and a
-    tuple known values; `str` is a short line of text, `float` any finite number, `dict` any plain dict. A function is
-    called with the value, and returns it or raises UserError.
+    ``allowed`` is data:
+
+    * a dict: a dict with exactly these keys, whose entries are checked in the same way;
+    * a list [entry, sizes]: a list with a length in the range ``sizes``, whose elements are checked against ``entry``;
+    * a range: a whole number in this range;
+    * a tuple: one of its elements;
+    * `str`: 1 to 128 printable characters;
+    * `float`: a finite number, which may be an int;
+    * any other type, such as `dict` or `int`: a value of exactly this type.
+    * a function: it is called with the value and raises UserError.
     """
     kind, parts = type(value), []
     if isinstance(allowed, dict):
@@ -81,9 +88,10 @@ def check(where: str, value: Any, allowed: Any) -> None:
 
 
 def parse_json(content: bytes, what: str, most: int) -> Any:
-    """``content`` as JSON; UserError if it is longer than ``most`` bytes, something else, or not to be taken literally.
+    """``content`` as strict JSON. Errors call it ``what``.
 
-    That is: a key given twice, of which Python would silently take the last, NaN, or a number that is none (1e999).
+    Raises UserError if it is longer than ``most`` bytes, is not JSON, gives a key twice (Python would silently take the
+    last one), or has a number that is NaN or infinite (1e999).
     """
 
     def entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -104,7 +112,7 @@ def parse_json(content: bytes, what: str, most: int) -> Any:
 
 
 def read_json(path: str | Path, most: int) -> Any:
-    """The JSON in a file, see `parse_json`. Raises UserError where it cannot be read."""
+    """The JSON in a file. Raises UserError if the file cannot be read or is not strict JSON (`parse_json`)."""
     try:
         with open(path, "rb") as file:
             return parse_json(file.read(most + 1), "the content", most)

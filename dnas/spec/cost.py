@@ -1,10 +1,10 @@
-"""One formula for every cost, so that search, derivation, report and export cannot disagree:
+"""One formula for every cost. Search, derivation, report and export all use it:
 
     cost(p) = sum over sites s of  p[when of s] * sum over widths  p_in[i] * p_mid[m] * p_out[j] * T_s[i, m, j]
 
-With one-hot ``p`` it is the exact cost of an `Arch`; with the gates' probabilities it is the exact expectation, because
-the decisions are drawn independently of each other. No cost of an expected width appears anywhere: a latency is a
-staircase in width, and the staircase has to be in the expectation.
+With one-hot ``p`` it gives the exact cost of an `Arch`. With the gates' probabilities it gives the exact expectation,
+because the decisions are drawn independently. The formula averages the costs of widths; it never takes the cost of an
+average width. The two can differ, because a latency is a step function of the width.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,8 +24,8 @@ from dnas.spec.space import Arch, Decision, Option, Site, Space
 Form = Callable[..., np.ndarray]
 
 # Closed forms per operation. Slots and `fixed` numbers come as keywords; widths are broadcastable arrays.
-# `size` is the number of output positions (height * width), `size_in` that of the input of a strided block,
-# `se` the squeeze width (0: none).
+# `size` is the number of output positions (height * width), `size_in` the number of input positions of a block, which
+# may have a stride, `se` the squeeze width (0: none).
 
 
 def _conv_macs(*, kernel, size, **width):
@@ -52,8 +52,8 @@ def _fused_macs(*, kernel, size, size_in, se, mid, **width):
     return width["in"] * mid * kernel**2 * size + _squeeze_macs(mid, se) + mid * width["out"] * size
 
 
-# A share of a layer whose widths go with whole groups of channels: its cost for one step of each
-# (dnas.nets.timm_supernet).
+# A part of a layer of a network of timm's (`dnas.nets.timm_space.space_of_channels`): `macs` and `params` are its costs
+# for one unit of each width. A unit is `step_in` or `step_out` channels of the width.
 
 
 def _channels_macs(*, macs, params, step_in, step_out, **width):
@@ -64,7 +64,7 @@ def _channels_params(*, macs, params, step_in, step_out, **width):
     return params * (width["in"] // step_in) * (width["out"] // step_out)
 
 
-# Parameters: a norm has two a channel; squeeze-excite's convolutions have biases, no other convolution has one.
+# Parameters: a norm has two for each channel. Convolutions of squeeze-excite have biases; other convolutions have none.
 
 
 def _squeeze_params(mid, se):
@@ -121,7 +121,7 @@ class _Entry:
 
 
 def _entry(site: Site, space: Space, form: Form) -> _Entry:
-    # A decision in two slots (a convolution inside one stream) is one axis: the diagonal is taken by construction.
+    # A decision in two slots (a convolution inside one stream) is one axis, so both slots have the same width.
     axes = tuple(dict.fromkeys(w for w in site.widths.values() if isinstance(w, str)))
     slots: dict[str, np.ndarray] = {}
     for slot, width in site.widths.items():
@@ -138,10 +138,10 @@ def _entry(site: Site, space: Space, form: Form) -> _Entry:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Entries of one shape, to be summed at once: ``tables`` is [n, *shape].
+    """Entries of one shape, which are summed in one operation. ``tables`` is [n, *shape].
 
-    ``axes`` holds for each axis, and ``when`` for all conditions, the places of their probabilities in one flat vector:
-    [n, length of the axis] each, and [n, conditions].
+    ``axes`` and ``when`` hold places of probabilities in one flat vector. ``axes`` has an array [n, length of the axis]
+    for each axis. ``when`` is [n, conditions].
     """
 
     tables: np.ndarray
@@ -165,7 +165,8 @@ def _batches(entries: Iterable[_Entry], starts: Mapping[str, int]) -> list[_Batc
 class _Expected(torch.autograd.Function):
     """The formula and its gradient, for probabilities in one flat vector on the CPU.
 
-    By hand and in numpy: autograd is slow over so many small products (`expected_cost_share` of benchmarks/speed.py).
+    The gradient is written by hand in numpy, because autograd is slow on so many small products (`expected_cost_share`
+    of benchmarks/speed.py).
     """
 
     @staticmethod
@@ -175,7 +176,7 @@ class _Expected(torch.autograd.Function):
         for batch in batches:
             n, weights, given = len(batch.tables), [p[axis] for axis in batch.axes], p[batch.when]
             share = given.prod(1)
-            left, value = batch.tables, batch.tables  # left: summed over all axes before this one
+            left, value = batch.tables, batch.tables  # left: the tables, summed over all axes before this one
             for k, axis in enumerate(batch.axes):
                 rest = left
                 for own in reversed(weights[k + 1 :]):
@@ -195,7 +196,7 @@ class _Expected(torch.autograd.Function):
 
 
 class CostTable:
-    """What every site costs under every answer, for one metric. Build it with `CostTable.build`."""
+    """The cost of every site for every option, in one metric. `build` and `measured` make tables."""
 
     def __init__(self, space: Space, metric: str, entries: tuple[_Entry, ...]) -> None:
         self.space, self.metric, self._entries = space, metric, entries
@@ -206,19 +207,19 @@ class CostTable:
 
     @classmethod
     def build(cls, space: Space, metric: str, sites: Sequence[Site] | None = None) -> "CostTable":
-        """Closed-form costs for ``"macs"`` or ``"params"`` of all sites, or of these.
+        """The closed-form costs for ``"macs"`` or ``"params"`` of ``sites``, by default of all sites of the space.
 
-        KeyError for another metric or an unknown operation.
+        Raises KeyError for another metric or an unknown operation.
         """
         forms, sites = CLOSED_FORMS[metric], space.sites if sites is None else sites
         return cls._merged(space, metric, (_entry(site, space, forms[site.op]) for site in sites))
 
     @classmethod
     def measured(cls, space: Space, sites: Sequence[Site], table: LatencyTable) -> "CostTable":
-        """Milliseconds of ``sites``, whose operations are units of a latency table.
+        """The costs of ``sites`` in milliseconds. The operation of each site is the name of a unit of ``table``.
 
         Raises:
-            UserError: the table does not have all of them, at all widths of the space.
+            UserError: the table lacks a unit, or the measured widths of a unit do not cover the widths of the space.
         """
         if lines := table.missing(space, sites):
             more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
@@ -228,7 +229,7 @@ class CostTable:
 
     @classmethod
     def _merged(cls, space: Space, metric: str, entries: Iterable[_Entry]) -> "CostTable":
-        merged: dict[tuple, _Entry] = {}  # sites that hang on the same decisions are one table
+        merged: dict[tuple, _Entry] = {}  # sites that depend on the same decisions share one table
         for entry in entries:
             key = entry.axes, entry.when
             table = entry.table + merged[key].table if key in merged else entry.table
@@ -237,7 +238,7 @@ class CostTable:
 
     @cached_property
     def _layout(self) -> tuple[list[str], list[_Batch]]:
-        """Decisions in the order of the flat vector, and the entries on it; many a table is never asked for it."""
+        """The decisions in the order of the flat vector, and the batches. Many tables never need them."""
         names = [name for name, entries in self._touching.items() if entries]
         starts = np.cumsum([0, *(len(self.space.by_name[name].options) for name in names)])
         return names, _batches(self._entries, dict(zip(names, starts.tolist(), strict=False)))
@@ -250,7 +251,7 @@ class CostTable:
         return total.to(flat.device)
 
     def of(self, arch: Mapping[str, Option]) -> int | float:
-        """The exact cost of one architecture: the same sum, at one-hot probabilities."""
+        """The exact cost of one arch: the same sum with one-hot probabilities. It is an int if it is a whole number."""
         at = {name: self.space.by_name[name].index(option) for name, option in arch.items()}
         total = sum(
             float(entry.table[tuple(at[axis] for axis in entry.axes)])
@@ -265,9 +266,10 @@ class CostTable:
         return CostTable(self.space, self.metric, tuple(entries))
 
     def along(self, decision: Decision, at: Mapping[str, int]) -> np.ndarray:
-        """Cost of the sites that ``decision`` touches, for each of its options, all other answers held.
+        """The cost of all sites that depend on ``decision``, for each of its options: [number of options].
 
-        ``at`` gives the option *index* of every decision, those without effect included.
+        All other choices are fixed: ``at`` gives the option *index* of every decision, including decisions without
+        effect.
         """
         total = np.zeros(len(decision.options))
         for entry in self._touching[decision.name]:
@@ -283,16 +285,17 @@ class CostTable:
         return total
 
     def extremes(self, live: Mapping[str, Sequence[int]] | None = None) -> tuple[Arch, Arch]:
-        """The cheapest and the dearest `Arch` of the space, or of its ``live`` options (decision -> indices).
+        """The cheapest and the most expensive `Arch` of the space, or of its ``live`` options (decision -> indices).
 
-        Exact if costs rise with every width and a site depends on one choice and on its own layer's keep (closed
-        forms do; a measured table need not, and then it is a coordinate-wise optimum).
+        The result is exact if costs rise with every width, and if a site depends on at most one block decision and on
+        whether its own layer stays. This holds for closed forms. It may not hold for a measured table; then each result
+        is an optimum in each decision alone.
         """
         live = live or {d.name: range(len(d.options)) for d in self.space.decisions}
         ends = []
         for best, edge in ((np.argmin, 0), (np.argmax, -1)):
             at = {name: options[edge] for name, options in live.items()}
-            for d in reversed(self.space.decisions):  # inner choices first, then those that they depend on
+            for d in reversed(self.space.decisions):  # first inner decisions, then those that they depend on
                 if not d.is_width:
                     given = at | {name: self.space.by_name[name].index(option) for name, option in d.when}
                     at[d.name] = live[d.name][int(best(self.along(d, given)[list(live[d.name])]))]
@@ -300,7 +303,7 @@ class CostTable:
         return ends[0], ends[1]
 
     def without(self, gone: set[str]) -> "CostTable":
-        """The table of what is left when these decisions are no more, because the blocks they are in were removed."""
+        """The table without all sites that depend on the decisions ``gone``, because their blocks were removed."""
         return CostTable(
             self.space,
             self.metric,
@@ -309,7 +312,10 @@ class CostTable:
 
 
 def resolve_budgets(tables: Mapping[str, CostTable], budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
-    """Percentages made absolute; UserError unless every limit can be kept and at least one of them can bind."""
+    """The budgets as absolute limits: percentages are of the cost of the widest net.
+
+    Raises UserError if the cheapest network is above a limit, or if every limit is above the most expensive network.
+    """
     ranges = {b.metric: tuple(tables[b.metric].of(arch) for arch in tables[b.metric].extremes()) for b in budgets}
     resolved = tuple(b.resolve(ranges[b.metric][1]) for b in budgets)
     for given, b in zip(budgets, resolved, strict=True):

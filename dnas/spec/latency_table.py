@@ -1,8 +1,8 @@
 """Latency tables: milliseconds of the parts of a search space, measured on one device (see `dnas.latency.profile`).
 
-A table is a JSON file of rows with named fields. It says what the *units* of a network take: fused operations or whole
-blocks, at some of their widths. Between measured widths it is interpolated linearly, along one width after the other;
-never between units, and never beyond the widths that were measured.
+A table is a JSON file of rows with named fields. It gives the time of each *unit* of a network at some of its widths. A
+unit is a set of fused operations or a whole block. Between measured widths the time is interpolated linearly along each
+width. The table is not interpolated between units, and not extrapolated beyond the measured widths.
 """
 
 import json
@@ -30,16 +30,16 @@ HEADER: dict[str, Any] = {
     "driver": str,
     "runtime": RUNTIMES,
     "dtype": DTYPES,
-    "batch": COUNT,  # images of a run; the milliseconds are those of all of them together
+    "batch": COUNT,  # images in a run; the milliseconds are those of the whole run
     "threads": COUNT,
     "channels_last": (True, False),
     "torch": str,
     "date": str,
-    "space": dict,  # the flags that make what was profiled, of `SPACE`
+    "space": dict,  # the flags that define the space that was profiled: those of `SPACE`
     "protocol": dict,  # how it was measured
-    "pace_us": float,  # time of the network of `dnas.latency.timing.CpuSpeedReference` meanwhile; 0: a GPU
-    "scale": float,  # a network takes this times the sum of its units' milliseconds ...
-    "ms_per_mparam": float,  # ... and this for every million of numbers that they hold (`fit_scale`)
+    "pace_us": float,  # time of the reference network (`dnas.latency.timing.CpuSpeedReference`) meanwhile; 0: a GPU
+    "scale": float,  # milliseconds of a network = this * the sum of the milliseconds of its units ...
+    "ms_per_mparam": float,  # ... + this * the millions of `params` of its units (`dnas.latency.profile.fit_scale`)
     "check": dict,  # whole nets, predicted and measured; empty until --check has been run
 }
 CHECK = {  # see `dnas.latency.profile.check_figures`
@@ -65,7 +65,10 @@ class Unit:
     ms: np.ndarray
 
     def at(self, **slots: np.ndarray) -> np.ndarray:
-        """Milliseconds at these widths (arrays that broadcast), which lie within the measured ones: see `missing`."""
+        """The milliseconds at these widths (arrays that broadcast), interpolated between the measured widths.
+
+        The widths must lie between the narrowest and the widest measured width (`LatencyTable.missing`).
+        """
         table: np.ndarray = self.ms
         given = np.broadcast_arrays(*(slots[s] for s in self.slots)) if self.slots else [np.zeros(())]
         corners = []
@@ -85,13 +88,13 @@ class Unit:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """A table as it was measured: ``header`` says on what and how (see `HEADER`)."""
+    """A measured table. ``header`` says on which device and how it was measured (see `HEADER`)."""
 
     header: Mapping[str, Any]
     units: Mapping[str, Unit]
 
     def missing(self, space: Space, sites: Sequence[Site]) -> list[str]:
-        """What these sites need and the table does not have, a line each; empty if it is complete."""
+        """The units and widths that these sites need and the table lacks, as one line for each unit."""
         lines = {}
         for site in sites:
             unit = self.units.get(site.op)
@@ -108,12 +111,19 @@ class LatencyTable:
 
 
 def table_of(header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> LatencyTable:
-    """The table of these rows in a whole network, as its header scales them. Raises UserError as `units_of` does."""
+    """The table of these rows, with the times that units take inside a whole network.
+
+    ``scale`` and ``ms_per_mparam`` of the header convert the rows. Raises UserError as `units_of` does.
+    """
     return LatencyTable(header, units_of(rows, header["scale"], header["ms_per_mparam"]))
 
 
 def units_of(rows: Sequence[Mapping[str, Any]], scale: float = 1.0, ms_per_mparam: float = 0.0) -> dict[str, Unit]:
-    """Rows by unit, as full grids. UserError for a row that is there twice, or that a grid lacks."""
+    """The rows as units: name -> full grid. A row counts ``scale * ms + ms_per_mparam * params / 1e6`` milliseconds.
+
+    Raises UserError if the rows of a unit have different slots, if two rows are at the same widths, or if a row of a
+    grid is missing.
+    """
     found: dict[str, dict[tuple[int, ...], float]] = {}
     slots: dict[str, tuple[str, ...]] = {}
     for row in rows:
@@ -140,7 +150,7 @@ def _place(unit: str, slots: Sequence[str], at: Sequence[int]) -> str:
 
 
 def check_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raise UserError unless widths are widths, and milliseconds above 0 and between their tenths."""
+    """Raise UserError unless every row has widths in known slots, and 0 < p10 <= ms <= p90."""
     for k, row in enumerate(rows):
         if not row["widths"].keys() <= {*SLOTS}:
             raise UserError(
@@ -154,7 +164,7 @@ def check_rows(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_table(path: str | Path) -> LatencyTable:
-    """The table in a file, whoever wrote it. Raises UserError, in one line, if anything is wrong with it."""
+    """The table in a file, whoever wrote the file. Raises UserError with one line if anything is wrong with it."""
     try:
         content = read_json(path, MAX_BYTES)
         check("the table", content, TABLE)
@@ -172,16 +182,16 @@ def read_table(path: str | Path) -> LatencyTable:
 
 
 def table_text(header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The file: strict JSON, a row a line."""
+    """The text of a table's file: strict JSON, with one line for each row."""
     entries = [f" {json.dumps(key)}: {json.dumps(header[key], allow_nan=False)}" for key in HEADER]
     lines = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in rows)
     return "{\n" + ",\n".join(entries) + f',\n "rows": [\n{lines}\n ]\n}}\n'
 
 
 def check_use(table: LatencyTable, asked: Mapping[str, Any], anyway: bool = False) -> None:
-    """Raise UserError where ``table`` is of another ``device``, ``dtype``, ``batch``, ... than ``asked``.
+    """Raise UserError if ``table`` was measured with another ``device``, ``dtype``, ``batch``, ... than ``asked``.
 
-    With ``anyway`` only what no table can be asked for is an error.
+    ``asked`` maps names of `USES` to values. Another name is an error. With ``anyway`` it is the only error.
     """
     for key, value in asked.items():
         if key not in USES:

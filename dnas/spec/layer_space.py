@@ -1,6 +1,6 @@
-"""A search space of layers as plain data: the outline of timm's EfficientNet, and what each of its layers may become.
+"""A search space of layers as plain data: the outline of timm's EfficientNet, and the candidate blocks of each layer.
 
-The outline is a stem, stages of layers, and a head. The decisions of the space, the rows of a found network and the
+The outline is a stem, stages of layers, and a head. The decisions of the space, the rows of a found net and the
 supernet's modules all follow from an `EfficientNetSpace` (`dnas.nets.layer_supernet`).
 """
 
@@ -13,10 +13,11 @@ from dnas.spec.image_size import ImgSize, sides, strided
 
 @dataclass(frozen=True)
 class Candidate:
-    """One kind of block that a layer may become.
+    """One kind of block that a layer may have.
 
     ``kind`` is timm's: ``ds`` depthwise separable, ``ir`` inverted residual, ``er`` fused. ``expand`` and ``base`` are
-    hidden width over input width, of the widest and of the base net; ``se`` is squeeze width over input width.
+    the hidden width over the input width, in the widest net and in the base net. ``se`` is the squeeze width over the
+    input width (0: no squeeze-excite).
     """
 
     kind: str
@@ -32,9 +33,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Stage:
-    """``depth`` layers of output ``width``; the first has the stride, the others may be dropped if ``droppable``.
+    """``depth`` layers with the output width ``width``. The first layer has the stride.
 
-    The first candidate is the base net's.
+    If ``droppable``, all layers but the first may be dropped. The base net has the first candidate.
     """
 
     width: int
@@ -46,10 +47,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class EfficientNetSpace:
-    """A whole search space as plain data. Widths are the widest ones; ``divisor`` is the step of the width grids.
+    """A whole search space as plain data. All widths are those of the widest net.
 
-    ``most_widths`` bounds the number of widths of a grid. ``bipath`` searches inner widths with pairs (PruNet),
-    otherwise with Markov gates (DMCP).
+    The step of a width grid is a multiple of ``divisor``. A grid has at most ``most_widths`` widths. If ``bipath``,
+    inner widths are searched with pairs (PruNet), otherwise with Markov gates (DMCP).
     """
 
     name: str
@@ -67,16 +68,16 @@ class EfficientNetSpace:
 
 
 def width_grid(top: int, divisor: int, most: int = 32) -> tuple[int, ...]:
-    """At most ``most`` widths down from ``top`` to a tenth of it (DMCP's range), in steps that ``divisor`` divides.
+    """The ascending grid of widths from ``top`` down to a tenth of it (DMCP's range): at most ``most`` widths.
 
-    A ``top`` below ``divisor`` is the only width.
+    The step is a multiple of ``divisor``. No width is below ``divisor``, unless ``top`` is: then it is the only width.
     """
     step = divisor * math.ceil(top / (divisor * most))
     return tuple(range(top, min(top, max(divisor, math.ceil(top / 10))) - 1, -step))[::-1]
 
 
 def round_width(width: float, divisor: int) -> int:
-    """The multiple of ``divisor`` nearest to ``width``, at least one of it."""
+    """The multiple of ``divisor`` that is nearest to ``width``, at least ``divisor``."""
     return max(divisor, round(width / divisor) * divisor)
 
 
@@ -86,9 +87,10 @@ def nearest(grid: Sequence[int], width: float) -> int:
 
 
 def fit_strides(img_size: ImgSize, strides: Sequence[int], smallest: int = 4) -> tuple[int, ...]:
-    """Drop the earliest strides of 2 that would leave an image of up to 64 pixels a last map below ``smallest``.
+    """The strides for an image of ``img_size`` pixels: a small image has fewer strides of 2.
 
-    The shorter side of the image counts.
+    For an image whose shorter side has up to 64 pixels, the earliest strides of 2 become 1, as many as the last map
+    needs for a side of at least ``smallest``. Larger images keep all strides.
     """
     halvings, side = sum(s == 2 for s in strides), min(sides(img_size))
     allowed = sum(math.ceil(side / 2**n) >= smallest for n in range(1, halvings + 1))  # each halving rounds up

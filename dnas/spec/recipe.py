@@ -8,7 +8,7 @@ AMP_DTYPES = (
     "auto",
     "float16",
     "bfloat16",
-)  # auto: what torch takes on the device, float16 on a GPU, bfloat16 on a CPU
+)  # auto: torch's default for the device, float16 on a GPU, bfloat16 on a CPU
 SCHEDULES = ("cosine", "tanh", "step", "poly")
 
 
@@ -16,8 +16,9 @@ SCHEDULES = ("cosine", "tanh", "step", "poly")
 class Recipe:
     """How weights are trained: the flags of the command line, with timm's names and meanings.
 
-    ``model_ema_decay`` 0: no EMA. Raises UserError for a number or a name that makes no sense, naming the flag; which
-    names of optimizers there are is timm's matter (`dnas.training.optimizer.make_optimizer`).
+    ``model_ema_decay`` 0 means no EMA. Raises UserError with the name of the flag if a number is out of range, or if
+    ``sched`` or ``amp_dtype`` is unknown. timm checks the name in ``opt`` later
+    (`dnas.training.optimizer.make_optimizer`).
     """
 
     epochs: int = 10

@@ -1,4 +1,4 @@
-"""What may be decided (`Space`) and one answer to all of it (`Arch`): plain frozen data, no modules."""
+"""The decisions and sites of a search (`Space`) and one network of it (`Arch`): plain frozen data, no modules."""
 
 import hashlib
 import json
@@ -17,11 +17,11 @@ DROP, KEEP = "drop", "keep"
 
 @dataclass(frozen=True)
 class Decision:
-    """One thing to decide: a width (ascending ints), a block (names), or whether a layer stays (``DROP``, ``KEEP``).
+    """One decision: a width (ascending ints), a block (names), or whether a layer stays (``DROP``, ``KEEP``).
 
-    ``base`` is the option of the base network, which uniform scaling starts from. ``when`` is the chain of choices
-    without which this decision does not matter, outermost first. ``layer`` is the layer that it belongs to, by default
-    one of its own.
+    ``base`` is the option of the base net, which uniform scaling starts from. ``when`` lists the choices (decision,
+    option) that this decision depends on, outermost first: in a network without them the decision does not matter.
+    ``layer`` is the layer of the decision, by default the name of the decision.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Decision:
 
     @property
     def kind(self) -> Literal["width", "block", "keep"]:
-        """What is decided."""
+        """Whether this is a decision on a width, on a block, or on whether a layer stays (``keep``)."""
         return "width" if self.is_width else "keep" if set(self.options) == {DROP, KEEP} else "block"
 
     @property
@@ -43,7 +43,7 @@ class Decision:
         return isinstance(self.options[0], int)
 
     def index(self, option: Option) -> int:
-        """Position of ``option``. Raises UserError if it is none of the options."""
+        """Position of ``option``. Raises UserError if it is not one of the options."""
         if isinstance(option, bool) or option not in self.options:
             raise UserError(f"{self.name} = {option!r} is not one of {', '.join(map(str, self.options))}")
         return self.options.index(option)
@@ -51,11 +51,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Site:
-    """A place that costs something: one operation, or a whole block measured as a unit.
+    """A part of the network with a cost: one operation, or a whole block that is measured as one unit.
 
-    ``widths`` maps the operation's width slots (``"in"``, ``"mid"``, ``"out"``) to a width decision or a constant;
-    ``fixed`` holds its other numbers (kernel, output size, ...); it exists only under the choices ``when``. ``layer``
-    is the layer that it belongs to, by default one of its own.
+    ``widths`` maps the operation's width slots (``"in"``, ``"mid"``, ``"out"``) to a width decision or a constant.
+    ``fixed`` holds its other numbers (kernel, output size, ...). The site exists only in networks with the choices
+    ``when``. ``layer`` is the layer of the site, by default the name of the site.
     """
 
     name: str
@@ -71,7 +71,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Space:
-    """All decisions, each after those in its ``when``, and all sites. Raises ValueError where they do not fit."""
+    """All decisions, each after those in its ``when``, and all sites.
+
+    Raises ValueError if decisions and sites are inconsistent, for example if a ``when`` names an unknown option.
+    """
 
     decisions: tuple[Decision, ...]
     sites: tuple[Site, ...]
@@ -104,7 +107,10 @@ class Space:
         object.__setattr__(self, "by_name", seen)
 
     def complete(self, answers: Mapping[str, Option]) -> "Arch":
-        """The `Arch` that ``answers`` means: answers without effect are left out. KeyError where one is missing."""
+        """The `Arch` of the choices ``answers``, without those that have no effect.
+
+        Raises KeyError if a choice is missing, and UserError if one is not an option of its decision.
+        """
         kept: dict[str, Option] = {}
         for d in self.decisions:
             if all(kept.get(name) == option for name, option in d.when):
@@ -112,7 +118,7 @@ class Space:
         return Arch(kept)
 
     def check(self, answers: Mapping[str, Option]) -> "Arch":
-        """``answers`` as an `Arch`, if they are exactly the answers that matter. Raises UserError otherwise."""
+        """``answers`` as an `Arch`. Raises UserError unless they are exactly the choices that matter, and valid."""
         unknown = [name for name in answers if name not in self.by_name]
         if unknown:
             raise UserError(f"decision {unknown[0]!r} is not part of this search space")
@@ -125,8 +131,8 @@ class Space:
                 raise UserError(f"the architecture answers {name!r}, which its other answers make meaningless")
         return arch
 
-    def num_archs(self) -> float:
-        """How many different networks the space holds (a float: the number overflows machine integers)."""
+    def num_archs(self) -> int:
+        """The number of different networks in the space. It may exceed the integers of a machine."""
 
         def count(d: Decision) -> float:
             children = [c for c in self.decisions if c.when and c.when[-1][0] == d.name]
@@ -136,7 +142,7 @@ class Space:
 
 
 class Arch(Mapping[str, Option]):
-    """One network: exactly the answers that matter, in the order of the space. Immutable, hashable, JSON."""
+    """One network: exactly the choices that matter, in the order of the space. Immutable, hashable, JSON."""
 
     def __init__(self, answers: Mapping[str, Option]) -> None:
         self._answers = dict(answers)
@@ -158,7 +164,7 @@ class Arch(Mapping[str, Option]):
 
     @property
     def digest(self) -> str:
-        """Twelve hexadecimal digits, the same in every process and independent of the order of the answers."""
+        """Twelve hexadecimal digits, the same in every process and independent of the order of the choices."""
         return hashlib.sha256(json.dumps(self._answers, sort_keys=True).encode()).hexdigest()[:12]
 
     def to_json(self) -> str:
@@ -166,7 +172,7 @@ class Arch(Mapping[str, Option]):
 
     @classmethod
     def from_json(cls, text: str, space: Space) -> "Arch":
-        """Read and check against ``space``. Raises UserError on anything that is not one of its architectures."""
+        """The arch in a JSON text. Raises UserError unless it is an arch of ``space``."""
         try:
             answers = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -176,6 +182,6 @@ class Arch(Mapping[str, Option]):
         return space.check(answers)
 
     def diff(self, other: "Arch") -> dict[str, tuple[Option | None, Option | None]]:
-        """``{decision: (mine, theirs)}`` wherever they differ; None where one has no answer."""
+        """``{decision: (mine, theirs)}`` for all choices that differ. None means that an arch has no choice there."""
         names = [*self, *(name for name in other if name not in self)]
         return {n: (self.get(n), other.get(n)) for n in names if self.get(n) != other.get(n)}
