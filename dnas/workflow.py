@@ -43,7 +43,7 @@ from dnas.report.metrics import decision_rows, effort, facts, layer_rows, search
 from dnas.runtime.checkpoint import Journal, checkpoint_errors
 from dnas.runtime.distributed import gathered, rank
 from dnas.runtime.progress import console, progress_bar
-from dnas.runtime.run_folder import append_row, read_rows, write_json, write_rows
+from dnas.runtime.run_folder import append_row, read_rows, write_rows
 from dnas.runtime.signals import stop
 from dnas.spec.budget import Budget, show
 from dnas.spec.checks import UserError
@@ -86,7 +86,7 @@ class BudgetRun:
 
 
 def export_arch(folder: Path, name: str, net: Supernet, arch: Arch, data: Data, tables, budgets, info) -> dict:
-    """Write arch.json and model.py and check them: counted MACs equal the cost table's to the unit."""
+    """Write arch.json and model.py. Raises RuntimeError unless the counted costs equal the cost tables' to the unit."""
     shown = {key: getattr(data, key) for key in ("num_classes", "in_chans", "img_size", "mean", "std")}
     rows = [
         {
@@ -105,7 +105,6 @@ def export_arch(folder: Path, name: str, net: Supernet, arch: Arch, data: Data, 
         costs = {metric: (document[metric], table.of(arch)) for metric, table in tables.items()}
         raise RuntimeError(f"fvcore counts {counted} MACs; the net as built and its cost tables say {costs}")
     write_export(folder, document)
-    verify_export(folder)
     return document
 
 
@@ -169,17 +168,6 @@ def run_search(
                 on_row(row)
 
         run(plan.method, search, task, on_row=told, until=until)
-
-
-def dry_run(plan: Plan, goal: BudgetRun) -> None:
-    """All but training: the uniform net's files."""
-    document = export_arch(
-        goal.folder, goal.name, plan.net, goal.rules["uniform"], plan.data, plan.tables, goal.budgets, plan.info
-    )
-    costs = {metric: table.of(goal.rules["uniform"]) for metric, table in plan.tables.items()}
-    write_json(goal.folder / "metrics.json", {"budget": document["budget"], "uniform": costs})
-    reached = ", ".join(show(metric, cost) for metric, cost in costs.items())
-    console.print(f"dry run: the uniform net at {', '.join(map(str, goal.budgets))} is in {goal.folder} ({reached})")
 
 
 def measured_ms(plan: Plan, models: Sequence[nn.Module]) -> list[float]:

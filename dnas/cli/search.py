@@ -16,7 +16,8 @@ import torch
 from timm.utils import random_seed
 
 from dnas.cli.inputs import check_same_data, data_of, device_of, new_folder, open_table, outline_of, recipe_of, say_data
-from dnas.export.model_file import build_net, check_name, write_state
+from dnas.cli.rehearsal import check_batches, dry_run, rehearse_aside
+from dnas.export.model_file import build_net, check_name, read_arch, write_state
 from dnas.latency.measured_parts import parts_of
 from dnas.methods.catalog import METHODS
 from dnas.methods.loop import begin, steps_of
@@ -39,7 +40,7 @@ from dnas.spec.image_size import size_text
 from dnas.spec.latency_table import LatencyTable
 from dnas.training.batches import Data
 from dnas.training.from_scratch import time_step
-from dnas.workflow import Begun, BudgetRun, Plan, dry_run, find, print_table, run_search
+from dnas.workflow import Begun, BudgetRun, Plan, find, print_table, run_search
 
 INITIAL_WEIGHTS = "initial.safetensors"  # in a run folder: of a network that a program gave
 
@@ -103,6 +104,8 @@ def make_goals(plan: Plan, asked: list[tuple[Budget, ...]], folder: Path, name: 
         rules = {rule: choose(plan.net.space, plan.tables, budgets) for rule, choose in RULES.items()}
         text = "" if len(asked) == 1 else str(given[0]).replace("%", "pc")
         own = f"{name}_{re.sub('[^a-z0-9]', '_', text.lower())}" if text else name
+        if (folder / text / "arch.json").exists():  # of a run that goes on, perhaps in a folder that was renamed
+            own = read_arch(folder / text / "arch.json")["name"]
         check_name(own)
         goals.append(BudgetRun(budgets, rules, folder / text, own))
     return goals
@@ -130,7 +133,8 @@ def introduce(plan: Plan) -> None:
         console.print(f"channels that stay: {', '.join(stays[:3])}{more}", soft_wrap=True)
     reach = " to ".join(show("macs", table.of(arch)) for arch in table.extremes())
     images = f"{plan.data.num_train} images of {size_text(plan.data.img_size)} px"
-    nets = f"{net.space.num_archs():.0e} nets of {reach}"
+    count = net.space.num_archs()  # too large for a float where there are hundreds of widths
+    nets = f"{f'{count:.0e}' if count < 1e300 else f'1e+{len(str(count)) - 1}'} nets of {reach}"
     console.print(f"{net.name} on {plan.data.name}, {images}: {nets}", soft_wrap=True)
     say_data(plan.data)
 
@@ -182,19 +186,22 @@ def main(
     goals = make_goals(plan, asked, Path(output), name)
     if args.resume:
         check_same(plan, goals)
+    check_batches(plan)
     introduce(plan)
     config = {"argv": argv, "args": vars(args), "space": asdict(plan.net.outline), "provenance": plan.info}
     config |= {"class_names": plan.data.class_names, "data": plan.data.summary}
     if args.dry_run:
         for goal in goals if rank() == 0 else ():
             with run_folder(goal.folder):
-                write_json(goal.folder / "config.json", config)
                 dry_run(plan, goal)
+                write_json(goal.folder / "config.json", config)
         return [goal.folder for goal in goals]
     layout = torch.channels_last if plan.recipe.channels_last else torch.preserve_format
     supernet = plan.net.to(plan.device).to(memory_format=layout)
     # Before anything is written: it may find that there is nothing to do.
     fresh = begin(plan.method, supernet, plan.task)
+    if not all((goal.folder / "metrics.json").exists() for goal in goals):  # of complete runs, only pages are made anew
+        rehearse_aside(plan, goals[0])
     sizes = {"num_classes": plan.data.num_classes, "in_chans": plan.data.in_chans}
     widest = build_net(plan.net.net_of(plan.tables["macs"].extremes()[1]), **sizes).to(plan.device)
     plain_ms = time_step(widest, plan.data, plan.recipe)

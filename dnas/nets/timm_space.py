@@ -80,6 +80,10 @@ class TimmBase:
         if not timm.is_model(self.name):
             near = difflib.get_close_matches(self.name, timm.list_models(), 4, 0.4)
             raise UserError(f"--model {self.name!r} is no model of timm's; near are {', '.join(near) or 'none'}")
+        if not timm.models.model_entrypoint(self.name).__module__.startswith("timm.models."):
+            raise UserError(
+                f"--model {self.name!r} is registered with timm, but no network of timm's own, which is expected"
+            )
         check_kwargs(self.kwargs)
         if checkpoint and not Path(checkpoint).is_file():
             raise UserError(f"--initial-checkpoint {checkpoint!r} is no file")

@@ -134,7 +134,7 @@ class Space:
     def num_archs(self) -> int:
         """The number of different networks in the space. It may exceed the integers of a machine."""
 
-        def count(d: Decision) -> float:
+        def count(d: Decision) -> int:
             children = [c for c in self.decisions if c.when and c.when[-1][0] == d.name]
             return sum(math.prod(count(c) for c in children if c.when[-1][1] == o) for o in d.options)
 

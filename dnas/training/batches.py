@@ -107,9 +107,12 @@ class Data:
         """The same data with about ``count`` of its train images, evenly over the classes: always the same ones."""
         if count >= self.num_train:
             return self
-        taken = self.split(count / self.num_train, seed=0)[1]
-        fetch: Fetch = lambda order, dice, size: self._train(taken[order], dice, size)  # noqa: E731
-        return replace(self, num_train=len(taken), _labels=self._labels[taken], _train=fetch)
+        return self.part(self.split(count / self.num_train, seed=0)[1])
+
+    def part(self, indices: Tensor) -> "Data":
+        """The same data with only the train images at ``indices`` (int64 [N])."""
+        fetch: Fetch = lambda order, dice, size: self._train(indices[order], dice, size)  # noqa: E731
+        return replace(self, num_train=len(indices), _labels=self._labels[indices], _train=fetch)
 
     def train_batches(self, batch_size: int, *, seed: int, indices: Tensor | None = None) -> Batches:
         """Shuffled, augmented batches of the train images, or of those at ``indices`` (int64 [N])."""
