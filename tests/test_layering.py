@@ -42,7 +42,19 @@ ROOMS = {
     "latency": ["measured_parts", "timing", "profile"],
     "report": ["metrics", "diagnosis", "plots", "pages"],
     "workflow": [],  # a file, not a room
-    "cli": ["flags", "parsers", "inputs", "process", "rehearsal", "search", "retrain", "export", "profile", "compare", "methods"],
+    "cli": [
+        "flags",
+        "parsers",
+        "inputs",
+        "process",
+        "rehearsal",
+        "search",
+        "retrain",
+        "export",
+        "profile",
+        "compare",
+        "methods",
+    ],
     "api": [],  # a file, too
 }
 ORDER = [f"{room}.{file}" for room, files in ROOMS.items() for file in files or [""]]

@@ -94,16 +94,26 @@ def _one_image(model: nn.Module, in_chans: int, img_size: ImgSize) -> Iterator[t
             module.training = mode
 
 
+LACKS = "aten::_convolution_mode"  # a convolution that fvcore leaves out
+
+
 def count_macs(model: nn.Module, in_chans: int, img_size: ImgSize) -> int:
     """The multiply-accumulates for one image. fvcore counts convolutions and linear layers, torch counts products.
 
-    Products are those of two feature maps (attention). fvcore does not see them if they are fused.
+    Products are those of two feature maps (attention). fvcore does not see them if they are fused. It does not count
+    convolutions whose padding is a word (``"same"``), either: of a network with one, torch counts all.
     """
+    layers, products = _by_torch(model, in_chans, img_size)
     with _one_image(model, in_chans, img_size) as x:
         analysis = FlopCountAnalysis(model, x).unsupported_ops_warnings(False).tracer_warnings("none")
         by_operator = analysis.uncalled_modules_warnings(False).by_operator()
+    if LACKS in analysis.unsupported_ops():
+        return layers + products
     # fvcore's total also includes batch norm and pooling
-    return int(by_operator["conv"] + by_operator["linear"]) + _by_torch(model, in_chans, img_size)[1]
+    found = int(by_operator["conv"] + by_operator["linear"])
+    # A product of a map and a parameter is a layer to torch, but not to fvcore: there all of them count together.
+    with_products = found + int(by_operator["matmul"])
+    return with_products if with_products == layers + products else found + products
 
 
 def count_macs_torch(model: nn.Module, in_chans: int, img_size: ImgSize) -> int:
@@ -337,8 +347,12 @@ counts = {op.__name__: flops // 2 for op, flops in counter.get_flop_counts().get
 products = sum(n for op, n in counts.items() if op not in ("convolution", "addmm", "mm"))
 try:
     from fvcore.nn import FlopCountAnalysis
-    ops = FlopCountAnalysis(net, x).unsupported_ops_warnings(False).tracer_warnings("none").by_operator()
-    found.update(macs=int(ops["conv"] + ops["linear"]) + products, counted_by="fvcore")
+    analysis = FlopCountAnalysis(net, x).unsupported_ops_warnings(False).tracer_warnings("none")
+    ops = analysis.by_operator()
+    layers = int(ops["conv"] + ops["linear"])
+    products = int(ops["matmul"]) if layers + int(ops["matmul"]) == found["macs"] else products
+    if "aten::_convolution_mode" not in analysis.unsupported_ops():
+        found.update(macs=layers + products, counted_by="fvcore")
 except ImportError:
     pass
 found["packages"] = sorted({type(m).__module__.partition(".")[0] for m in net.modules()})

@@ -102,6 +102,8 @@ def element_wise(record: Record, call: Call) -> None:
 
 def spatial(record: Record, call: Call) -> None:
     """Pooling, padding and resizing of maps: each channel keeps its unit. Padding by channels fixes all of them."""
+    if call.args[0].ndim < 4:  # no map: a matrix of attention, say
+        return not_understood(record, call)
     line = record.units_along(call.args[0], 1)
     if len(line) != call.outs[0].shape[1]:  # padded by channels
         record.fix(line, call.name)

@@ -170,7 +170,7 @@ def _from_files(
     colour = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     mean, std = colour if in_chans == 3 else ((round(sum(v) / 3, 4),) for v in colour)
     height, width = sides(img_size)
-    is_small = max(height, width) <= _SMALL
+    is_small = height * width <= _SMALL**2
     plain = create_transform((3, height, width), crop_pct=1.0 if is_small else None, use_prefetcher=True)
     augment = create_transform((3, height, width), is_training=True, color_jitter=0.0, use_prefetcher=True)
     if is_small:
