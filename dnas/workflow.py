@@ -108,15 +108,18 @@ def export_arch(folder: Path, name: str, net: Supernet, arch: Arch, data: Data, 
     return document
 
 
-def in_steps(train: Callable[..., Trained], journal: Journal, text: str, steps: int) -> Trained:
+def in_steps(train: Callable[..., Trained], journal: Journal, text: str, steps: int, first: int = 0) -> Trained:
     """``train(on_step=, saved=)`` with a progress bar, from where the journal knows it was stopped."""
-    saved, done = journal.under_way(text), 0
+    saved, done = journal.under_way(text), first
     with progress_bar(f"training {text}", steps) as advance, stop.between_steps():
         if saved:
             with checkpoint_errors():
                 done = saved["learner"]["update"]
             advance(steps=done)
             console.print(f"the training of {text} goes on at step {done} of {steps}")
+
+        elif first:
+            advance(steps=first)
 
         def on_step(state: Callable[[], dict]) -> None:
             nonlocal done

@@ -148,7 +148,7 @@ def add_resume_flags(parser: argparse.ArgumentParser, group) -> None:
 
 
 def resumed(
-    parser: Callable[[list[str]], "OneLineParser"], run: str, argv: list[str]
+    parser: Callable[[list[str]], "OneLineParser"], run: str, argv: list[str], may_train_on: bool = False
 ) -> tuple[argparse.Namespace, list[str]]:
     """The flags of the run that ``argv`` asks to resume, and the words that they are in.
 
@@ -156,8 +156,14 @@ def resumed(
     ``output`` and ``resume`` are the run's folder; that of a sweep has one for each budget in it. Raises UserError for
     a folder that is no such run.
     """
-    if len(argv) > (1 if "=" in argv[0] else 2):
-        raise UserError(f"--resume {run!r} takes all other flags from the run: none are expected here")
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own.add_argument("--resume")
+    if may_train_on:
+        own.add_argument("--epochs", type=int)
+    given, others = own.parse_known_args(argv)
+    if others:
+        allowed = "none but --epochs are" if may_train_on else "none are"
+        raise UserError(f"--resume {run!r} takes all other flags from the run: {allowed} expected here")
     folder = Path(run)
     configs = [folder / "config.json", *sorted(folder.glob("*/config.json"))]
     config = next((path for path in configs if path.is_file()), None)
@@ -176,6 +182,7 @@ def resumed(
     if (getattr(found, "sweep", None) is not None) != (config != configs[0]):
         raise UserError(f"--resume {run!r} is one budget of a sweep: --resume {str(folder.parent)!r} is expected")
     found.output = found.resume = run
+    found.more_epochs = getattr(given, "epochs", None)
     return found, argv
 
 

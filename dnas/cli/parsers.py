@@ -26,7 +26,9 @@ def search(argv: Sequence[str] = ()) -> OneLineParser:
     p = OneLineParser(description=search.__doc__)
     goal = p.add_mutually_exclusive_group(required=True)
     goal.add_argument(
-        "--budget", help="300MFLOPs (= MMACs), 5MParams, 1.2ms or 50%%; several, joined by commas, all hold"
+        "--budget",
+        help="300MFLOPs (= MMACs), 5MParams, 1.2ms, 50%% (of the widest net) or 50%%Params; "
+        "several, joined by commas, all hold",
     )
     goal.add_argument("--sweep", help="instead: a net for each budget, as 100MFLOPs,200MFLOPs; shared warm-up")
     add_resume_flags(p, goal)
@@ -87,6 +89,7 @@ def retrain(argv: Sequence[str] = ()) -> OneLineParser:
 
     dnas retrain runs/my-run --epochs 100 --output runs/my-run-retrained
     dnas retrain --resume runs/my-run-retrained
+    dnas retrain --resume runs/my-run-retrained --epochs 200
     """
     p = OneLineParser(description=retrain.__doc__)
     p.add_argument("run", nargs="?", help="run folder with an arch.json, or the arch.json itself")
@@ -189,4 +192,6 @@ def read(name: str, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises UserError for a wrong flag, and for a run that cannot be resumed.
     """
     args = PARSERS[name](argv).parse_args(argv)
-    return (args, argv) if getattr(args, "resume", None) is None else resumed(PARSERS[name], args.resume, argv)
+    if getattr(args, "resume", None) is None:
+        return args, argv
+    return resumed(PARSERS[name], args.resume, argv, may_train_on=name == "retrain")

@@ -1,21 +1,36 @@
-"""``dnas retrain``: train a found net from scratch, by any recipe."""
+"""``dnas retrain``: train a found net from scratch, by any recipe, on any data; or train one on."""
 
 import argparse
-from dataclasses import asdict
+import tempfile
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 from timm.utils import random_seed
 
 from dnas.cli.inputs import check_same_data, data_of, device_of, new_folder, recipe_of, say_data
-from dnas.export.model_file import build_net, check_name, read_arch, save_weights, verify_export, write_export
+from dnas.export.arch_schema import SIZES
+from dnas.export.model_file import (
+    arch_document,
+    build_net,
+    check_name,
+    read_arch,
+    save_weights,
+    verify_export,
+    write_export,
+)
 from dnas.report.metrics import read_run
 from dnas.runtime.checkpoint import WORTH_KEEPING
+from dnas.runtime.distributed import rank
 from dnas.runtime.progress import console
 from dnas.runtime.run_folder import provenance, run_folder, write_json
 from dnas.runtime.signals import stop
 from dnas.spec.budget import show
 from dnas.spec.checks import MAX_BYTES, UserError, read_json
+from dnas.spec.image_size import as_size
+from dnas.training.batches import Data
 from dnas.training.from_scratch import train_from_scratch
 from dnas.workflow import in_steps
 
@@ -44,6 +59,43 @@ def before(source: Path, args: argparse.Namespace) -> str:
     return f" ({run.metrics['found']['top1']:.2f} % in {source})" if same else ""
 
 
+def for_data(found: dict[str, Any], data: Data, name: str) -> dict[str, Any]:
+    """The arch document ``found`` for these data: its network with their classes, channels and image size.
+
+    The costs are counted again. A budget held for the data of the search: it goes if they have other sizes.
+    """
+    shown = {key: getattr(data, key) for key in (*SIZES, "mean", "std")}
+    here = arch_document(
+        name, found["net"], shown, supernet=found["supernet"], answers=found["answers"], provenance=found["provenance"]
+    )
+    changed = [key for key in SIZES if as_plain(found[key]) != as_plain(here[key])]
+    if not changed:
+        return here | {"budget": found["budget"]}
+    sizes = ", ".join(f"{key} {here[key]} (was {found[key]})" for key in changed)
+    costs = ", ".join(f"{show(m, here[m])} (was {show(m, found[m])})" for m in ("macs", "params"))
+    console.print(f"the network was found for other data: {sizes}; it costs {costs}", soft_wrap=True)
+    return here
+
+
+def as_plain(value: Any) -> Any:
+    """A size as one number or a list, from here or from JSON."""
+    return [*value] if isinstance(value, (list, tuple)) else value
+
+
+def trained_on(folder: Path, config: dict[str, Any], epochs: int) -> dict[str, Any]:
+    """The config.json of a complete run that goes on to ``epochs`` epochs from its last weights.
+
+    Raises UserError for a run that is not complete, or has as many epochs.
+    """
+    if not (folder / "metrics.json").exists():
+        raise UserError(f"--epochs {epochs}: {folder} is not complete; --resume without --epochs goes on with it")
+    done = read_json(folder / "metrics.json", MAX_BYTES)["found"]["epochs"]
+    if epochs <= done:
+        raise UserError(f"--epochs {epochs}: {folder} has {done} already, more are expected")
+    args = config["args"] | {"epochs": epochs}
+    return config | {"argv": [*config["argv"], f"--epochs={epochs}"], "args": args, "trained_before": done}
+
+
 def main(args: argparse.Namespace, argv: list[str]) -> None:
     """Read arch.json, train, write everything beside the new weights."""
     if not (args.run and args.output):
@@ -51,32 +103,47 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     recipe, device = recipe_of(args), device_of(args)
     folder = Path(args.output) if args.resume else new_folder(args.output)
     source = Path(args.run)
-    document = read_arch(source / "arch.json" if source.is_dir() else source)
+    found = read_arch(source / "arch.json" if source.is_dir() else source)
     inherit_data(args, source)
-    args.img_size, args.in_chans = args.img_size or document["img_size"], args.in_chans or document["in_chans"]
+    args.img_size, args.in_chans = args.img_size or as_size(found["img_size"]), args.in_chans or found["in_chans"]
+    check_name(args.name or found["name"])
     data = data_of(args, device)
-    for key in ("num_classes", "in_chans", "img_size"):
-        if document[key] != getattr(data, key):
-            raise UserError(f"{source} was found for {key} {document[key]}, the data has {getattr(data, key)}")
+    config: dict[str, Any] = {
+        "argv": argv,
+        "args": vars(args),
+        "recipe": asdict(recipe),
+        "provenance": provenance(device),
+    }
+    config |= {"class_names": data.class_names, "data": data.summary}
     if args.resume:
-        check_same_data(read_json(folder / "config.json", MAX_BYTES), data, str(folder))
+        config = read_json(folder / "config.json", MAX_BYTES)
+        check_same_data(config, data, str(folder))
+        if args.more_epochs is not None:
+            config = trained_on(folder, config, args.more_epochs)
+            recipe = replace(recipe, epochs=args.more_epochs)
     say_data(data)
-    document |= {"mean": data.mean, "std": data.std, "name": args.name or document["name"]}
-    check_name(document["name"])
+    document = for_data(found, data, args.name or found["name"])
     random_seed(args.seed)
     rates = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
     model = build_net(document["net"], num_classes=data.num_classes, in_chans=data.in_chans, **rates).to(device)
-    steps = recipe.epochs * len(data.train_batches(recipe.batch_size, seed=args.seed))
+    with tempfile.TemporaryDirectory() as aside:  # what comes after the training is tried before it
+        write_export(aside, document)
+        if rank() == 0:
+            verify_export(aside)
+    per_epoch = len(data.train_batches(recipe.batch_size, seed=args.seed))
+    first = int(config.get("trained_before", 0)) * per_epoch
+    if first:
+        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
     costs = {metric: document[metric] for metric in ("macs", "params")}
-    config = {"argv": argv, "args": vars(args), "recipe": asdict(recipe), "provenance": provenance(device)}
-    config |= {"class_names": data.class_names, "data": data.summary}
     with run_folder(folder, keep_if=WORTH_KEEPING):
-        if not args.resume:
+        if not args.resume or args.more_epochs is not None:
             write_json(folder / "config.json", config)
+        if args.resume and args.more_epochs is not None:  # what was reached stays, beside
+            (folder / "metrics.json").rename(folder / f"metrics-{config['trained_before']}-epochs.json")
         journal = stop.journal(folder, device, args.checkpoint_every)
         if not (folder / "metrics.json").exists():
-            train = partial(train_from_scratch, model, data, recipe, seed=args.seed)
-            row = in_steps(train, journal, document["name"], steps)[1]
+            train = partial(train_from_scratch, model, data, recipe, seed=args.seed, first=first)
+            row = in_steps(train, journal, document["name"], recipe.epochs * per_epoch, first)[1]
             write_export(folder, document)
             save_weights(model, folder)
             verify_export(folder)

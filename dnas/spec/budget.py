@@ -17,8 +17,10 @@ _SCALE = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SHOWN = {"macs": "FLOPs", "params": "Params", "ms": "ms"}
 _TIME = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(ms|us|s)", re.IGNORECASE)
 _MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
-_TEXT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:(%)|([kmgt]?)(flops?|macs?|params)|([KMGT]))", re.IGNORECASE)
-ALLOWED = "a number with a unit (300MFLOPs, 0.3G, 5MParams, 1.2ms, or 50% of the widest net's FLOPs), joined by commas"
+_TEXT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:(%)?([kmgt]?)(flops?|macs?|params)|(%)|([KMGT]))", re.IGNORECASE)
+ALLOWED = (
+    "a number with a unit (300MFLOPs, 0.3G, 5MParams, 1.2ms, or 50% or 50%Params of the widest net), joined by commas"
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Budget:
         return Budget(self.metric, self.limit / 100 * full) if self.percent else self
 
     def __str__(self) -> str:
-        return f"{self.limit:g}%" if self.percent else show(self.metric, self.limit)
+        unit = _SHOWN[self.metric] if self.metric != "macs" else ""
+        return f"{self.limit:g}%{unit}" if self.percent else show(self.metric, self.limit)
 
 
 def show(metric: str, value: float) -> str:
@@ -52,7 +55,7 @@ def show(metric: str, value: float) -> str:
 def parse_budget(text: str) -> tuple[Budget, ...]:
     """The budgets in a text such as ``"300MFLOPs"`` or ``"300MFLOPs,5MParams"``. A network must keep all of them.
 
-    A metric has at most one budget. A percentage is a budget in FLOPs.
+    A metric has at most one budget. A percentage without a unit is a budget in FLOPs.
 
     Raises:
         UserError: a number is not positive and finite, a percentage is above 100, a unit is missing or unknown, or a
@@ -64,7 +67,10 @@ def parse_budget(text: str) -> tuple[Budget, ...]:
         if match := _TIME.fullmatch(given):
             percent, metric, limit = None, "ms", float(match[1]) * _MS[match[2].lower()]
         elif match := _TEXT.fullmatch(given):
-            number, percent, prefix, unit, bare = match.groups()
+            number, of_unit, prefix, unit, alone, bare = match.groups()
+            percent = of_unit or alone
+            if percent and prefix:
+                raise UserError(f"budget {given!r} is not {ALLOWED}")
             scale = 1 if percent else _SCALE[(prefix or bare or "").lower()]
             metric, limit = _UNITS[(unit or "").lower()], float(number) * scale
         else:

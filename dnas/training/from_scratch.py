@@ -29,12 +29,13 @@ def train_from_scratch(
     seed: int,
     on_step: Callable[[Callable[[], dict]], None] | None = None,
     saved: Mapping[str, Any] | None = None,
+    first: int = 0,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train a plain timm model by the recipe. Returns (the trained model, or its EMA; what it reached: `evaluate`).
 
     The figure is the last epoch's: picking the best epoch would select on the data that is reported.
     ``on_step`` is called after every step with a function that gives the state of the training as plain data, and
-    ``saved`` is such a state, to go on from.
+    ``saved`` is such a state, to go on from. ``first`` steps count as done: the schedule begins there.
     """
     from_first(model.state_dict().values())
     if rank():  # what dropout drops here is not what it drops in the first process
@@ -53,6 +54,9 @@ def train_from_scratch(
     batches = data.train_batches(recipe.batch_size, seed=seed)
     learner = make_learner(model, model.parameters(), recipe, len(batches))
     losses: deque[float] = deque(maxlen=len(batches))
+    if first:
+        learner.update = first
+        learner.scheduler.step_update(first)
     with checkpoint_errors():
         if saved:
             load_module(model, saved["model"])
