@@ -91,13 +91,19 @@ def test_loaders_are_data(kind):
 
 @pytest.mark.parametrize("batches, said", [
     ([], "no training batch"), ([torch.zeros(2)], "a training batch is Tensor"),
-    ([(torch.zeros(2, 3, 8, 9), torch.zeros(2))], r"float32 \[2, 3, 8, 9\]"),
+    ([(torch.zeros(2, 3, 8), torch.zeros(2))], r"float32 \[2, 3, 8\]"),
     ([(torch.zeros(2, 3, 8, 8), torch.zeros(2))], "at least 2 classes"),
     ([(torch.zeros(2, 3, 8, 8), torch.arange(2)), (torch.zeros(1, 3, 9, 9), torch.zeros(1))], "one shape"),
 ])  # fmt: skip
 def test_batches_that_are_no_data(batches, said):
     with pytest.raises(UserError, match=said):
         data_of_loaders(batches, [(torch.zeros(2, 3, 8, 8), torch.zeros(2))])
+
+
+def test_batches_of_two_sides():
+    batches = [(torch.zeros(4, 3, 8, 12), torch.arange(4))]
+    data = data_of_loaders(batches, batches)
+    assert data.img_size == (8, 12) and data.summary["classes"] == 4
 
 
 class Digits(torch.utils.data.Dataset):

@@ -56,3 +56,16 @@ def test_two_budgets_of_which_none_can_bind_or_one_cannot_be_kept():
         resolve_budgets(tables, (Budget("macs", (low + high) / 2), Budget("params", fewest / 2)))
     with pytest.raises(UserError, match="1% is out of reach"):
         resolve_budgets(tables, parse_budget("1%"))
+
+
+def test_percent_of_the_parameters():
+    tables = tables_of("prunet")
+    (_, macs), (_, params) = range_of(tables["macs"]), range_of(tables["params"])
+    both = parse_budget("40%, 50 %params")
+    assert both == (Budget("macs", 40.0, percent=True), Budget("params", 50.0, percent=True))
+    assert [str(b) for b in both] == ["40%", "50%Params"]
+    assert resolve_budgets(tables, both) == (Budget("macs", 0.4 * macs), Budget("params", params / 2))
+    assert parse_budget("40%FLOPs") == parse_budget("40%")
+    for wrong in ("50%kParams", "101%Params", "0%Params", "50%Params,60%Params", "50%ms", "%Params"):
+        with pytest.raises(UserError, match="^budget "):
+            parse_budget(wrong)

@@ -145,3 +145,31 @@ def test_numbers_that_a_module_keeps_for_its_splits_are_cut():
 def test_parts_of_a_layer_are_named_by_their_place():
     net = Net(lambda m, x: m.b(m.a(x)[:, :4]) + m.c(m.a(x)[:, 4:]), a=conv(8, 12), b=conv(4, 5), c=conv(8, 5))
     assert groups_of(net) == {"stem": (8, 1), "a[0:4]": (4, 1), "a[4:12]": (8, 1), "b": (5, 1)}
+
+
+def test_what_is_not_understood_stays_and_the_rest_is_cut():
+    """A bias that is computed (Swin v2) and padding of what is no map (halo attention)."""
+
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qk, self.q_bias = nn.Linear(6, 6, bias=False), nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            tokens = x.flatten(2).transpose(1, 2)
+            bias = torch.cat([self.q_bias, 0 * self.q_bias])
+            tokens = F.linear(tokens, self.qk.weight, bias)
+            return F.pad(tokens, (0, 0, 0, 1))[:, :-1].transpose(1, 2).reshape(x.shape)
+
+    net = Net(
+        lambda m, x: m.out(m.scores(m.a(m.first(x)))), first=conv(8, 8), a=conv(8, 6), scores=Scores(), out=conv(6, 4)
+    )
+    channels = trace(net, IMAGE)
+    assert {g.name for g in channels.groups} >= {"stem", "first", "out"} and "scores.qk" not in {
+        g.name for g in channels.groups
+    }
+    assert any("a bias that is computed" in why for why in channels.fixed)
+    x, cut = torch.randn(2, *IMAGE), copy.deepcopy(net)
+    sizes = {g.name: g.size // 2 if g.name == "first" else g.size for g in channels.groups}
+    remove_channels(cut, channels.cut(sizes)[1])
+    assert cut.first.out_channels == 4 and cut(x).shape == net(x).shape

@@ -222,3 +222,36 @@ def test_published_nets_written_as_rows_are_timms_bit_for_bit(name):
         }
         assert macs == {closed_form(PUBLISHED[name], 224, 1000)[0]}
         assert round(macs.pop() / 1e6, 2) == 300.77
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_features_with_an_output_stride(output_stride):
+    """As for a segmentation head: later strides become dilations, weights stay, maps are larger."""
+    net = max((n for n in NETS if n["stem"]["stride"] == 2), key=lambda n: sum(s[0]["stride"] for s in n["stages"]))
+    plain, dilated = (
+        native.build(net, "dnas", features_only=True, **how).eval() for how in ({}, {"output_stride": output_stride})
+    )
+    x = torch.randn(1, IN_CHANS, 64, 64)
+    assert [t.shape for t in plain.state_dict().values()] == [t.shape for t in dilated.state_dict().values()]
+    assert dilated.feature_info.reduction() == [min(r, output_stride) for r in plain.feature_info.reduction()]
+    assert [64 // m.shape[2] for m in dilated(x)] == dilated.feature_info.reduction()
+
+
+def test_counters_where_one_lacks_an_operator():
+    """fvcore leaves out a convolution whose padding is a word, and calls a product with a parameter no layer."""
+
+    class Net(torch.nn.Module):
+        def __init__(self, padding):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 3, padding=padding)
+            self.mix = torch.nn.Parameter(torch.randn(4, 7))
+            self.fc = torch.nn.Linear(7, 5)
+
+        def forward(self, x):
+            x = self.conv(x).flatten(2).transpose(1, 2)  # [1, 64, 4]
+            return self.fc((x @ self.mix).mean(1))
+
+    for padding in ("same", 1):
+        net = Net(padding)
+        by_hand = 64 * 4 * 3 * 9 + 64 * 4 * 7 + 7 * 5
+        assert model_file.count_macs(net, 3, 8) == model_file.count_macs_torch(net, 3, 8) == by_hand

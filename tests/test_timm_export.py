@@ -87,6 +87,15 @@ def test_weights_from_the_file_beside(base, exported):
             assert torch.equal(a, b)
 
 
+def test_an_output_stride_where_the_base_takes_one(exported):
+    name, _, net, _ = exported("test_resnet")
+    base = timm.create_model(net.outline.name, features_only=True, output_stride=8)
+    own = timm.create_model(name, features_only=True, output_stride=8)
+    x = torch.zeros(1, 3, 64, 64)
+    assert own.feature_info.reduction() == base.feature_info.reduction()
+    assert [m.shape[2:] for m in own.eval()(x)] == [m.shape[2:] for m in base.eval()(x)]
+
+
 def test_without_dnas(exported):
     _, folder, net, arch = exported("test_byobnet")
     found = verify_export(folder)

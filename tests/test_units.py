@@ -42,7 +42,7 @@ INVALID = [
     *("", " ", ",", "300MFLOPs,", ",300MFLOPs", "300", "0", "M", "MFLOPs", "%", "FLOPs", "Params"),
     *("-3MFLOPs", "+3MFLOPs", "--3M", "nanFLOPs", "nan", "infFLOPs", "inf", "-infG", "NaN%", "inf%"),
     *("0FLOPs", "0M", "0.0GMACs", "0Params", "0%", "0.00%", "100.1%", "101%", "1000%", "-5%"),
-    *("300MB", "300MFLOPSs", "300XFLOPs", "300MMFLOPs", "300FLOPsM", "5Mparam s", "5%Params", "5%M", "300K FLOPs"),
+    *("300MB", "300MFLOPSs", "300XFLOPs", "300MMFLOPs", "300FLOPsM", "5Mparam s", "5%kParams", "5%M", "300K FLOPs"),
     *(
         "1e3MFLOPs",
         "0x10FLOPs",

@@ -45,7 +45,12 @@ def outline_of(args: argparse.Namespace, fixed: dict[str, Any]) -> TimmBase | Ca
         return partial(SUPERNETS[args.supernet or "prunet"], **fixed)
     if args.supernet or args.width_mult is not None:
         raise UserError("--model is the search space: neither --supernet nor --width-mult goes with it")
-    return TimmBase(args.model, **fixed, kwargs=args.model_kwargs, ties=tuple(args.tie or ()))
+    base = TimmBase(args.model, **fixed, kwargs=args.model_kwargs, ties=tuple(args.tie or ()))
+    if base.is_own():
+        raise UserError(
+            f"--model {args.model!r} is registered with timm, but no network of timm's own, which is expected"
+        )
+    return base
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:

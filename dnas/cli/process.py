@@ -60,7 +60,6 @@ def run(main: Callable[[], object]) -> None:
             main()
     except UserError as error:
         print(f"error: {error.with_flags}", file=sys.stderr)
-        say_what_is_kept()
         sys.exit(2)
     except Stopped as stopped:
         print(f"stopped{stopped}", file=sys.stderr)

@@ -71,6 +71,11 @@ class TimmBase:
     def __str__(self) -> str:
         return f"--model {self.name}" + (f" --model-kwargs {dict(self.kwargs)}" if self.kwargs else "")
 
+    def is_own(self) -> bool:
+        """Whether somebody else has registered the network with timm: such a network cannot be exported."""
+        entry = timm.models.model_entrypoint(self.name) if timm.is_model(self.name) else None
+        return entry is not None and not entry.__module__.startswith("timm.models.")
+
     def create(self, pretrained: bool = False, checkpoint: str | None = None, device: str = "cpu") -> nn.Module:
         """The network, with timm's weights if ``pretrained``, or with the weights of the file ``checkpoint``.
 
@@ -80,10 +85,6 @@ class TimmBase:
         if not timm.is_model(self.name):
             near = difflib.get_close_matches(self.name, timm.list_models(), 4, 0.4)
             raise UserError(f"--model {self.name!r} is no model of timm's; near are {', '.join(near) or 'none'}")
-        if not timm.models.model_entrypoint(self.name).__module__.startswith("timm.models."):
-            raise UserError(
-                f"--model {self.name!r} is registered with timm, but no network of timm's own, which is expected"
-            )
         check_kwargs(self.kwargs)
         if checkpoint and not Path(checkpoint).is_file():
             raise UserError(f"--initial-checkpoint {checkpoint!r} is no file")

@@ -246,8 +246,10 @@ def _layer(record: Record, out: Tensor, line: Tensor, weight: str, bias: Tensor 
     else:  # a module of timm's with numbers of its own (BlurPool2d)
         record.add_sizes([line])
         record.add_sizes([made])
-    if bias is not None:
+    if bias is not None and id(bias) in record.names:
         record.add_axis(record.names[id(bias)], 0, made)
+    elif bias is not None:
+        record.fix(made, "a bias that is computed")
     positions = out.shape[2:].numel() if conv else out.shape[0]
     before = record.ops[module].positions if module in record.ops else 0  # a layer may be used twice
     record.ops[module] = Op(module, before + positions, reads, (weight, 0))

@@ -28,6 +28,7 @@ from dnas.report.metrics import (
 from dnas.runtime.run_folder import write_whole
 from dnas.spec.budget import show
 from dnas.spec.space import DROP
+from dnas.training.data_summary import summary_lines
 
 _PAGE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
     Path(__file__).with_name("report.html").read_text()
@@ -43,7 +44,7 @@ Picture = tuple[str, str, Markup]  # heading, what to look at, the picture
 
 
 def _page(path: Path, **content: Any) -> None:
-    empty: dict[str, Any] = {"warnings": [], "tables": [], "pictures": [], "network": [], "command": ""}
+    empty: dict[str, Any] = {"warnings": [], "tables": [], "pictures": [], "network": [], "command": "", "data": []}
     write_whole(path, _PAGE.render(empty | content).encode())
 
 
@@ -63,20 +64,38 @@ def write_report(folder: Path) -> None:
             lines.append([one.folder.name, str(one.args.get("seed", "")), *tops])
         kinds = [kind for kind in run.nets if kind != "random"]
         tables.append(("Runs that differ in the seed", ["run", "seed", *kinds], lines))
-    info = config.get("provenance", {})
+    if by_class := accuracy_by_class(metrics, config.get("class_names", [])):
+        tables.append(by_class)
+    data, info = config.get("data", {}), config.get("provenance", {})
     told = [f"{key} {info[key]}" for key in ("dnas", "torch", "timm", "python") if key in info]
     _page(
         folder / "report.html",
         title=run.folder.absolute().name,
         word=(word, WORDS[word]),
         sentence=sentence,
-        warnings=metrics.get("warnings", []),
+        warnings=[*data.get("warnings", []), *metrics.get("warnings", [])],
+        data=summary_lines(data) if data else [],
         tables=tables,
         pictures=_pictures(runs, rows),
         network=network(metrics.get("decisions", [])),
         command=again(config.get("argv", [])),
         told=", ".join([*told, str(info.get("device", ""))]),
     )
+
+
+def accuracy_by_class(
+    metrics: Mapping[str, Any], names: Sequence[str], most: int = 20
+) -> tuple[str, list[str], list[list[str]]] | None:
+    """A table (heading, heads, rows) of top-1 by class; of many classes, those that the found net knows least."""
+    kinds = [kind for kind in ("found", *RULES) if metrics.get(kind, {}).get("class_top1")]
+    tops = {kind: metrics[kind]["class_top1"] for kind in kinds}
+    if not kinds or any(len(of) != len(names) for of in tops.values()):
+        return None
+    order = [k for k in range(len(names)) if tops[kinds[0]][k] is not None]
+    order = sorted(order, key=lambda k: tops[kinds[0]][k])[:most]
+    heading = "Accuracy by class" if len(order) == len(names) else f"Accuracy by class, the {len(order)} worst"
+    rows = [[names[k], *(f"{tops[kind][k]:.2f} %" for kind in kinds)] for k in sorted(order)]
+    return heading, ["class", *kinds], rows
 
 
 def again(argv: Sequence[str]) -> str:
