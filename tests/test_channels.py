@@ -158,7 +158,7 @@ def test_what_is_not_understood_stays_and_the_rest_is_cut():
         def forward(self, x):
             tokens = x.flatten(2).transpose(1, 2)
             bias = torch.cat([self.q_bias, 0 * self.q_bias])
-            tokens = F.linear(tokens, self.qk.weight, bias)
+            tokens = F.linear(tokens.reshape(-1, 6), self.qk.weight, bias).reshape(tokens.shape)
             return F.pad(tokens, (0, 0, 0, 1))[:, :-1].transpose(1, 2).reshape(x.shape)
 
     net = Net(
