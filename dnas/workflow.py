@@ -369,8 +369,8 @@ def print_table(folder: Path, name: str, metrics: dict) -> None:
     heads, rows = facts(metrics)
     for column in heads:
         table.add_column(column, justify="left" if not column else "right")
-    for row in rows:
-        table.add_row(*row)
+    for row in rows:  # without units, which the names of rows say: it has to fit on 80 columns
+        table.add_row(*(cell.removesuffix("FLOPs").removesuffix("Params") for cell in row))
     console.print(table)
     if metrics["random"]:
         tops = [row["top1"] for row in metrics["random"]]

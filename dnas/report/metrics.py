@@ -25,7 +25,6 @@ from dnas.spec.recipe import Recipe
 from dnas.spec.space import Arch, Site, Space
 
 METRICS = ("macs", "params", "ms")
-UNITS = {"macs": "FLOPs", "params": "Params", "ms": " "}  # what a table leaves out
 
 
 def search_figures(
@@ -264,8 +263,7 @@ def facts(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         values = [*(metrics[kind].get(metric) for kind in nets), limits.get(metric)]
         values += [expected.get(metric) if metric in limits else None] if expected else []
         if any(v is not None for v in values):
-            # Without the unit, which the name of the row says: the table has to fit on 80 columns.
-            rows.append([text, *("" if v is None else show(metric, v).partition(UNITS[metric])[0] for v in values)])
+            rows.append([text, *("" if v is None else show(metric, v) for v in values)])
     rest = [""] * (len(heads) - 1 - len(nets))
     if "measured_ms" in metrics["found"]:
         rows.append(["measured", *(show("ms", metrics[kind]["measured_ms"]) for kind in nets), *rest])
