@@ -191,10 +191,12 @@ def main(
     config = {"argv": argv, "args": vars(args), "space": asdict(plan.net.outline), "provenance": plan.info}
     config |= {"class_names": plan.data.class_names, "data": plan.data.summary}
     if args.dry_run:
-        for goal in goals if rank() == 0 else ():
-            with run_folder(goal.folder):
-                dry_run(plan, goal)
-                write_json(goal.folder / "config.json", config)
+        console.quiet = rank() > 0
+        for goal in goals:  # all processes train the step of the rehearsal
+            own = goal if rank() == 0 else replace(goal, folder=new_folder(goal.folder))
+            with run_folder(own.folder):
+                dry_run(plan, own)
+                write_json(own.folder / "config.json", config)
         return [goal.folder for goal in goals]
     layout = torch.channels_last if plan.recipe.channels_last else torch.preserve_format
     supernet = plan.net.to(plan.device).to(memory_format=layout)
