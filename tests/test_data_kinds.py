@@ -290,3 +290,25 @@ def test_a_file_that_goes_during_the_run_is_named(tmp_path):
         ):
             list(data.train_batches(12, seed=0))
         file.write_bytes(content)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "bmp", "ppm", "pgm"])
+def test_headers_of_many_files(suffix, tmp_path, monkeypatch):
+    """Of more files than are decoded before a run, only headers are read: sizes and modes are the same."""
+    files = {
+        n.replace(".png", f".{suffix}"): saved(Image.open(io.BytesIO(c)), suffix.replace("pgm", "ppm"))
+        for n, c in GOOD.items()
+    }
+    whole = opened(files, tmp_path, "folder").summary
+    monkeypatch.setattr("dnas.training.data._FULL_CHECK", 0)
+    headers = opened(files, tmp_path, "folder").summary
+    assert all(headers[key] == whole[key] for key in ("sizes", "modes", "train", "validation", "digest"))
+    (tmp_path / "data" / "train" / "cat" / f"0.{suffix}").write_bytes(b"no image")
+    with pytest.raises(UserError, match="cannot be decoded"):
+        opened({}, tmp_path, "folder")
+
+
+@both
+def test_a_name_that_is_no_utf_8(kind, tmp_path):
+    name = b"train/cat/\xe9.png".decode("utf-8", "surrogateescape")
+    assert opened(GOOD | {name: GOOD["train/cat/0.png"]}, tmp_path, kind).num_train == 13

@@ -62,7 +62,7 @@ def rows_beside(path: Path, header: dict[str, Any]) -> tuple[float, list[dict[st
         return 0.0, []
     lines = path.read_text().splitlines(keepends=True)
     first, *more = [json.loads(line) for line in lines if line.endswith("\n")] or [None]
-    if first != header:
+    if first != json.loads(json.dumps(header)):  # where a tuple is a list
         raise UserError(f"{path} is of another device or other settings: remove it, or choose another --out")
     return (more[0], more[1:]) if more else (0.0, [])
 

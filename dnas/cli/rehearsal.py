@@ -97,7 +97,7 @@ def rehearse(plan: Plan, goal: BudgetRun, folder: Path) -> dict[str, Any]:
         model = _done("the net cannot be built", build)
         document = _done("the export fails", export)
         if plan.latency and plan.latency_device:
-            _done("its latency cannot be measured", lambda: measured_ms(plan, [model]))
+            _done("its latency cannot be measured", lambda: measured_ms(plan, [build()]))
         row = _done("a step of its training, or its evaluation, fails", train)
         if rank() == 0:
             _done("the exported net cannot be loaded", load)

@@ -82,7 +82,7 @@ def make_plan(
     random_seed(args.seed)
     net = net or plan_supernet(args, data, max(asked, key=lambda budgets: budgets[0].limit))
     for key in ("num_classes", "in_chans", "img_size"):
-        if getattr(net.outline, key) != getattr(data, key):
+        if json.dumps(getattr(net.outline, key)) != json.dumps(getattr(data, key)):  # a list or a tuple of two sides
             raise UserError(f"{net.name} is for {key} {getattr(net.outline, key)}, the data has {getattr(data, key)}")
     tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
     if latency:

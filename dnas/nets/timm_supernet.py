@@ -123,7 +123,7 @@ def safe_channels(model: nn.Module, image: Sequence[int]) -> Channels:
         try:
             error = (cut(x) - masked).abs().max() / masked.abs().max()
         except Exception as problem:  # any error of the network's own code
-            return str(problem).splitlines()[0]
+            return (str(problem).splitlines() or [type(problem).__name__])[0]
         return "" if float(error) < 1e-9 else f"the logits differ by {float(error):.1e}"
 
     with torch.no_grad():

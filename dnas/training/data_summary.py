@@ -129,7 +129,7 @@ def digest_of(parts: Iterable[bytes | str]) -> str:
     """A SHA-256 of these parts in order, as hexadecimal digits."""
     whole = hashlib.sha256()
     for part in parts:
-        content = part.encode() if isinstance(part, str) else part
+        content = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
         whole.update(len(content).to_bytes(8, "big") + content)
     return whole.hexdigest()
 

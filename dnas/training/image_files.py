@@ -199,9 +199,7 @@ def look_at_header(path: str, what: str) -> Look:
     """What the header of an image file says. Raises UserError if it is none."""
 
     def look(image: Image.Image) -> Look:
-        odd, size, mode = _of_header(image), (image.height, image.width), image.mode
-        image.verify()
-        return Look(size, mode, tuple(odd), b"")
+        return Look((image.height, image.width), image.mode, tuple(_of_header(image)), b"")
 
     return _opened(path, what, look)
 
@@ -213,7 +211,11 @@ def _of_header(image: Image.Image) -> list[str]:
     odd = []
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: a photograph, and its preview
         odd.append("frames")
-    if image.format != "TIFF" and image.getexif().get(0x0112, 1) not in (0, 1):  # of TIFF, Pillow applies it
+    bits = getattr(image, "tag_v2", {}).get(258, (8,))  # of a TIFF: bits of each sample
+    if any(b not in (1, 8, 16) for b in ([bits] if isinstance(bits, int) else bits)):
+        raise ValueError(f"it has {bits} bits a sample; expected 8 or 16 bits")
+    # Pillow applies the rotation of TIFF files itself; that of a PNG is behind its pixels.
+    if image.format not in ("TIFF", "PNG") and image.getexif().get(0x0112, 1) not in (0, 1):
         odd.append("rotation")
     return odd
 
