@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)  # names of classes may have brackets
 
 
 EVERY_S = 60.0  # between two lines on progress in a log

@@ -1,5 +1,6 @@
 """A plain timm model trained from scratch, and the time of one of its steps."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -84,7 +85,9 @@ def train_from_scratch(
     final = model if ema is None else ema.module
     scores = evaluate(final, data.val_batches(max(recipe.batch_size, 256)), recipe)
     seconds = time.perf_counter() - started
-    scores["train_loss"] = fmean(losses)
+    finite = [loss for loss in losses if math.isfinite(loss)]  # the loss of a step that was skipped may be none
+    scores["train_loss"] = fmean(finite) if finite else None
+    scores["loss"] = scores["loss"] if math.isfinite(scores["loss"]) else None
     skipped = {"skipped": learner.skipped} if learner.skipped else {}
     return final, {**scores, **skipped, "epochs": recipe.epochs, "seconds": round(seconds, 2), "seed": seed}
 
