@@ -42,10 +42,10 @@ def what_failed(error: Exception) -> str:
     return ""
 
 
-def say_what_is_kept() -> None:
-    """What of a run that fails is on disk."""
-    if folder := stop.kept():
-        print(f"what was done is kept: --resume {folder} goes on from there", file=sys.stderr)
+def what_is_kept() -> str:
+    """How to go on with a run that fails, if something of it is on disk."""
+    folder = stop.kept()
+    return f"what was done is kept: --resume {folder} goes on from there" if folder else ""
 
 
 def run(main: Callable[[], object]) -> None:
@@ -68,8 +68,10 @@ def run(main: Callable[[], object]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        say_what_is_kept()
+        kept = what_is_kept()
         if not (line := what_failed(error)):
+            if kept:
+                print(kept, file=sys.stderr)
             raise
-        print(f"error: {line}", file=sys.stderr)
+        print("; ".join(filter(None, (f"error: {line}", kept))), file=sys.stderr)
         sys.exit(1)
