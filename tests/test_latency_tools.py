@@ -176,7 +176,7 @@ PROFILE_ERRORS = [
     (["--out", "a.json", "--runtime", "onnxruntime", "--amp", "--device", "cpu"], "float16 on cpu"),
     (["--out", "a.json", "--batch-size", "0"], "--batch-size 0"),
     (["--out", "a.json", "--rounds", "1"], "--rounds 1"),
-    (["--out", "a.json", "--img-size", "0"], "'0'"),
+    (["--out", "a.json", "--img-size", "0"], "--img-size: '0'"),
     (["--out", "a.json", "--model", "densenet121", "--img-size", "64"], "denselayer2.conv1"),
     (["--out", "a.json", "--model", "resnet51"], "'resnet51'"),
     (["--check", "absent.json"], "absent.json"),

@@ -276,7 +276,8 @@ def test_a_whole_run_with_a_network_of_timms(tmp_path, trusted, monkeypatch, cap
     assert 0.98 * metrics["budget"][0]["limit"] <= metrics["found"]["macs"] <= metrics["budget"][0]["limit"]
     assert metrics["found"]["macs"] == document["macs"]
     assert call(retrain_tool, monkeypatch, out, "--epochs", "1", "-b", "256", "--output", again) == 0
-    assert (trusted[0], trusted[-1]) == (out, again)  # each with its weights
+    found, before_training, retrained = trusted
+    assert (found, retrained) == (out, again) and Path(before_training) not in (out, again)
     assert call(export_tool, monkeypatch, again, "--check") == 0
     too_much = (out, "--epochs", "1", "--drop-path", "0.1", "--output", tmp_path / "other")
     assert call(retrain_tool, monkeypatch, *too_much) == 0  # a ResNet takes it
@@ -332,10 +333,12 @@ def test_an_interrupted_run_leaves_no_folder_unless_a_network_was_found(where, t
 
 def test_a_dry_run_can_be_asked_for_again(tmp_path, trusted, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dnas.cli.rehearsal.verify_export", trusted.append)
     for _ in range(3):
         assert call(search_tool, monkeypatch, "--budget", "50%", "--supernet", "toy", "--dry-run") == 0
     names = [f"toy-50pc-0-dry{end}" for end in ("", "-2", "-3")]
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == names
+    assert [folder.name for folder in trusted] == names
 
 
 def test_a_changed_arch_file_is_refused(finished_run, tmp_path, monkeypatch, capsys):

@@ -1,7 +1,6 @@
 """Images whose height is not their width, from the flag to the exported network and the latency table."""
 
 import ast
-import json
 
 import pytest
 import torch
@@ -131,5 +130,5 @@ def test_a_latency_table(tmp_path, monkeypatch):
         10,
     )
     assert call(profile_tool, monkeypatch, "--supernet", "toy", "--img-size", 8, 20, *quick, "--out", out) == 0
-    assert read_table(out).header["space"]["img_size"] == [8, 20] and json.loads(out.read_text())
+    assert read_table(out).header["space"]["img_size"] == [8, 20]
     assert call(profile_tool, monkeypatch, "--check", out, "--check-nets", 3, "--device", "cpu") == 0

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import is_model
 from torch import nn
 
-from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_space import TimmBase, is_timms_own
 from dnas.runtime.distributed import rank
 from dnas.runtime.progress import console
 from dnas.runtime.run_folder import check_new_folder, provenance
@@ -46,7 +47,7 @@ def outline_of(args: argparse.Namespace, fixed: dict[str, Any]) -> TimmBase | Ca
     if args.supernet or args.width_mult is not None:
         raise UserError("--model is the search space: neither --supernet nor --width-mult goes with it")
     base = TimmBase(args.model, **fixed, kwargs=args.model_kwargs, ties=tuple(args.tie or ()))
-    if base.is_own():
+    if is_model(args.model) and not is_timms_own(args.model):
         raise UserError(
             f"--model {args.model!r} is registered with timm, but no network of timm's own, which is expected"
         )

@@ -68,18 +68,13 @@ def for_data(found: dict[str, Any], data: Data, name: str) -> dict[str, Any]:
     here = arch_document(
         name, found["net"], shown, supernet=found["supernet"], answers=found["answers"], provenance=found["provenance"]
     )
-    changed = [key for key in SIZES if as_plain(found[key]) != as_plain(here[key])]
+    changed = [key for key in SIZES if as_size(found[key]) != as_size(here[key])]  # as JSON has them
     if not changed:
         return here | {"budget": found["budget"]}
     sizes = ", ".join(f"{key} {here[key]} (was {found[key]})" for key in changed)
     costs = ", ".join(f"{show(m, here[m])} (was {show(m, found[m])})" for m in ("macs", "params"))
     console.print(f"the network was found for other data: {sizes}; it costs {costs}", soft_wrap=True)
     return here
-
-
-def as_plain(value: Any) -> Any:
-    """A size as one number or a list, from here or from JSON."""
-    return [*value] if isinstance(value, (list, tuple)) else value
 
 
 def trained_on(folder: Path, config: dict[str, Any], epochs: int) -> dict[str, Any]:
@@ -121,6 +116,7 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
         if args.more_epochs is not None:
             config = trained_on(folder, config, args.more_epochs)
             recipe = replace(recipe, epochs=args.more_epochs)
+            config |= {"recipe": asdict(recipe)}
     say_data(data)
     document = for_data(found, data, args.name or found["name"])
     random_seed(args.seed)

@@ -11,7 +11,7 @@ import torch
 from timm.models import is_model, model_entrypoint
 
 from dnas.export import narrowed, native
-from dnas.nets.timm_space import check_kwargs
+from dnas.nets.timm_space import check_kwargs, is_timms_own
 from dnas.spec.checks import UserError, check, fail
 from dnas.spec.image_size import check_size
 
@@ -59,7 +59,7 @@ def check_net(net: Any) -> None:
 def _check_narrowed(net: dict[str, Any]) -> None:
     check("net", net, NARROWED)
     base = net["base"]
-    if not is_model(base) or not model_entrypoint(base).__module__.startswith("timm.models."):
+    if not is_timms_own(base):
         fail("net.base", base, "a model of timm's own")
     try:
         check_kwargs(net["kwargs"])

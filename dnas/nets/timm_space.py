@@ -50,6 +50,11 @@ def check_kwargs(kwargs: Mapping[str, Any]) -> None:
             raise UserError(f"model argument {key}={shown} is not one of {allowed}")
 
 
+def is_timms_own(name: str) -> bool:
+    """Whether timm has a network of this name that nobody else has registered: only these can be exported."""
+    return timm.is_model(name) and timm.models.model_entrypoint(name).__module__.startswith("timm.models.")
+
+
 @dataclass(frozen=True)
 class TimmBase:
     """A network of timm's, which is the widest net of a space.
@@ -70,11 +75,6 @@ class TimmBase:
 
     def __str__(self) -> str:
         return f"--model {self.name}" + (f" --model-kwargs {dict(self.kwargs)}" if self.kwargs else "")
-
-    def is_own(self) -> bool:
-        """Whether somebody else has registered the network with timm: such a network cannot be exported."""
-        entry = timm.models.model_entrypoint(self.name) if timm.is_model(self.name) else None
-        return entry is not None and not entry.__module__.startswith("timm.models.")
 
     def create(self, pretrained: bool = False, checkpoint: str | None = None, device: str = "cpu") -> nn.Module:
         """The network, with timm's weights if ``pretrained``, or with the weights of the file ``checkpoint``.

@@ -118,12 +118,13 @@ def _from_tar(path: Path, img_size: ImgSize | None, in_chans: int, device: torch
             pixels = TF.pil_to_tensor(image)
             images[split].append((fit(pixels[None], img_size, in_chans)[0] if img_size else pixels, label))
     names = layout.class_names()
+    number = {name: k for k, name in enumerate(names)}
     sizes = sorted({tuple(image.shape[1:]) for part in images.values() for image, _ in part})
     if len(sizes) > 1 or min(sizes[0]) < 8:
         seen = " and ".join(f"{height}x{width}" for height, width in sizes[:2])
         raise UserError(f"{where} has images of {seen} pixels: expected one size from 8x8 up, or an image size")
     train, val = (
-        (torch.stack([image for image, _ in part]), torch.tensor([names.index(label) for _, label in part]))
+        (torch.stack([image for image, _ in part]), torch.tensor([number[label] for _, label in part]))
         for part in images.values()
     )
     about = {"files": (met["train"], met["validation"]), "left_out": layout.left_out}
@@ -142,9 +143,10 @@ def _open_folders(root: Path) -> tuple[Samples, tuple[str, ...], list[str], Mapp
         if (place := layout.place(name, size)) and size is not None:
             placed.append((*place, str(path)))
     names = layout.class_names()
+    number = {name: k for k, name in enumerate(names)}
     samples: Samples = {split: [] for split in ("train", "validation")}
     for split, label, file in sorted(placed, key=lambda item: natural_key(item[2])):  # in timm's order
-        samples[split].append((file, names.index(label)))
+        samples[split].append((file, number[label]))
     return samples, names, sorted(layout.sizes), layout.left_out
 
 

@@ -46,11 +46,10 @@ def summarize(
         digest: of whatever tells these data from others.
         files: what the files of both splits are, where there are files.
     """
-    by_split = {
-        split: Counter(dict.fromkeys(range(len(names)), 0)) + Counter(of.tolist())
+    counts = {
+        split: of.bincount(minlength=len(names)).tolist()
         for split, of in (("train", labels), ("validation", val_labels))
     }
-    counts = {split: [by_class[k] for k in range(len(names))] for split, by_class in by_split.items()}
     most = max(range(len(names)), key=lambda k: counts["validation"][k])
     summary: dict[str, Any] = {
         "classes": len(names),
