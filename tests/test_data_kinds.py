@@ -237,6 +237,30 @@ def test_links(tmp_path):
         load_data(data_dir=str(root), img_size=16)
 
 
+def test_what_is_broken_beside_the_splits_is_not_looked_at(tmp_path):
+    root = tmp_path / "data"
+    write_folder(root / "top", GOOD)
+    (root / "gone.png").symlink_to(root / "nowhere.png")
+    (root / "top" / "gone.png").symlink_to(root / "nowhere.png")
+    assert load_data(data_dir=str(root), img_size=16, workers=0).num_train == 12
+
+
+def test_random_crops_keep_the_shape_of_images_that_are_not_square(tmp_path):
+    """The slopes of a ramp from left to right and of one from top to bottom tell how each crop was stretched."""
+    height, width = 64, 192
+    across, down = (np.linspace(0, 255, n).astype(np.uint8) for n in (width, height))
+    ramp = np.stack(np.broadcast_arrays(across[None], down[:, None], np.uint8(0)))
+    files = {name: encode(ramp) for name in GOOD}
+    data = opened(files, tmp_path, "folder", img_size=(height, width))
+    x = torch.cat([x for seed in range(20) for x, _ in data.train_batches(12, seed=seed)])
+    x = x * torch.tensor(data.std)[:, None, None] + torch.tensor(data.mean)[:, None, None]
+    wide = (x[:, 0, :, -20] - x[:, 0, :, 20]).mean(1).abs() * width / (width - 40)
+    high = (x[:, 1, -7] - x[:, 1, 7]).mean(1).abs() * height / (height - 14)
+    stretched = (wide / high).log()
+    assert len(x) == 240 and stretched.abs().max() < np.log(4 / 3) + 0.1  # timm's range for square images
+    assert stretched.std() > 0.1 and abs(stretched.mean()) < 0.05
+
+
 def test_a_tar_of_tars_folders_first_and_a_leading_dot(tmp_path):
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as tar:

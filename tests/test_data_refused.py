@@ -1,5 +1,6 @@
 """Data that cannot be read ends in one line that quotes what was given."""
 
+import io
 import tarfile
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def without(part):
 
 def tar_of(tmp_path, files, name="x.tar"):
     return {"data_dir": write_tar(tmp_path / name, files, "w:gz" if name.endswith("gz") else "w")}
+
+
+def tar_with_more(tmp_path, name):
+    path = write_tar(tmp_path / "x.tar", GOOD, "w")
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo(name)
+        info.size = len(GOOD["train/dog/1.png"])
+        tar.addfile(info, io.BytesIO(GOOD["train/dog/1.png"]))
+    return {"data_dir": path}
 
 
 def special_tar(tmp_path, kind, name="train/cat/link.png"):
@@ -102,6 +112,7 @@ REFUSED = {
     ),
     "two validation folders": (lambda p: folder_of(p, GOOD | {"val/cat/0.png": JPEG}), "'val'"),
     "one folder twice": (linked, "/train'"),
+    "two tops": (lambda p: folder_of(p, GOOD | {"b/train/cat/0.png": JPEG}), "b/train"),
     "empty class folder": (lambda p: folder_of(p, GOOD | {"train/bird": None}), "'train/bird'"),
     "class folder without images": (lambda p: folder_of(p, GOOD | {"validation/emu/x.txt": b"x"}), "'validation/emu'"),
     "empty train folder": (lambda p: folder_of(p, without("train") | {"train": None}), "'train'"),
@@ -118,6 +129,7 @@ REFUSED = {
     "tar: no validation": (lambda p: tar_of(p, without("validation"), "x.tgz"), "x.tgz'"),
     "tar: val and validation": (lambda p: tar_of(p, GOOD | {"val/cat/0.png": GOOD["train/cat/0.png"]}), "validation"),
     "tar: two tops": (lambda p: tar_of(p, GOOD | {"b/train/cat/0.png": GOOD["train/cat/0.png"]}), "b/train"),
+    "tar: an image twice": (lambda p: tar_with_more(p, "train/cat/0.png"), "'train/cat/0.png' is there twice"),
     "tar: image outside a class": (lambda p: tar_of(p, GOOD | {"train/0.png": JPEG}), "'train/0.png'"),
     "tar: empty class": (lambda p: tar_of(p, GOOD | {"train/bird": None}), "'train/bird'"),
     "tar: classes differ": (lambda p: tar_of(p, without("train/dog")), "'dog'"),

@@ -212,6 +212,15 @@ def test_torchrun_writes_one_run_folder(tmp_path):
     done = torchrun("tools/retrain.py", tmp_path / "run", "--output", tmp_path / "again", *short)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "run"]
+    complete = (tmp_path / "run/metrics.json").read_bytes()
+    again = torchrun("tools/search.py", "--resume", tmp_path / "run")
+    assert again.returncode == 0 and again.stdout.count("files:") == 1, again.stderr
+    assert (tmp_path / "run/metrics.json").read_bytes() == complete
+    for epochs in (1, 2):  # complete; then trained on
+        done = torchrun("tools/retrain.py", "--resume", tmp_path / "again", *(("--epochs", 2) * (epochs - 1)))
+        assert done.returncode == 0 and done.stdout.count("files:") == 1, done.stderr
+        assert json.loads((tmp_path / "again/metrics.json").read_text())["found"]["epochs"] == epochs
+    assert (tmp_path / "again/metrics-1-epochs.json").exists()
     refused = torchrun("tools/search.py", *flags, "-b", 127, "--output", tmp_path / "odd")
     assert refused.returncode != 0 and "error: --batch-size 127 does not divide among 2 processes" in refused.stderr
     assert not (tmp_path / "odd").exists()

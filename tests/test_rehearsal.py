@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,12 @@ import torch
 from commands import call, check_refused, search_tool
 
 from dnas.cli import rehearsal
+from dnas.cli.search import introduce
+from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_supernet import TimmSupernet
+from dnas.spec.cost import CostTable
 from dnas.training.batches import in_memory
+from dnas.training.data import load_data
 
 SHORT = ("--supernet", "toy", "--img-size", 8, "--budget", "50%", "--search-epochs", 2, "--epochs", 1, "-b", 256)
 
@@ -49,6 +56,27 @@ def test_counters_that_disagree_are_refused_before_the_first_step(tmp_path, trus
     out = tmp_path / "run"
     check_refused(call(search_tool, monkeypatch, *SHORT, "--output", out), capsys, "counts 1 MACs")
     assert not out.exists()
+
+
+def test_a_machine_without_memory_is_no_mistake_of_the_user(tmp_path, trusted, monkeypatch, capsys):
+    def full(*_args, **_more):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(STAGES["train"], full)
+    assert call(search_tool, monkeypatch, *SHORT, "--output", tmp_path / "run") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory") and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_reasons_why_channels_stay_are_whole(capsys):
+    """A line that was cut in mid-sentence would lack the number at the end of a reason."""
+    net = TimmSupernet(TimmBase("resnet18", 10, 3, 8, kwargs={"layers": [1] * 4, "channels": [8] * 4}))
+    reasons = tuple(f"layer{k}: a product of {'many ' * 40}factors {k}" for k in range(5))
+    net.channels = replace(net.channels, fixed=reasons)
+    task = SimpleNamespace(net=net, data=load_data(img_size=8), tables={"macs": CostTable.build(net.space, "macs")})
+    introduce(task)
+    said = capsys.readouterr().out
+    assert all(reason in said for reason in reasons[:3]) and "and 2 more" in said
 
 
 def test_rates_that_a_network_does_not_take(tmp_path, trusted, monkeypatch, capsys):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dnas.cli.process import what_failed
 from dnas.export.model_file import build_net, save_weights, verify_export
 from dnas.nets.shrink import has_weights_of, plain_state
 from dnas.report.metrics import decision_rows, layer_rows
@@ -111,9 +112,11 @@ def _done(what: str, do: Callable[[], Any]) -> Any:
     """``do()``; what it raises becomes a UserError that begins with ``what``, except for a machine that fails."""
     try:
         return do()
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+    except (UserError, OSError):
         raise
     except Exception as error:
+        if what_failed(error):
+            raise
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"{what} with the uniform net, before the search: {type(error).__name__}: {reason}") from error
 

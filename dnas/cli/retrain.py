@@ -9,6 +9,7 @@ from typing import Any
 
 import safetensors.torch
 from timm.utils import random_seed
+from torch import nn
 
 from dnas.cli.inputs import check_same_data, data_of, device_of, new_folder, recipe_of, say_data
 from dnas.export.arch_schema import SIZES
@@ -22,8 +23,8 @@ from dnas.export.model_file import (
     write_export,
 )
 from dnas.report.metrics import read_run
-from dnas.runtime.checkpoint import WORTH_KEEPING
-from dnas.runtime.distributed import rank
+from dnas.runtime.checkpoint import BEFORE, LAST, WORTH_KEEPING
+from dnas.runtime.distributed import gathered, rank
 from dnas.runtime.progress import console
 from dnas.runtime.run_folder import provenance, run_folder, write_json
 from dnas.runtime.signals import stop
@@ -82,13 +83,26 @@ def trained_on(folder: Path, config: dict[str, Any], epochs: int) -> dict[str, A
 
     Raises UserError for a run that is not complete, or has as many epochs.
     """
-    if not (folder / "metrics.json").exists():
-        raise UserError(f"--epochs {epochs}: {folder} is not complete; --resume without --epochs goes on with it")
-    done = read_json(folder / "metrics.json", MAX_BYTES)["found"]["epochs"]
+    for name in ("metrics.json", "model.safetensors"):
+        if not (folder / name).exists():
+            raise UserError(f"--epochs {epochs}: {folder} has no {name}; --resume without --epochs goes on with it")
+    try:
+        done = int(read_json(folder / "metrics.json", MAX_BYTES)["found"]["epochs"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{folder}: its metrics.json does not say how many epochs it had") from None
     if epochs <= done:
         raise UserError(f"--epochs {epochs}: {folder} has {done} already, more are expected")
     args = config["args"] | {"epochs": epochs}
     return config | {"argv": [*config["argv"], f"--epochs={epochs}"], "args": args, "trained_before": done}
+
+
+def load_trained(model: nn.Module, path: Path) -> None:
+    """Put the weights of a run that trains on into its network. Raises UserError if they are damaged or another's."""
+    try:
+        model.load_state_dict(safetensors.torch.load_file(path))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{str(path)!r} does not hold the weights of this network: {reason}") from None
 
 
 def main(args: argparse.Namespace, argv: list[str]) -> None:
@@ -96,7 +110,8 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     if not (args.run and args.output):
         raise UserError("a run folder and --output are expected, or --resume")
     recipe, device = recipe_of(args), device_of(args)
-    folder = Path(args.output) if args.resume else new_folder(args.output)
+    folder = Path(args.output) if args.resume and rank() == 0 else new_folder(args.output)
+    more = args.more_epochs if args.resume else None
     source = Path(args.run)
     found = read_arch(source / "arch.json" if source.is_dir() else source)
     inherit_data(args, source)
@@ -111,11 +126,11 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     }
     config |= {"class_names": data.class_names, "data": data.summary}
     if args.resume:
-        config = read_json(folder / "config.json", MAX_BYTES)
-        check_same_data(config, data, str(folder))
-        if args.more_epochs is not None:
-            config = trained_on(folder, config, args.more_epochs)
-            recipe = replace(recipe, epochs=args.more_epochs)
+        config = read_json(Path(args.output) / "config.json", MAX_BYTES)
+        check_same_data(config, data, args.output)
+        if more is not None:
+            config = trained_on(Path(args.output), config, more)
+            recipe = replace(recipe, epochs=more)
             config |= {"recipe": asdict(recipe)}
     say_data(data)
     document = for_data(found, data, args.name or found["name"])
@@ -129,15 +144,18 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     per_epoch = len(data.train_batches(recipe.batch_size, seed=args.seed))
     first = int(config.get("trained_before", 0)) * per_epoch
     if first:
-        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+        load_trained(model, Path(args.output) / "model.safetensors")
+    complete = gathered(more is None and (folder / "metrics.json").exists())[0]
     costs = {metric: document[metric] for metric in ("macs", "params")}
     with run_folder(folder, keep_if=WORTH_KEEPING):
-        if not args.resume or args.more_epochs is not None:
+        if not args.resume or more is not None:
             write_json(folder / "config.json", config)
-        if args.resume and args.more_epochs is not None:  # what was reached stays, beside
+        if more is not None and rank() == 0:
+            for name in (BEFORE, LAST):  # of the training that is complete
+                (folder / name).unlink(missing_ok=True)
             (folder / "metrics.json").rename(folder / f"metrics-{config['trained_before']}-epochs.json")
         journal = stop.journal(folder, device, args.checkpoint_every)
-        if not (folder / "metrics.json").exists():
+        if not complete:
             train = partial(train_from_scratch, model, data, recipe, seed=args.seed, first=first)
             row = in_steps(train, journal, document["name"], recipe.epochs * per_epoch, first)[1]
             write_export(folder, document)
@@ -146,6 +164,8 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
             metrics = {"budget": document["budget"], "validation_images": data.num_val, "found": costs | row}
             write_json(folder / "metrics.json", metrics)
         journal.close()
+    if rank():
+        return
     row = read_json(folder / "metrics.json", MAX_BYTES)["found"]
     reached = ", ".join(show(m, cost) for m, cost in costs.items())
     console.print(f"{document['name']}: {reached}, top-1 {row['top1']:.2f} %{before(source, args)}", soft_wrap=True)

@@ -29,7 +29,7 @@ from dnas.nets.timm_space import TimmBase
 from dnas.nets.timm_supernet import TimmSupernet
 from dnas.report.pages import write_report
 from dnas.runtime.checkpoint import WORTH_KEEPING
-from dnas.runtime.distributed import check_shares, rank, split, world_size
+from dnas.runtime.distributed import check_shares, gathered, rank, split, world_size
 from dnas.runtime.progress import console
 from dnas.runtime.run_folder import provenance, run_folder, write_json
 from dnas.runtime.signals import stop
@@ -202,7 +202,8 @@ def main(
     supernet = plan.net.to(plan.device).to(memory_format=layout)
     # Before anything is written: it may find that there is nothing to do.
     fresh = begin(plan.method, supernet, plan.task)
-    if not all((goal.folder / "metrics.json").exists() for goal in goals):  # of complete runs, only pages are made anew
+    complete = gathered([(goal.folder / "metrics.json").exists() for goal in goals])[0]
+    if not all(complete):  # of complete runs, only pages are made anew
         rehearse_aside(plan, goals[0])
     sizes = {"num_classes": plan.data.num_classes, "in_chans": plan.data.in_chans}
     widest = build_net(plan.net.net_of(plan.tables["macs"].extremes()[1]), **sizes).to(plan.device)
@@ -225,9 +226,10 @@ def main(
         random_seed(args.seed)
         return copy.deepcopy(search) if len(mine) > 1 else search, rows, seconds
 
-    mine = goals[split(parts) :: parts]
+    group = split(parts)
+    mine, complete = goals[group::parts], complete[group::parts]
     console.quiet = rank() > 0
-    for goal in mine:
+    for goal, is_complete in zip(mine, complete, strict=True):
         own = goal if rank() == 0 else replace(goal, folder=new_folder(goal.folder))
         with run_folder(own.folder, keep_if=WORTH_KEEPING):
             if not (own.folder / "config.json").exists():
@@ -235,10 +237,11 @@ def main(
                     write_state(net.plain_state(), own.folder / INITIAL_WEIGHTS)
                 write_json(own.folder / "config.json", config)
             journal = stop.journal(own.folder, plan.device, args.checkpoint_every)
-            if not (own.folder / "metrics.json").exists():
+            if not is_complete:
                 write_json(own.folder / "metrics.json", find(plan, own, journal, begun, plain_ms))
             if rank() == 0:
                 write_report(own.folder)
             journal.close()
-        print_table(goal.folder, goal.name, read_json(own.folder / "metrics.json", MAX_BYTES))
+        if rank() == 0:
+            print_table(goal.folder, goal.name, read_json(own.folder / "metrics.json", MAX_BYTES))
     return [goal.folder for goal in goals]

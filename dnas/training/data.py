@@ -174,7 +174,8 @@ def _from_files(
     height, width = sides(img_size)
     is_small = height * width <= _SMALL**2
     plain = create_transform((3, height, width), crop_pct=1.0 if is_small else None, use_prefetcher=True)
-    augment = create_transform((3, height, width), is_training=True, color_jitter=0.0, use_prefetcher=True)
+    ratio = (3 / 4 * width / height, 4 / 3 * width / height)  # timm's crops are for square images: these keep shapes
+    augment = create_transform((3, height, width), is_training=True, ratio=ratio, color_jitter=0.0, use_prefetcher=True)
     if is_small:
         cover = v2.Resize(height) if height == width else ResizeKeepRatio((height, width), interpolation="bilinear")
         crops = [
@@ -210,8 +211,10 @@ def _looked_at(samples: Samples, names: Sequence[str]) -> dict[str, Met]:
 
     with ThreadPoolExecutor() as pool:
         for split, part in samples.items():
-            for one, (_, label) in zip(pool.map(look, [path for path, _ in part]), part, strict=True):
-                met[split].add(one, names[label])
+            for start in range(0, len(part), 10_000):  # of millions of files, not all are to wait at once
+                some = part[start : start + 10_000]
+                for one, (_, label) in zip(pool.map(look, [path for path, _ in some]), some, strict=True):
+                    met[split].add(one, names[label])
     return met
 
 

@@ -43,6 +43,7 @@ class Layout:
         self._counts: dict[str, Counter[str]] = {"train": Counter(), "validation": Counter()}
         self._origins: set[tuple[str, ...]] = set()
         self._spelled: dict[tuple[str, str], str] = {}
+        self._seen: set[PurePosixPath] = set()
 
     def place(self, name: PurePosixPath, size: int | None) -> tuple[str, str] | None:
         """(split, class) of an image of ``size`` bytes; None for what is no image. ``size`` None: a folder."""
@@ -69,6 +70,9 @@ class Layout:
             self.left_out[name.suffix.lower() or "no extension"] += 1
         if not is_image:
             return None
+        if name in self._seen:
+            raise UserError(f"{self.where}: image {str(name)!r} is there twice: expected once")
+        self._seen.add(name)
         self.sizes.append(f"{split}/{unicodedata.normalize('NFC', '/'.join(inside))} {size}")
         return split, label
 
@@ -112,8 +116,8 @@ def counted(counts: Mapping[str, int]) -> str:
 def walk(root: Path) -> Iterator[tuple[PurePosixPath, Path, int | None]]:
     """(name relative to ``root``, path, bytes or None for a folder) of what is in a data folder; links are followed.
 
-    What is neither in a folder of a split nor in a folder that has one is not looked at: it may be large. Raises
-    UserError for what cannot be read, and for a link to a folder above itself.
+    What is neither in a folder of a split nor in a folder that has one is not looked at: it may be large, or closed.
+    Raises UserError for what cannot be read, and for a link to a folder above itself.
     """
 
     def failed(error: OSError) -> None:
@@ -124,8 +128,7 @@ def walk(root: Path) -> Iterator[tuple[PurePosixPath, Path, int | None]]:
         here, real = Path(folder), os.path.realpath(folder)
         dirs[:] = sorted((d for d in dirs if not d.startswith(".")), key=natural_key)
         if here == root:
-            at_top = [d for d in dirs if d in SPLITS]
-            dirs[:] = at_top or [d for d in dirs if any((here / d / split).is_dir() for split in SPLITS)]
+            dirs[:] = [d for d in dirs if d in SPLITS or any(os.path.isdir(here / d / split) for split in SPLITS)]
         elif here.parent == root and here.name not in SPLITS:
             dirs[:] = [d for d in dirs if d in SPLITS]
         for name in dirs:
@@ -137,10 +140,12 @@ def walk(root: Path) -> Iterator[tuple[PurePosixPath, Path, int | None]]:
                 if other != here / name:
                     raise UserError(f"{str(other)!r} and {str(here / name)!r} are one folder: expected two")
             yield PurePosixPath((here / name).relative_to(root)), here / name, None
+        if not SPLITS.keys() & {*here.relative_to(root).parts[:2]}:
+            continue
         for name in sorted(files, key=natural_key):
             path = here / name
             is_wanted = not name.startswith(".") and path.suffix.lower() in READ
-            if is_wanted and not path.is_file():
+            if is_wanted and not os.path.isfile(path):
                 raise UserError(f"image {str(path)!r} is a broken link, or no file: expected a file")
             yield PurePosixPath(path.relative_to(root)), path, path.stat().st_size if is_wanted else 0
 
