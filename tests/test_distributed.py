@@ -19,7 +19,7 @@ from dnas.methods.derive import derive, gate_likelihood
 from dnas.methods.gates import GATES
 from dnas.methods.loop import search
 from dnas.methods.method import Task
-from dnas.methods.rank_and_cut import L1
+from dnas.methods.rankings import L1
 from dnas.methods.settings import GatesConfig
 from dnas.nets.layer_supernet import MacroSupernet
 from dnas.nets.timm_space import TimmBase

@@ -24,6 +24,7 @@ from nbclient import NotebookClient
 from tables import HEADER, rows_of
 
 from dnas.cli.parsers import PARSERS
+from dnas.methods.settings import CONFIGS
 from dnas.nets.layer_supernet import MacroSupernet
 from dnas.runtime.run_folder import provenance
 from dnas.spec.latency_table import table_text
@@ -138,6 +139,7 @@ def test_links_lead_somewhere():
 def test_every_flag_of_the_text_is_known():
     """Words that look like flags, in prose as well, are flags of some tool, of make's tests or of torchrun."""
     told = [parser([]).format_help() for parser in PARSERS.values()]
+    told += [PARSERS["search"](["--method", name]).format_help() for name in CONFIGS]
     known = set(re.findall(r"--[a-z][\w-]+", " ".join(told))) | {"--nproc-per-node", "--logdir", "--dist"}
     for path in TEXTS:
         flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*[a-z0-9]", path.read_text()))

@@ -12,6 +12,7 @@ from dnas.spec.budget import Budget
 from dnas.spec.cost import CostTable
 from dnas.spec.recipe import Recipe
 from dnas.training.data import load_data
+from dnas.training.optimizer import to_channels_last
 from supernets import SUPERNETS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -71,3 +72,12 @@ def test_a_stopped_search_keeps_its_scale():
     other = begin(GATES, toy("cpu"), task)
     load_search(GATES, other, search_data(GATES, state))
     assert other.own.scaler.get_scale() == 1234.0
+
+
+def test_channels_last_leaves_weights_of_other_dimensions_as_they_are():
+    """Networks of timm's with 3-D convolutions (lambda layers) have weights of five dimensions."""
+    module = torch.nn.ModuleList([torch.nn.Conv2d(4, 6, 3), torch.nn.Conv3d(1, 2, (1, 3, 3)), torch.nn.Linear(2, 3)])
+    before = [p.detach().clone() for p in module.parameters()]
+    assert to_channels_last(module) is module
+    assert all(map(torch.equal, before, module.parameters()))
+    assert module[0].weight.is_contiguous(memory_format=torch.channels_last) and module[1].weight.is_contiguous()

@@ -1,19 +1,27 @@
 """``dnas methods``: every way to choose a network."""
 
 import argparse
-from dataclasses import fields
-
-from rich.table import Table
 
 from dnas.methods.catalog import METHODS
+from dnas.methods.method import Method
 from dnas.runtime.progress import console
 
 
+def facts(method: Method) -> dict[str, str]:
+    """What a user wants to know of a method, by name. The work is in trainings of the widest net."""
+    return {
+        "decides": method.summary,
+        "needs": method.needs,
+        "trainings": f"{sum(method.work(method.config())):g}",
+        "deviations": method.deviations,
+        "source": method.source,
+    }
+
+
 def main(args: argparse.Namespace, argv: list[str]) -> None:
-    """Print a table with a row for each method."""
-    table = Table("method", "chooses", "flags", "source")
+    """Print the facts of each method."""
     for name, method in METHODS.items():
-        flags = " ".join(f"--{field.name.replace('_', '-')}" for field in fields(method.config))
-        table.add_row(name, method.summary, flags, method.source)
-    console.print(table)
+        console.print(name, style="bold")
+        for what, text in facts(method).items():
+            console.print(f"    {what + ':':12} {text}", soft_wrap=True, highlight=False)
     console.print("dnas search --method NAME ...; dnas search --method NAME --help explains its flags", soft_wrap=True)

@@ -40,6 +40,7 @@ from dnas.spec.image_size import size_text
 from dnas.spec.latency_table import LatencyTable
 from dnas.training.batches import Data
 from dnas.training.from_scratch import time_step
+from dnas.training.optimizer import to_channels_last
 from dnas.workflow import Begun, BudgetRun, Plan, find, print_table, run_search
 
 INITIAL_WEIGHTS = "initial.safetensors"  # in a run folder: of a network that a program gave
@@ -198,8 +199,9 @@ def main(
                 dry_run(plan, own)
                 write_json(own.folder / "config.json", config)
         return [goal.folder for goal in goals]
-    layout = torch.channels_last if plan.recipe.channels_last else torch.preserve_format
-    supernet = plan.net.to(plan.device).to(memory_format=layout)
+    supernet = plan.net.to(plan.device)
+    if plan.recipe.channels_last:
+        to_channels_last(supernet)
     # Before anything is written: it may find that there is nothing to do.
     fresh = begin(plan.method, supernet, plan.task)
     complete = gathered([(goal.folder / "metrics.json").exists() for goal in goals])[0]

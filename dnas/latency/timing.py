@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dnas.runtime.run_folder import provenance
 from dnas.spec.checks import UserError
 from dnas.spec.latency_table import RUNTIMES
+from dnas.training.optimizer import to_channels_last
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,15 @@ def _onnxruntime() -> Any:
 
 def ready(module: nn.Module, inputs: Sequence[Tensor], target: Target) -> Callable[[], object]:
     """A function that runs ``module`` on ``inputs`` once, as the target does."""
-    layout = torch.channels_last if target.channels_last else torch.contiguous_format
     dtype = getattr(torch, target.dtype)
 
     def placed(t: Tensor) -> Tensor:
         t = t.to(target.device, dtype if t.is_floating_point() else t.dtype)
-        return t.to(memory_format=layout) if t.ndim == 4 else t
+        return t.to(memory_format=torch.channels_last) if t.ndim == 4 and target.channels_last else t
 
-    module, given = module.eval().to(target.device, dtype).to(memory_format=layout), [placed(t) for t in inputs]
+    module, given = module.eval().to(target.device, dtype), [placed(t) for t in inputs]
+    if target.channels_last:
+        to_channels_last(module)
     if target.runtime == "onnxruntime":
         return _onnx_call(module, given, target.threads)
     if target.runtime == "cudagraph":

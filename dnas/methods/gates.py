@@ -362,6 +362,8 @@ def load_state_dict(search: Search, data: Mapping[str, Any]) -> None:
 
 
 GATES = Method(
+    needs="labels, gradients; 30 % of the training images are held out",
+    deviations="one search for both papers' decisions; see the algorithms",
     summary="widths, blocks and depth, by gates that learn with the weights; the supernet shrinks as it trains",
     source="PruNet, Kierat et al., arXiv 2209.11785; DMCP, Guo et al., CVPR 2020",
     choose=choose,

@@ -78,6 +78,8 @@ class Method:
     Args:
         summary: what the method decides, and from what, in one line.
         source: the paper.
+        needs: what it chooses from, beside the architecture.
+        deviations: where it differs from the paper.
         choose: ``(search, task) -> Arch`` inside the budgets of the task. Most methods use
             `dnas.methods.derive.derive`.
         config: a frozen dataclass that checks itself; its fields are the method's flags.
@@ -98,6 +100,8 @@ class Method:
     summary: str
     source: str
     choose: Callable[[Search, Task], Arch]
+    needs: str = "nothing"
+    deviations: str = "none"
     config: type = NoConfig
     init: Callable[[Supernet, Task], Any] = nothing
     loss: Callable[[Search, Task, Tensor, Tensor, float], Tensor] | None = None

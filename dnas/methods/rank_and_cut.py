@@ -1,24 +1,44 @@
-"""Rank and cut: train the dense net, score its channels, keep the channels with the highest scores inside the budget.
+"""What all methods share that score channels: they train the dense net, score its channels, and cut the worst.
 
-A method of this family is a function that scores the channels of a supernet. This file has everything else.
+The dense net has the base blocks, all layers and full widths. A method (`dnas.methods.rankings`,
+`dnas.methods.penalties`) gives the scores. This module cuts, once or in steps, so that the budget is met.
 """
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dnas.methods.derive import derive
-from dnas.methods.method import Method, Search, Task
+from dnas.methods.derive import derive, in_band, near
+from dnas.methods.method import HeldOut, Method, Search, Task
+from dnas.methods.settings import RankConfig
 from dnas.nets.supernet import Supernet
-from dnas.runtime.distributed import average_gradients
-from dnas.spec.space import KEEP, Arch, Space
+from dnas.runtime.checkpoint import checkpoint_errors, load_module, module_data
+from dnas.spec.budget import Budget
+from dnas.spec.cost import CostTable
+from dnas.spec.space import DROP, KEEP, Arch, Space
 from dnas.training.loop import cycle
-from dnas.training.onednn_workaround import subsampled
 
-Scores = Mapping[str, Tensor]  # width decision -> the score of each of its channels, [widest], or of each unit of them
+Scores = Mapping[str, Tensor]  # width decision -> the score of each of its units of channels, [units that are left]
+Score = Callable[[Search, Task], Scores]
+
+
+@dataclass
+class Ranked:
+    """The state of such a method: ``arch`` is what is left of the dense net, after ``cuts`` cuts.
+
+    ``start`` has the weights of the start for ``arch``, if the method rewinds. ``more`` is the method's own.
+    """
+
+    arch: Arch
+    start: Supernet | None = None
+    cuts: int = 0
+    more: Any = None
 
 
 def dense_arch(space: Space) -> Arch:
@@ -33,101 +53,174 @@ def only(net: Supernet, arch: Arch) -> dict[str, list[int]]:
     return net.structure() | {name: [net.space.by_name[name].index(option)] for name, option in arch.items()}
 
 
-def cut_to_dense(net: Supernet, task: Task) -> Arch:
-    """Cut a supernet to the dense net, because only the dense net is trained and ranked. Returns its arch."""
+def init(net: Supernet, task: Task) -> Ranked:
+    """Cut a supernet to the dense net, because only the dense net is trained and scored."""
     dense = dense_arch(net.space)
     net.cut_to(only(net, dense))
-    return dense
+    return Ranked(dense, copy.deepcopy(net) if getattr(task.config, "rewind", False) else None)
 
 
 def dense_loss(search: Search, task: Task, x: Tensor, y: Tensor, progress: float) -> Tensor:
-    """Cross entropy of the dense net, with the recipe's label smoothing: a scalar."""
-    logits = search.net(x, search.own).float()
+    """Cross entropy of what is left of the dense net, with the recipe's label smoothing: a scalar."""
+    logits = search.net(x, search.own.arch).float()
     return F.cross_entropy(logits, y, label_smoothing=task.recipe.smoothing)
 
 
-def most_score(space: Space, scores: Scores) -> dict[str, np.ndarray]:
+def score_batches(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
+    """The training images that scores are taken over: as many batches as the settings say."""
+    batches = cycle(task.held_out_batches(0.0))
+    return (next(batches) for _ in range(task.config.score_batches))
+
+
+def normalised(scores: Scores) -> dict[str, Tensor]:
+    """Scores that can be compared between layers: each width's are divided by their mean."""
+    return {name: s / s.mean().clamp(min=1e-30) for name, s in scores.items()}  # all of a branch may be 0
+
+
+def most_score(space: Space, scores: Scores, left: Arch) -> dict[str, np.ndarray]:
     """The value of each option: decision -> [number of options].
 
-    A width of n units has the sum of its n highest scores. Other decisions, and widths without scores, are held at the
-    dense net: its option has 0, every other option has -10000.
+    A width of n units has the sum of its n highest scores. Other decisions, and widths without scores, are held at
+    those of ``left``, the network that is scored: its option has 0, and no sum of scores makes up for another one. A
+    layer that may be dropped can have a score: it stays if this is above 0, and is dropped otherwise.
     """
-    dense = dense_arch(space)
-    like = {d.name: np.where(np.array(d.options) == dense.get(d.name), 0.0, -1e4) for d in space.decisions}
+    gone = -10 * (1 + sum(float(s.abs().sum()) for s in scores.values()))
+    like = {d.name: np.where(np.array(d.options) == left.get(d.name), 0.0, gone) for d in space.decisions}
     for name, score in scores.items():
-        options = np.array(space.by_name[name].options)
+        if not space.by_name[name].is_width:
+            stays = KEEP if float(score) > 0 else DROP
+            like[name] = np.where(np.array(space.by_name[name].options) == stays, 0.0, gone)
+            continue
+        options, widest = np.array(space.by_name[name].options), int(left[name])
         worth = np.concatenate([[0.0], np.cumsum(np.sort(score.double().cpu().numpy())[::-1])])
-        like[name] = worth[options * len(score) // options[-1]]
+        units = np.minimum(options, widest) * len(score) // widest
+        like[name] = np.where(options <= widest, worth[units], gone)
     return like
 
 
-def rank_and_cut(score: Callable[[Search, Task], Scores], summary: str, source: str) -> Method:
-    """A method that trains the dense net and then cuts it once: it keeps the highest total ``score`` inside the budget.
+def above_threshold(
+    space: Space, tables: Mapping[str, CostTable], budgets: Sequence[Budget], scores: Scores, left: Arch
+) -> Arch:
+    """The channels of ``left`` with the highest scores, by one threshold for all layers, as many as fit the budgets.
 
-    Deviation: the papers cut a share of each layer (Li et al.) or all channels with scores below one global threshold.
-    Here `derive` weighs the scores against the costs of the channels.
+    Channels come in steps of the grid of widths, so the score of a step is the mean of its channels. Each width keeps
+    its narrowest option. Where the next step does not fit, those with lower scores that still fit are taken. If that
+    ends below 98 % of the budget, the nearest network in the band is taken, in squared log widths.
+
+    Raises:
+        UserError: no network in the band was found. The message has the nearest costs.
+    """
+    arch, steps = dict(left), []
+    for name, score in scores.items():
+        if not space.by_name[name].is_width:
+            arch[name] = KEEP if float(score) > 0 else DROP
+            continue
+        options = [int(o) for o in space.by_name[name].options if int(o) <= int(left[name])]
+        best, units = (
+            np.sort(score.double().cpu().numpy())[::-1],
+            [int(o) * len(score) // int(left[name]) for o in options],
+        )
+        arch[name] = options[0]
+        for a, b, before, option in zip(units, units[1:], options, options[1:], strict=False):
+            steps.append((float(best[a:b].mean()), name, before, option))
+    costs = [tables[b.metric] for b in budgets]
+    for _, name, before, option in sorted(steps, key=lambda step: -step[0]):
+        wider = space.complete(arch | {name: option})
+        if arch[name] == before and all(t.of(wider) <= b.limit for t, b in zip(costs, budgets, strict=True)):
+            arch[name] = option
+    found = space.complete(arch)
+    ratio = max(t.of(found) / b.limit for t, b in zip(costs, budgets, strict=True))
+    if in_band(ratio):
+        return found
+    like = most_score(space, {}, found)  # other decisions than widths are held
+    return derive(
+        space, tables, budgets, like | {d: near(space.by_name[d], float(found[d])) for d in scores if d in found}
+    )
+
+
+def cut(search: Search, task: Task, score: Score, comparable: bool) -> Arch:
+    """Score the channels, and choose a network inside the budgets. The best channels of each width are now the first.
+
+    Deviation: `derive` weighs normalised scores against the costs of channels, where the papers cut a share of each
+    layer, or all channels below a threshold. The setting ``cut`` "threshold" does the latter. Where scores of different
+    layers are not ``comparable``, they are normalised for it.
+    """
+    net, left = search.net, search.own.arch
+    with torch.no_grad():
+        scores = score(search, task)
+    # A narrower network keeps the first channels, so the best channels come first.
+    orders = {name: own.argsort(descending=True, stable=True) for name, own in scores.items()}
+    net.reorder(orders, [search.learner.optimizer] if search.learner else [])
+    if search.own.start is not None:
+        search.own.start.reorder(orders)
+    if task.config.cut == "threshold":
+        comparables = scores if comparable else normalised(scores)
+        return above_threshold(net.space, task.tables, task.budgets, comparables, left)
+    return derive(net.space, task.tables, task.budgets, most_score(net.space, normalised(scores), left))
+
+
+def after_step(search: Search, task: Task, progress: float, score: Score, comparable: bool) -> dict[str, Any]:
+    """A cut on the way, if it is time for one. Returns entries of the row in the history.
+
+    Of n cuts the last is `Method.choose`. The costs after the cuts fall by the same factor each.
+    """
+    own, config, net = search.own, task.config, search.net
+    assert search.learner is not None
+    if config.rewind:  # each cycle has the whole schedule of the learning rate
+        total = task.recipe.epochs * len(task.weight_batches(0.0))
+        search.learner.scheduler.step_update(int(progress * config.cuts % 1 * total))
+    if int(progress * config.cuts) <= own.cuts:
+        return {}
+    own.cuts += 1
+    dense, share = dense_arch(net.space), own.cuts / config.cuts
+    costs = {b.metric: task.tables[b.metric].of(dense) for b in task.budgets}
+    budgets = tuple(replace(b, limit=costs[b.metric] ** (1 - share) * b.limit**share) for b in task.budgets)
+    before, own.arch = own.arch, cut(search, replace(task, budgets=budgets), score, comparable)
+    net.cut_to(only(net, own.arch), [search.learner.optimizer])
+    if own.start is not None:
+        own.start.cut_to(only(own.start, own.arch))
+        load_module(net, own.start.state_dict())
+        search.learner.optimizer.state.clear()
+    return {"events": [{"width": n, "channels": w} for n, w in own.arch.items() if w != before[n]]}
+
+
+def state_dict(search: Search) -> dict[str, Any]:
+    """`Ranked` as plain data."""
+    own = search.own
+    return {"arch": dict(own.arch), "cuts": own.cuts, "start": module_data(own.start) if own.start else None}
+
+
+def load_state_dict(search: Search, data: Mapping[str, Any]) -> None:
+    """Put the data of `state_dict` into a search that has just begun."""
+    own = search.own
+    with checkpoint_errors():
+        own.arch, own.cuts = search.net.space.complete(data["arch"]), data["cuts"]
+        if own.start is not None:
+            load_module(own.start, data["start"])
+
+
+def work(config: RankConfig) -> tuple[float, float]:
+    """Until the first cut no budget plays a part."""
+    return 1 / config.cuts, 1 - 1 / config.cuts
+
+
+def rank_and_cut(
+    score: Score, summary: str, source: str, *, config: type = RankConfig, comparable: bool = True, **parts: Any
+) -> Method:
+    """A method that trains the dense net, scores its channels with ``score``, and cuts it (see `cut`).
+
+    ``comparable``: scores of different layers can be compared as they are. ``parts`` replace those of the `Method`, and
+    have its ``needs`` and ``deviations``.
     """
 
     def choose(search: Search, task: Task) -> Arch:
-        with torch.no_grad():
-            scores = score(search, task)
-            like = most_score(search.net.space, scores)
-        # A narrower network keeps the first channels, so the best channels come first.
-        search.net.reorder({name: own.argsort(descending=True, stable=True) for name, own in scores.items()})
-        return derive(search.net.space, task.tables, task.budgets, like)
+        return cut(search, task, score, comparable)
 
-    return Method(summary, source, choose, init=cut_to_dense, loss=dense_loss, work=lambda config: (1.0, 0.0))
+    def between(search: Search, task: Task, progress: float, held_out: HeldOut) -> dict[str, Any]:
+        return after_step(search, task, progress, score, comparable)
 
-
-def l1_norms(search: Search, task: Task) -> Scores:
-    """The L1 norm of each filter, divided by the mean of its layer.
-
-    If several layers write the same channels, their scores are added.
-    """
-    scores: dict[str, Tensor] = {}
-    for name, axes in search.net.channel_axes().items():
-        for axis in axes:
-            if axis.role == "out":
-                norms = axis.slices().abs().sum(1)
-                scores[name] = scores.get(name, 0) + norms / norms.mean()
-    return scores
-
-
-BATCHES = 10  # of training images that first-order scores are taken over
-
-
-def first_order(search: Search, task: Task) -> Scores:
-    """The squared first-order change of the loss when a channel is zeroed, summed over `BATCHES` batches.
-
-    The change is the sum of weight times gradient over all weights that read the channel. The scores of a width are
-    divided by their mean. Deviation: the paper's gates follow batch norms. Here channels that several layers write have
-    one score for all their readers.
-    """
-    net, recipe = search.net, task.recipe
-    axes = {n: [a for a in own if a.role == "in"] for n, own in net.channel_axes().items() if n in search.own}
-    scores: dict[str, Tensor] = {}
-    was_training = net.training
-    net.eval()
-    for _, (x, y) in zip(range(BATCHES), cycle(task.held_out_batches(0.0)), strict=False):
-        net.zero_grad()
-        with torch.enable_grad(), subsampled(net, recipe):
-            F.cross_entropy(net(x, search.own).float(), y).backward()
-        average_gradients(net.weight_parameters())
-        for name, own in axes.items():
-            change = torch.stack([(axis.slices() * axis.slices(of_gradient=True)).sum(1) for axis in own]).sum(0)
-            scores[name] = scores.get(name, 0) + change**2
-    net.zero_grad()
-    net.train(was_training)
-    return {name: score / score.mean().clamp(min=1e-30) for name, score in scores.items()}  # all of a branch may be 0
-
-
-L1 = rank_and_cut(
-    l1_norms,
-    summary="widths, by the L1 norms of trained filters",
-    source="Pruning Filters for Efficient ConvNets, Li et al., ICLR 2017, arXiv 1608.08710",
-)
-TAYLOR = rank_and_cut(
-    first_order,
-    summary="widths, by the first-order change of the loss without a channel",
-    source="Importance Estimation for Neural Network Pruning, Molchanov et al., CVPR 2019, arXiv 1906.10771",
-)
+    own = {
+        "init": init, "loss": dense_loss, "after_step": between, "work": work,
+        "state_dict": state_dict, "load_state_dict": load_state_dict,
+    }  # fmt: skip
+    return Method(summary, source, choose, config=config, **(own | parts))

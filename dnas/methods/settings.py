@@ -6,6 +6,13 @@ from typing import Any, Literal, get_args
 from dnas.spec.checks import UserError
 
 
+def check_ranges(config: Any, *ranges: tuple[str, float, float]) -> None:
+    """Raise UserError with the name of the flag if a number of ``config`` is not between (name, low, high)."""
+    for name, low, high in ranges:
+        if not low <= getattr(config, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is not between {low} and {high}")
+
+
 def setting(default: Any, text: str) -> Any:
     """A field of a method's config, with the text that ``--help`` shows."""
     return field(default=default, metadata={"help": text})
@@ -65,16 +72,15 @@ class GatesConfig:
 
     def __post_init__(self) -> None:
         shares = ("warmup", "budget_from", "budget_by", "block_from", "block_by", "skip_at")
-        for name, low, high in (
+        check_ranges(
+            self,
             ("gate_fraction", 0, 0.9), ("gate_every", 1, 10_000), ("gate_lr", 0, 10), ("paths", 2, 64),
             ("skip_from", 0.51, 0.9999),
             ("patience", 1, 10**6), ("budget_weight", 0, 1e6), ("temperature", 0.01, 10), ("width_below", 0, 0.5),
             ("prior", 0, 1e3), ("headroom", 0, 1e3),
             ("entropy", 0, 1e3),
             *((name, 0, 1) for name in shares),
-        ):  # fmt: skip
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is not between {low} and {high}")
+        )  # fmt: skip
         if self.weights_on not in get_args(WeightsOn):
             raise UserError(f"--weights-on {self.weights_on!r} is not one of {', '.join(get_args(WeightsOn))}")
         for first, then in (("budget_from", "budget_by"), ("block_from", "block_by")):
@@ -82,11 +88,117 @@ class GatesConfig:
                 raise UserError(f"--{first.replace('_', '-')} must not come after --{then.replace('_', '-')}")
 
 
+Cut = Literal["knapsack", "threshold"]
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """The settings of all methods that score channels. Raises UserError if one is out of range."""
+
+    cut: Cut = setting(
+        "knapsack", "knapsack: the highest sum of scores inside the budget; threshold: one score for all layers"
+    )
+    score_batches: int = setting(10, "batches of training images that scores are taken over")
+
+    def __post_init__(self) -> None:
+        check_ranges(self, ("score_batches", 1, 10**6))
+        if self.cut not in get_args(Cut):
+            raise UserError(f"--cut {self.cut!r} is not one of {', '.join(get_args(Cut))}")
+
+
+@dataclass(frozen=True)
+class RankConfig(ScoreConfig):
+    """The settings of all methods that train the dense net and score channels. UserError if one is out of range."""
+
+    cuts: int = setting(1, "number of cuts, evenly over the search; each lowers the cost by the same factor")
+    rewind: bool = setting(False, "after each cut the weights that are left return to those of the start")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, ("cuts", 1, 100))
+
+
+@dataclass(frozen=True)
+class TaylorConfig(RankConfig):
+    """The settings of the method ``taylor``. UserError if one is out of range."""
+
+    order: int = setting(1, "order of the expansion: 1, or 2 with the exact second derivatives (slow)")
+    group: int = setting(1, "channels in a row that have one score together")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, ("order", 1, 2), ("group", 1, 10**6))
+
+
+@dataclass(frozen=True)
+class DropnetConfig(RankConfig):
+    """The settings of the method ``dropnet``. UserError if one is out of range."""
+
+    cuts: int = setting(5, "number of cuts, evenly over the search; each lowers the cost by the same factor")
+    rewind: bool = setting(True, "after each cut the weights that are left return to those of the start")
+
+
+@dataclass(frozen=True)
+class KfacConfig(RankConfig):
+    """The settings of the method ``kfac``. UserError if one is out of range."""
+
+    cuts: int = setting(5, "number of cuts, evenly over the search; each lowers the cost by the same factor")
+    flatness: float = setting(0.0, "weight of the spectral radius of the curvature in the loss; 0: not computed")
+    radius: float = setting(1.0, "spectral radius from which the curvature is penalised")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, ("flatness", 0, 1e3), ("radius", 0, 1e6))
+
+
+@dataclass(frozen=True)
+class PenaltyConfig(RankConfig):
+    """The settings of methods that train with a penalty. UserError if one is out of range."""
+
+    penalty: float = setting(1e-4, "weight of the penalty in the loss")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, ("penalty", 0, 1e3))
+
+
+@dataclass(frozen=True)
+class SslConfig(PenaltyConfig):
+    """The settings of the method ``ssl``. Raises UserError if one is out of range."""
+
+    depth_penalty: float = setting(0.0, "weight of the norms of whole layers in the loss; 0: all layers stay")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, ("depth_penalty", 0, 1e3))
+
+
+@dataclass(frozen=True)
+class AdmmConfig(ScoreConfig):
+    """The settings of the method ``admm``. Raises UserError if one is out of range."""
+
+    penalty: float = setting(1e-2, "weight of the squared distance to the network inside the budget")
+    updates: int = setting(10, "updates of the duals, evenly over the search")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, ("penalty", 0, 1e3), ("updates", 1, 10_000))
+
+
 # By the names that ``--method`` takes, in the order of `dnas.methods.catalog.METHODS`.
 CONFIGS: dict[str, type] = {
     "gates": GatesConfig,
-    "l1": NoConfig,
-    "taylor": NoConfig,
+    "l1": RankConfig,
+    "taylor": TaylorConfig,
+    "hrank": RankConfig,
+    "dropnet": DropnetConfig,
+    "lasso": RankConfig,
+    "ispasp": RankConfig,
+    "kfac": KfacConfig,
+    "snip": ScoreConfig,
+    "slimming": PenaltyConfig,
+    "ssl": SslConfig,
+    "admm": AdmmConfig,
     "balanced": NoConfig,
     "uniform": NoConfig,
     "random": NoConfig,

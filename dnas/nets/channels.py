@@ -53,7 +53,7 @@ class ChannelAxis(NamedTuple):
         if of_gradient:
             tensor = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
         places = torch.from_numpy(self.places).to(tensor.device)
-        return tensor.detach().movedim(self.dim, 0)[places].flatten(1)
+        return tensor.movedim(self.dim, 0)[places].flatten(1)
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,10 @@ class Supernet(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def reorder(self, orders: Mapping[str, Tensor]) -> None:
+    def reorder(self, orders: Mapping[str, Tensor], optimizers: Sequence[Optimizer] = ()) -> None:
         """Permute the channels of widths in place: unit k becomes the old unit ``orders[decision][k]``.
+
+        Optimizer buffers with the shape of a parameter are permuted with it.
 
         A network with all of these channels computes the same as before. A narrower network keeps the first channels.
         So it keeps the weights of the best channels, if they are now the first. Only one block of each layer may be
@@ -86,7 +88,9 @@ class Supernet(nn.Module):
                 places = torch.from_numpy(axis.places).to(tensor.device)
                 index = torch.arange(tensor.shape[axis.dim], device=tensor.device)
                 index[places.flatten()] = places[orders[name].to(tensor.device)].flatten()
-                tensor.copy_(tensor.index_select(axis.dim, index))
+                buffers = [t for o in optimizers for t in o.state.get(tensor, {}).values() if isinstance(t, Tensor)]
+                for own in (tensor, *(t for t in buffers if t.shape == tensor.shape)):
+                    own.copy_(own.index_select(axis.dim, index))
 
     def tensors(self) -> list[Tensor]:
         """All parameters and buffers."""

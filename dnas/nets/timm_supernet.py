@@ -42,7 +42,8 @@ def read_by(model: nn.Module, channels: Channels) -> Reads:
     starts = {g.name: end for g, end in zip(channels.groups, ends[:-1], strict=True)}
     found: dict[Axis, tuple[frozenset[str], Tensor]] = {}
     for name, dim in [op.reads for op in channels.ops if op.reads] + [(f"{n}.weight", 0) for n in channels.norms]:
-        weight = model.get_parameter(name)
+        path, _, own = name.rpartition(".")
+        weight: Tensor = getattr(model.get_submodule(path), own)  # no parameter inside torch's functional_call
         index = np.zeros(weight.shape[dim], dtype=np.int64)
         groups = [g for g in channels.groups if (name, dim) in g.places]
         for g in groups:

@@ -19,7 +19,7 @@ from dnas.spec.recipe import Recipe
 from dnas.training.batches import Data
 from dnas.training.loop import cycle, evaluate, learner_data, load_learner, make_learner, train
 from dnas.training.onednn_workaround import subsampled
-from dnas.training.optimizer import autocast, make_optimizer
+from dnas.training.optimizer import autocast, make_optimizer, to_channels_last
 
 
 def train_from_scratch(
@@ -42,7 +42,7 @@ def train_from_scratch(
     if rank():  # what dropout drops here is not what it drops in the first process
         random_seed(seed, rank())
     if recipe.channels_last:
-        model.to(memory_format=torch.channels_last)
+        to_channels_last(model)
     ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=True) if recipe.model_ema_decay else None
     criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
     mixup = None
@@ -96,7 +96,7 @@ def time_step(model: nn.Module, data: Data, recipe: Recipe, repeats: int = 3) ->
     """Milliseconds of one plain training step of ``model``, its batch included: the median, after one more."""
     device = next(model.parameters()).device
     if recipe.channels_last:
-        model.to(memory_format=torch.channels_last)
+        to_channels_last(model)
     optimizer, seconds = make_optimizer(model.parameters(), recipe), []
     batches, safe = cycle(data.train_batches(recipe.batch_size, seed=0)), subsampled(model, recipe)
     model.train()

@@ -48,6 +48,14 @@ def make_scheduler(optimizer: Optimizer, recipe: Recipe, updates_per_epoch: int)
     return scheduler
 
 
+def to_channels_last(module: nn.Module) -> nn.Module:
+    """The same module, its tensors of four dimensions in this layout: torch's own ``to`` fails at those of five."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return module
+
+
 def amp_dtype(device: torch.device, recipe: Recipe) -> torch.dtype:
     """What mixed precision computes in; ``auto`` is what torch takes on the device."""
     return torch.get_autocast_dtype(device.type) if recipe.amp_dtype == "auto" else getattr(torch, recipe.amp_dtype)
