@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -39,9 +40,9 @@ from dnas.methods.rules import RULES, random_arch
 from dnas.nets.shrink import has_weights_of, plain_state
 from dnas.nets.supernet import Supernet
 from dnas.report.diagnosis import as_good_as_one_answer, no_better_than_a_guess, over_budget, signs_of_collapse
-from dnas.report.metrics import decision_rows, effort, facts, layer_rows, search_figures
+from dnas.report.metrics import arm_rows, decision_rows, effort, facts, layer_rows, search_figures
 from dnas.runtime.checkpoint import Journal, checkpoint_errors
-from dnas.runtime.distributed import gathered, rank
+from dnas.runtime.distributed import from_first, gathered, rank
 from dnas.runtime.progress import console, progress_bar
 from dnas.runtime.run_folder import append_row, read_rows, write_rows
 from dnas.runtime.signals import stop
@@ -50,10 +51,11 @@ from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
 from dnas.spec.image_size import sides
 from dnas.spec.latency_table import LatencyTable
-from dnas.spec.recipe import Recipe
+from dnas.spec.recipe import Recipe, arm_epochs, parse_arms
 from dnas.spec.space import Arch
 from dnas.training.batches import Data
 from dnas.training.from_scratch import train_from_scratch
+from dnas.training.loop import evaluate, recalibrate
 
 Trained = TypeVar("Trained")
 
@@ -135,27 +137,39 @@ def weights_file(folder: Path, what: str) -> Path:
     return folder / ("search.safetensors" if what == "found" else f"search-{what.replace(' ', '-')}.safetensors")
 
 
+CALIBRATION = 20  # batches that the norms of an inherited network see before its first evaluation
+
+
 def train_arch(plan: Plan, arch: Arch, costs: Mapping[str, Any], journal: Journal, what: str) -> tuple[nn.Module, dict]:
     """Train one architecture, the stage ``what``. Returns (model, its row of metrics.json).
 
-    It starts from scratch, or from the weights that the search has for it if these are kept (``inherited``).
+    It starts from scratch, or from the weights that the search has for it if these are kept (``inherited``); then its
+    norms are recalibrated, and ``before`` is its top-1 before the training.
     """
-    data, recipe, seed = plan.data, plan.recipe, plan.args.seed
+    own = journal.done["search"]["nets"][what]
+    data, seed = plan.data, plan.args.seed
+    recipe = replace(plan.recipe, epochs=own["epochs"])
     random_seed(seed)
     rates = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
     model = build_net(plan.net.net_of(arch), num_classes=data.num_classes, in_chans=data.in_chans, **rates).to(
         plan.device
     )
-    if inherited := journal.done["search"]["nets"][what]["inherited"]:
+    before: dict[str, Any] = {}
+    if own["inherited"]:
         weights = weights_file(journal.folder, what)
         if rank() == 0 and not weights.is_file():
             raise UserError(f"{str(weights)!r} is gone: the training of {what} starts from it")
-        if rank() == 0:  # the others get them with the first step
+        if rank() == 0:
             model.load_state_dict(safetensors.torch.load_file(weights))
+        from_first(model.state_dict().values())
+        recalibrate(model, islice(data.train_batches(recipe.batch_size, seed=seed), CALIBRATION), recipe)
+        from_first(model.state_dict().values())
+        scores = evaluate(model, data.val_batches(max(recipe.batch_size, 256)), recipe)
+        before = {"inherited": True, "before": scores["top1"]}
     steps = recipe.epochs * len(data.train_batches(recipe.batch_size, seed=seed))
     train = partial(train_from_scratch, model, data, recipe, seed=seed)
     model, row = in_steps(train, journal, what, steps)
-    return model, {**costs, **row} | ({"inherited": True} if inherited else {})
+    return model, {**costs, **row, **before}
 
 
 def run_search(
@@ -302,7 +316,11 @@ def search_stage(
         costs = {metric: table.of(arch) for metric, table in own.items()}
         if "ms" in costs:  # by a table that may have been scaled to what such nets measured; and before that
             costs["predicted_ms"] = plan.tables["ms"].of(arch)
-        rows_of[name] = {"arch": dict(arch), "costs": costs, "inherited": plan.args.keep_weights and kept}
+        rows_of[name] = {
+            "arch": dict(arch), "costs": costs, "inherited": plan.args.keep_weights and kept,
+            "epochs": plan.recipe.epochs,
+        }  # fmt: skip
+    rows_of |= {arm: rows_of["found"] | {"inherited": False, "epochs": n} for arm, n in arms(plan, found).items()}
     for line in signs:
         console.print(f"warning: {line}", soft_wrap=True)
     widest = plan.tables["macs"].extremes()[1]
@@ -317,6 +335,15 @@ def search_stage(
     }
 
 
+def arms(plan: Plan, found: Arch) -> dict[str, int]:
+    """The arms that were asked for, but for the fine-tuning, which is the found net's own: arm -> its epochs."""
+    asked = parse_arms(plan.args.arms, plan.args.keep_weights)
+    macs = plan.tables["macs"]
+    share = macs.of(found) / macs.of(macs.extremes()[1])
+    searched = sum(plan.method.work(plan.task.config)) * plan.task.recipe.epochs if plan.method.loss else 0.0
+    return {arm: arm_epochs(arm, plan.recipe.epochs, searched, share) for arm in asked if arm != "finetune"}
+
+
 def find(plan: Plan, goal: BudgetRun, journal: Journal, begun: Callable[[bool], Begun], plain_ms: float) -> dict:
     """From a search to the found net, trained, beside those that it is compared with. Returns metrics.json.
 
@@ -329,8 +356,10 @@ def find(plan: Plan, goal: BudgetRun, journal: Journal, begun: Callable[[bool], 
         first = {key: searched[key] for key in FIGURES}
         last = {key: searched[key] for key in DETAILS}
         nets = {what: (space.complete(net["arch"]), dict(net["costs"])) for what, net in searched["nets"].items()}
+        how = {what: (net["inherited"], net["epochs"]) for what, net in searched["nets"].items()}
     for what, (arch, costs) in nets.items():
-        twin = next((other for other in journal.done if other in nets and nets[other][0] == arch), None)
+        alike = (other for other in journal.done if other in nets and (nets[other][0], how[other]) == (arch, how[what]))
+        twin = next(alike, None)
         if what not in journal.done and twin:  # the same network by the same seed: the same training
             journal.finish(what, journal.done[twin] | costs)
         elif what not in journal.done:
@@ -353,10 +382,13 @@ def find(plan: Plan, goal: BudgetRun, journal: Journal, begun: Callable[[bool], 
     for line in said:
         console.print(f"warning: {line}", soft_wrap=True)
     first["warnings"] = [*first["warnings"], *said]
+    found = trained.pop("found")
+    compared_arms = {arm: trained.pop(arm) if arm in trained else found for arm in parse_arms(plan.args.arms, True)}
     return {
         **first,
         "validation_images": plan.data.num_val,
-        "found": trained.pop("found"),
+        "found": found,
+        **({"arms": compared_arms} if compared_arms else {}),
         **{rule: trained.pop(rule) for rule in goal.rules},
         "random": [*trained.values()],
         **last,
@@ -375,6 +407,8 @@ def print_table(folder: Path, name: str, metrics: dict) -> None:
     if metrics["random"]:
         tops = [row["top1"] for row in metrics["random"]]
         console.print(f"random nets at the same cost, top-1: {', '.join(f'{t:.2f}' for t in tops)} %")
+    for arm in arm_rows(metrics):
+        console.print("{}, {} epochs: top-1 {} (before: {})".format(*arm))
     for line in (
         f"search: {effort(metrics['search'])}",
         f"files: {folder}/model.py (import it, then timm.create_model({name!r}, pretrained=True)), "

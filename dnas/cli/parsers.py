@@ -50,6 +50,12 @@ def search(argv: Sequence[str] = ()) -> OneLineParser:
         action="store_true",
         help="fine-tune the networks from the weights of the search, instead of training from scratch",
     )
+    p.add_argument(
+        "--arms",
+        default="",
+        help="trainings of the found net to compare: finetune (with --keep-weights), scratch-e (as many epochs as "
+        "search and fine-tuning together), scratch-b (as much compute); several, joined by commas",
+    )
     p.add_argument("--search-epochs", type=int, default=20, help="epochs of the search (default 20)")
     p.add_argument("--num-random", type=int, default=0, help="also train this many random nets at the same cost")
     p.add_argument(

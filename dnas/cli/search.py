@@ -38,6 +38,7 @@ from dnas.spec.checks import MAX_BYTES, UserError, read_json
 from dnas.spec.cost import CostTable, resolve_budgets
 from dnas.spec.image_size import size_text
 from dnas.spec.latency_table import LatencyTable
+from dnas.spec.recipe import parse_arms
 from dnas.training.batches import Data
 from dnas.training.from_scratch import time_step
 from dnas.training.optimizer import to_channels_last
@@ -79,6 +80,7 @@ def make_plan(
     if args.search_epochs < 1 or args.num_random < 0:
         given = f"--search-epochs {args.search_epochs} --num-random {args.num_random}"
         raise UserError(f"{given}: at least 1 epoch and no negative number is allowed")
+    parse_arms(args.arms, args.keep_weights)
     data = data or data_of(args, device)
     random_seed(args.seed)
     net = net or plan_supernet(args, data, max(asked, key=lambda budgets: budgets[0].limit))

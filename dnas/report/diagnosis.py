@@ -62,7 +62,7 @@ def signs_of_collapse(space: Space, found: Arch, uniform: Arch, distributions: M
     if len(keeps) > 1 and set(keeps) == {DROP} and KEEP in (uniform.get(name) for name in found):
         said.append(
             f"all {len(keeps)} layers that may go are gone: skips may have won because blocks had learnt nothing; "
-            "try a longer --search-epochs, or a later --skip-at"
+            "try a longer --search-epochs; if that does not help, a later --skip-at"
         )
     widths = {name: width for name, width in found.items() if by_name[name].is_width and len(by_name[name].options) > 1}
     if widths and all(width == by_name[name].options[0] for name, width in widths.items()):

@@ -249,6 +249,13 @@ def verdict(runs: Sequence[Run]) -> tuple[str, str]:
     return "better", text
 
 
+def arm_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """The trainings of the found net that were asked for: name, epochs, top-1, top-1 before the training."""
+    arms = metrics.get("arms", {}).items()
+    tops = {arm: [f"{row[key]:.2f} %" if key in row else "-" for key in ("top1", "before")] for arm, row in arms}
+    return [[arm, str(row["epochs"]), *tops[arm]] for arm, row in arms]
+
+
 def facts(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(heads, rows): a table as text. Unknown values are empty.
 

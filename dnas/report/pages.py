@@ -16,6 +16,7 @@ from dnas.report import plots
 from dnas.report.metrics import (
     METRICS,
     Run,
+    arm_rows,
     effort,
     facts,
     grouped,
@@ -64,6 +65,8 @@ def write_report(folder: Path) -> None:
             lines.append([one.folder.name, str(one.args.get("seed", "")), *tops])
         kinds = [kind for kind in run.nets if kind != "random"]
         tables.append(("Runs that differ in the seed", ["run", "seed", *kinds], lines))
+    if arms := arm_rows(metrics):
+        tables.append(("Trainings of the found net", ["arm", "epochs", "top-1", "before"], arms))
     if by_class := accuracy_by_class(metrics, config.get("class_names", [])):
         tables.append(by_class)
     data, info = config.get("data", {}), config.get("provenance", {})

@@ -12,6 +12,30 @@ AMP_DTYPES = (
 SCHEDULES = ("cosine", "tanh", "step", "poly")
 
 
+ARMS = ("finetune", "scratch-e", "scratch-b")  # of "Rethinking the Value of Network Pruning", arXiv 1810.05270
+
+
+def parse_arms(text: str, keep_weights: bool) -> tuple[str, ...]:
+    """``finetune,scratch-e`` as names of `ARMS`. Raises UserError for others, and for a fine-tuning without weights."""
+    arms = tuple(text.split(",")) if text else ()
+    if not set(arms) <= {*ARMS} or len(set(arms)) < len(arms):
+        raise UserError(f"--arms {text!r}: names of {', '.join(ARMS)} are expected, each once, joined by commas")
+    if "finetune" in arms and not keep_weights:
+        raise UserError("--arms finetune starts from the weights of the search: --keep-weights is needed with it")
+    return arms
+
+
+def arm_epochs(arm: str, epochs: int, searched: float, share: float) -> int:
+    """The epochs of an arm, where ``epochs`` are those of a fine-tuning.
+
+    ``searched`` is the work of the search in epochs of the widest net, and ``share`` the found net's share of its cost.
+    scratch-e has as many epochs as search and fine-tuning together, scratch-b as much compute. Deviation: the paper
+    counts the training of the widest net without the fine-tuning. The epochs of weights from elsewhere are not known.
+    """
+    more = {"finetune": 0.0, "scratch-e": searched, "scratch-b": searched / share}[arm]
+    return epochs + round(more)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How weights are trained: the flags of the command line, with timm's names and meanings.

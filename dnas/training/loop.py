@@ -156,6 +156,28 @@ def cycle(batches: Batches, taken: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe: Recipe) -> None:
+    """Give batch norms the statistics of these images, all with the same weight. The training mode is restored.
+
+    A narrower network has other statistics behind its norms than the one that it was cut from.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    momenta, was_training = [m.momentum for m in norms], model.training
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # the mean over all batches
+    model.train()
+    for x, _ in batches:
+        if recipe.channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        with autocast(x.device, recipe), shared_statistics():
+            model(x)
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.momentum = momentum
+    model.train(was_training)
+
+
+@torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe: Recipe) -> dict[str, Any]:
     """What a network reaches on these images, in eval mode; its training mode is restored.
 
