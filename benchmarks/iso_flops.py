@@ -36,6 +36,7 @@ from timm.utils import random_seed  # noqa: E402
 from torch_pruned import plain_net, torch_pruning  # noqa: E402
 from variants import VARIANTS, Variant, baseline_of  # noqa: E402
 
+from dnas.methods import rank_and_cut  # noqa: E402
 from dnas.methods.catalog import METHODS  # noqa: E402
 from dnas.methods.derive import derive  # noqa: E402
 from dnas.methods.gates import GATES  # noqa: E402
@@ -54,7 +55,9 @@ JUDGED = 30  # random nets that a supernet judges
 
 # Beside the variants of gates: what is compared with them.
 OPPONENTS = {**opponents.OPPONENTS, "torch-pruning": torch_pruning}
-OTHERS = [*(name for name in METHODS if name not in ("gates", "random", *RULES)), *OPPONENTS]
+THRESHOLD = "-threshold"  # behind the name of a method that scores channels: the other cut
+OWN = [name for name in METHODS if name not in ("gates", "random", *RULES)]
+OTHERS = [*OWN, *(name + THRESHOLD for name in OWN), *OPPONENTS]
 HELD = "balanced-widths"  # the blocks and depth of the default search's net, and widths by the rule
 
 
@@ -65,8 +68,8 @@ def run_search(lab: Lab, variant: str, seed: int) -> dict:
         arch, images = OPPONENTS[variant](lab, seed)
         found = {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
         return net_row(lab, f"{variant}/{seed}", arch) | found
-    if variant in METHODS:
-        (arch,), found = chosen(lab, METHODS[variant], seed, [lab.budgets])
+    if variant in OTHERS:
+        (arch,), found = chosen(lab, [variant], seed, [lab.budgets])[variant]
         return net_row(lab, f"{variant}/{seed}", arch) | found
     how = VARIANTS[variant]
     done, found = searched(lab, how, seed)
@@ -74,21 +77,42 @@ def run_search(lab: Lab, variant: str, seed: int) -> dict:
     return net_row(lab, f"{variant}/{seed}", arch) | found
 
 
-def chosen(lab: Lab, method: Method, seed: int, goals: Sequence[tuple[Budget, ...]]) -> tuple[list[Arch], dict]:
-    """The networks that a method chooses with its default settings, and what that took.
+def method_of(name: str) -> tuple[Method, Any]:
+    """One of `OTHERS` as a method, and its settings."""
+    method = METHODS[name.removesuffix(THRESHOLD)]
+    config = method.config()
+    return method, replace(config, cut="threshold") if name.endswith(THRESHOLD) else config
 
-    Several goals share one search: the method must not look at the budget before the end.
+
+def trains_alike(name: str) -> bool:
+    """Whether a method trains the dense net as l1 does, so that one training serves for both."""
+    method, config = method_of(name)
+    return (method.init, method.loss) == (rank_and_cut.init, rank_and_cut.dense_loss) and config.cuts == 1
+
+
+def chosen(
+    lab: Lab, names: Sequence[str], seed: int, goals: Sequence[tuple[Budget, ...]]
+) -> dict[str, tuple[list[Arch], dict]]:
+    """The networks that methods choose with their default settings, and what that took: name -> (archs, figures).
+
+    Several goals and methods share one search: they must train alike, and not look at the budget before the end.
     """
     started, rows = time.perf_counter(), []
+    method, config = method_of(names[0])
     random_seed(seed)
     layout = torch.channels_last if lab.setup.search.channels_last else torch.preserve_format
     net = lab.supernet().to(memory_format=layout)
-    task = Task(lab.tables, goals[0], lab.data, lab.setup.search, method.config(), seed)
+    task = Task(lab.tables, goals[0], lab.data, lab.setup.search, config, seed)
     done = begin(method, net, task)
     run(method, done, task, on_row=rows.append)
-    archs = [method.choose(done, replace(task, budgets=budgets)) for budgets in goals]
     images = sum(lab.setup.search.batch_size + row.get("images", 0) for row in rows)
-    return archs, {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
+    trained, found = time.perf_counter() - started, {}
+    for name in names:
+        started, (method, config) = time.perf_counter(), method_of(name)
+        archs = [method.choose(done, replace(task, budgets=budgets, config=config)) for budgets in goals]
+        scored = (time.perf_counter() - started) / len(goals)
+        found[name] = archs, {"search_seconds": round(trained + scored, 1), "search_images": images}
+    return found
 
 
 def searched(lab: Lab, how: Variant, seed: int) -> tuple[Search, dict]:

@@ -37,11 +37,22 @@ import numpy as np  # noqa: E402
 import opponents  # noqa: E402
 import table_networks  # noqa: E402
 import torch  # noqa: E402
-from iso_flops import OTHERS, Table, add_work_flags, chosen, net_row, rounded, run_search, told  # noqa: E402
+from iso_flops import (  # noqa: E402
+    OPPONENTS,
+    OTHERS,
+    Table,
+    add_work_flags,
+    chosen,
+    method_of,
+    net_row,
+    rounded,
+    run_search,
+    told,
+    trains_alike,
+)
 from iso_setups import RESULTS, SEARCH, SGD, Lab, Setup, open_lab  # noqa: E402
 from variants import VARIANTS  # noqa: E402
 
-from dnas.methods.catalog import METHODS  # noqa: E402
 from dnas.methods.rules import RULES, random_arch  # noqa: E402
 from dnas.report.metrics import interval  # noqa: E402
 from dnas.runtime.run_folder import provenance, write_json  # noqa: E402
@@ -119,14 +130,18 @@ def goal(lab: Lab, macs: float, percent: int) -> tuple[Budget, ...]:
     return (Budget("macs", percent / 100 * macs),)
 
 
-def is_shared(method: str) -> bool:
+def is_shared(name: str) -> bool:
     """Whether one search serves all budgets."""
-    return method == "evolution" or method in METHODS and METHODS[method].work(METHODS[method].config())[1] == 0
+    if name not in OTHERS or name in OPPONENTS:
+        return name == "evolution"
+    method, config = method_of(name)
+    return method.work(config)[1] == 0
 
 
-def search_all(macs: float, method: str, seed: int, percents: tuple[int, ...]) -> list[dict]:
-    """The rows of one method's networks for these budgets."""
+def search_all(macs: float, methods: list[str], seed: int, percents: tuple[int, ...]) -> list[dict]:
+    """The rows of the networks of one method, or of methods that train alike, for these budgets."""
     assert _lab is not None
+    method = methods[0]
     goals = [goal(_lab, macs, percent) for percent in percents]
     if method == "evolution":
         started = time.perf_counter()
@@ -135,8 +150,10 @@ def search_all(macs: float, method: str, seed: int, percents: tuple[int, ...]) -
         archs = [opponents.evolve(_lab, budgets, net, x, y, seed)[0] for budgets in goals]
         return [row_of(_lab, p, method, seed, arch, shared) for p, arch in zip(percents, archs, strict=True)]
     if is_shared(method):
-        archs, found = chosen(_lab, METHODS[method], seed, goals)
-        return [row_of(_lab, percent, method, seed, arch, found) for percent, arch in zip(percents, archs, strict=True)]
+        rows = []
+        for name, (archs, found) in chosen(_lab, methods, seed, goals).items():
+            rows += [row_of(_lab, p, name, seed, arch, found) for p, arch in zip(percents, archs, strict=True)]
+        return rows
     rows = [run_search(replace(_lab, budgets=budgets), method, seed) for budgets in goals]
     return [row | {"net": f"{percent}%/{method}/{seed}"} for percent, row in zip(percents, rows, strict=True)]
 
@@ -162,12 +179,17 @@ def run(args: argparse.Namespace) -> None:
             if f"{percent}%/random/{k}" not in table.nets():
                 arch = random_arch(space, lab.tables, budgets, k)
                 table.append(row_of(lab, percent, "random", k, arch, {}) | info)
-    jobs = []
+    jobs: list[tuple[float, list[str], int, tuple[int, ...]]] = []
     for seed in range(args.search):
+        together: dict[tuple[int, ...], list[str]] = {}  # budgets that are missing -> methods that train alike
         for method in args.method:
-            missing = [p for p in percents if f"{p}%/{method}/{seed}" not in table.nets()]
-            parts = [tuple(missing)] if is_shared(method) else [(percent,) for percent in missing]
-            jobs += [(macs, method, seed, part) for part in parts if part]
+            missing = tuple(p for p in percents if f"{p}%/{method}/{seed}" not in table.nets())
+            if missing and is_shared(method) and method != "evolution" and trains_alike(method):
+                together.setdefault(missing, []).append(method)
+            else:
+                parts = [missing] if is_shared(method) else [(percent,) for percent in missing]
+                jobs += [(macs, [method], seed, part) for part in parts if part]
+        jobs += [(macs, methods, seed, missing) for missing, methods in together.items()]
     entered = (args.space, args.data_dir, args.device)
     with ProcessPoolExecutor(
         args.jobs, multiprocessing.get_context("spawn"), initializer=_enter, initargs=entered

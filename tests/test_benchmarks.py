@@ -116,7 +116,10 @@ def lab():
     return iso_flops.open_lab(SMALL, "", "cpu")
 
 
-@pytest.mark.parametrize("method", ["default", "sgd", "fixed-grid", "sandwich", *iso_flops.OTHERS])
+SOME = ["default", "sgd", "fixed-grid", "sandwich", "l1", "taylor", "snip", "l1-threshold", *iso_flops.OPPONENTS]
+
+
+@pytest.mark.parametrize("method", SOME)
 def test_every_method_ends_inside_the_budget(method, lab, monkeypatch):
     if method == "torch-pruning":
         # Meant: peers are an extra of their own, pip install -e '.[peers]'; no other method needs them.
@@ -125,10 +128,21 @@ def test_every_method_ends_inside_the_budget(method, lab, monkeypatch):
     monkeypatch.setattr(iso_flops.opponents, "GENERATIONS", 2)
     row = iso_flops.run_search(lab, method, 0)
     assert 0.98 <= row["macs"] / lab.budgets[0].limit <= 1
-    assert (row["search_images"] > 200 or method == "balanced") and row["net"] == f"{method}/0"
+    assert (row["search_images"] > 200 or method == "snip") and row["net"] == f"{method}/0"
     again = json.loads(json.dumps(row))
     trained = iso_flops.train_net(lab, again["net"], again["arch"], seed=3)
     assert 0 <= trained["top1"] <= 100 and trained["seed"] == 3
+
+
+def test_methods_that_train_alike_share_a_training(lab):
+    """Each of them chooses what it chooses alone, in any order."""
+    names = ["hrank", "l1", "lasso-threshold"]
+    assert all(map(iso_flops.trains_alike, names)) and not iso_flops.trains_alike("dropnet")
+    assert not iso_flops.trains_alike("slimming")
+    together = iso_flops.chosen(lab, names, 0, [lab.budgets])
+    assert [*together] == names
+    for name in names[::-1]:
+        assert together[name][0] == iso_flops.chosen(lab, [name], 0, [lab.budgets])[name][0], name
 
 
 def test_ablations_change_a_search_of_half_the_length(lab):
