@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dnas.nets.cut_tensors import remove_channels
+from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_supernet import TimmSupernet
 from dnas.nets.tracing import trace
 
 IMAGE = (3, 8, 8)
@@ -173,3 +175,10 @@ def test_what_is_not_understood_stays_and_the_rest_is_cut():
     sizes = {g.name: g.size // 2 if g.name == "first" else g.size for g in channels.groups}
     remove_channels(cut, channels.cut(sizes)[1])
     assert cut.first.out_channels == 4 and cut(x).shape == net(x).shape
+
+
+@pytest.mark.slow
+def test_attention_with_halos_keeps_its_channels():
+    """timm's halonet26t at 256 px: its attention is not understood, the convolutions around it are cut."""
+    net = TimmSupernet(TimmBase("halonet26t", 10, 3, 256))
+    assert len(net.channels.groups) > 10 and any("self_attn" in why for why in net.channels.fixed)
