@@ -146,7 +146,7 @@ def test_evolution_trains_shared_weights_once_for_all_budgets(monkeypatch):
     monkeypatch.setattr(public_tables.opponents, "POPULATION", 4)
     monkeypatch.setattr(public_tables.opponents, "GENERATIONS", 1)
     monkeypatch.setattr(public_tables, "_lab", lab)
-    rows = public_tables.search_all(most, "evolution", 0, (30, 60))
+    rows = public_tables.search_all(most, ["evolution"], 0, (30, 60))
     assert [row["net"] for row in rows] == ["30%/evolution/0", "60%/evolution/0"]
     for row, percent in zip(rows, (30, 60), strict=True):
         alone, _ = public_tables.opponents.evolution(replace(lab, budgets=public_tables.goal(lab, most, percent)), 0)
