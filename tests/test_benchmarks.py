@@ -16,6 +16,7 @@ import torch
 from scipy.stats import norm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import arena  # noqa: E402
 import iso_flops  # noqa: E402
 import iso_latency  # noqa: E402
 import iso_report  # noqa: E402
@@ -359,11 +360,32 @@ def test_the_tables_of_both_readmes_are_those_of_the_rows(tmp_path, monkeypatch)
     for path in (Path("README.md"), Path("benchmarks") / "README.md"):
         (tmp_path / path).write_text((iso_report.HERE.parent / path).read_text())
     root, known = iso_report.HERE.parent, {path.name for path in iso_report.HERE.glob("*.svg")}
-    monkeypatch.setattr(iso_report, "HERE", here)
+    for module in (iso_report, arena):
+        monkeypatch.setattr(module, "HERE", here)
+    monkeypatch.setattr(sys, "argv", ["arena.py"])
     iso_report.main()
+    arena.main()
     for path in (Path("README.md"), Path("benchmarks") / "README.md"):
         assert (tmp_path / path).read_text() == (root / path).read_text()
     assert {path.name for path in here.glob("*.svg")} == known
+
+
+def test_the_arena_counts_a_table_where_all_its_budgets_have_a_network(monkeypatch):
+    """Means and order by hand; methods without a row are left out."""
+    monkeypatch.setattr(arena, "Table", lambda name: SimpleNamespace(nets=dict, rows=[]))
+    monkeypatch.setattr(arena, "judge_method", lambda table, method: {})
+    told = {"space": "nats", "dataset": "cifar10", "searches": 3}
+    public = [told | {"budget": b, "method": m, "percentile": p} for m, b, p in (
+        ("l1", "10%", 60.0), ("l1", "25%", 80.0), ("taylor", "10%", 90.0), ("taylor", "25%", 95.0),
+        ("hrank", "10%", 99.0),
+    )]  # fmt: skip
+    rows = arena.rows_of(public)
+    assert [(row["method"], row["nats, cifar10"], row["searches"]) for row in rows] == [
+        ("taylor", 92.5, 3),
+        ("l1", 70.0, 3),
+    ]
+    lines = arena.arena_table(rows).splitlines()
+    assert lines[2].startswith("| taylor | 3 | 92.50 | - | - | - | - |") and len(lines) == 4
 
 
 def test_nets_of_equal_latency_are_compared_by_search(tmp_path, monkeypatch, capsys):

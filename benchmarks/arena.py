@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""All methods side by side: what their networks reach, and what it costs to find them.
+
+python benchmarks/arena.py --run --search 3 --jobs 1     # what is missing: public tables, then two set-ups; takes days
+python benchmarks/arena.py                               # the tables of both README.md, and arena.svg, from the rows
+
+The judges are the public tables (`public_tables.py`) and two set-ups whose networks are trained here (`iso_flops.py`).
+``--run`` needs their data: --data-dir or DNAS_CIFAR10, --tables or DNAS_TABLES.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median
+
+import matplotlib
+from iso_flops import OWN, THRESHOLD, Table, judge_method
+from iso_report import HERE, markdown, with_ends, write
+
+from dnas.methods.rules import RULES
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+SPACES, OWN_SETUPS = ("nats", "mobilenet"), ("timm_resnet_50", "digits_25")
+METHODS = ("default", *OWN, *(name + THRESHOLD for name in OWN))
+TOP = 8  # lines of the project's README
+
+
+def run(args: argparse.Namespace) -> None:
+    """Everything that is missing, one benchmark after the other; each keeps its rows as they come."""
+    how = ["--search", str(args.search), "--jobs", str(args.jobs), "--data-dir", args.data_dir]
+    for space in SPACES:
+        command = [str(HERE / "public_tables.py"), space, *how, "--tables", args.tables, "--method", *METHODS]
+        subprocess.run([sys.executable, *command], check=True)
+    for setup in OWN_SETUPS:
+        command = [str(HERE / "iso_flops.py"), setup, *how, "--variant", *METHODS]
+        subprocess.run([sys.executable, *command], check=True)
+
+
+def effort(method: str) -> tuple[float, float] | None:
+    """Seconds and images of a search in the space of NATS-Bench, at the median; None if there is none."""
+    nets = Table("public_nats").nets().items()
+    rows = [row for name, row in nets if name.split("/")[1] == method and "search_seconds" in row]
+    if not rows:
+        return None
+    return median(row["search_seconds"] for row in rows), median(row["search_images"] for row in rows)
+
+
+def rows_of(public: Sequence[Mapping]) -> list[dict]:
+    """A row for each method with results: the mean percentile in each public table, and what it reaches in set-ups.
+
+    A table counts where all its budgets have a network of the method.
+    """
+    cells = {(r["space"], r["dataset"], r["budget"]) for r in public}
+    rows = []
+    for method in (*RULES, "random", *METHODS):
+        row: dict = {"method": method, "effort": effort(method)}
+        for space, dataset in sorted({cell[:2] for cell in cells}):
+            own = [r for r in public if (r["space"], r["dataset"], r["method"]) == (space, dataset, method)]
+            if {r["budget"] for r in own} == {b for s, d, b in cells if (s, d) == (space, dataset)}:
+                row[f"{space}, {dataset}"] = fmean(r["percentile"] for r in own)
+                row["searches"] = min(row.get("searches", 10**9), *(r["searches"] for r in own))
+        for setup in OWN_SETUPS:
+            table = Table(setup)
+            if method in RULES or method == "random":
+                continue
+            if judged := judge_method(table, method):
+                row[setup] = judged["found_minus_balanced"]
+        if len(row) > 2:
+            rows.append(row)
+    return sorted(rows, key=lambda r: -fmean(v for k, v in r.items() if "," in k) if any("," in k for k in r) else 0.0)
+
+
+def arena_table(rows: Sequence[Mapping]) -> str:
+    """One line a method."""
+    judges = sorted({key for row in rows for key in row if "," in key})
+    lines = []
+    for row in rows:
+        seconds, images = row["effort"] or (None, None)
+        found = [with_ends(row[setup]) if setup in row else "-" for setup in OWN_SETUPS]
+        cost = ["-" if seconds is None else f"{seconds:.0f}", "-" if images is None else f"{images:.0f}"]
+        lines.append([row["method"], row.get("searches"), *(row.get(judge) for judge in judges), *found, *cost])
+    heads = ["method", "searches", *(f"percentile in {judge}" for judge in judges)]
+    heads += [*(f"{setup}, minus balanced" for setup in OWN_SETUPS), "seconds", "images"]
+    return markdown(heads, lines)
+
+
+def draw(rows: Sequence[Mapping]) -> None:
+    """Quality against the cost of the search: the mean percentile on NATS-Bench's CIFAR-10."""
+    judge = "nats, cifar10"
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for row in rows:
+        if judge in row:
+            x = max(1.0, (row["effort"] or (1.0, 0.0))[0])
+            axes.plot(x, row[judge], "o", color="0.3" if row["method"].endswith(THRESHOLD) else "C0")
+            axes.annotate(row["method"], (x, row[judge]), fontsize=7, xytext=(4, 2), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds of a search (1: none)")
+    axes.set_ylabel("mean percentile among networks of equal cost")
+    figure.tight_layout()
+    matplotlib.rcParams["svg.hashsalt"] = "dnas"  # the same rows give the same file
+    figure.savefig(HERE / "arena.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    """The missing searches, or the tables."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--run", action="store_true", help="search and train what is missing")
+    p.add_argument("--search", type=int, default=3, help="seeds of each method (default 3)")
+    p.add_argument("--jobs", type=int, default=2, help="processes of one thread each (default 2)")
+    p.add_argument("--data-dir", default=os.environ.get("DNAS_CIFAR10", ""), help="CIFAR-10 as a tar of images")
+    p.add_argument("--tables", default=os.environ.get("DNAS_TABLES", ""), help="folder of the public tables")
+    args = p.parse_args()
+    if args.run:
+        run(args)
+        return
+    rows = rows_of(json.loads((HERE / "results" / "public_tables.json").read_text()))
+    draw(rows)
+    write(HERE / "README.md", {"arena": arena_table(rows)})
+    write(Path(HERE.parent / "README.md"), {"arena": arena_table(rows[:TOP])})
+
+
+if __name__ == "__main__":
+    main()
