@@ -545,3 +545,67 @@ def test_buffers_of_the_optimizer_go_with_their_channels():
     search.net.reorder({INNER: order}, [search.learner.optimizer])
     state = search.learner.optimizer.state[conv.weight]["exp_avg"]
     assert torch.equal(conv.weight.detach(), weight[order]) and torch.equal(state, before[order])
+
+
+# Where the formula is the same, another tool ranks the channels alike.
+
+
+def their_scores(model, importance, only=None):
+    """Torch-Pruning's scores of the width that layer2.0.conv1 writes, from the layers ``only`` or all of its group."""
+    # Meant: peers are an extra of their own, pip install -e '.[peers]'.
+    tp = pytest.importorskip("torch_pruning")
+    graph = tp.DependencyGraph().build_dependency(model, example_inputs=torch.randn(1, 3, 8, 8))
+    group = graph.get_pruning_group(model.layer2[0].conv1, tp.prune_conv_out_channels, [*range(16)])
+    if only:
+        group._group = [item for item in group._group if item.dep.target.module in only]
+    return importance(tp)(group)
+
+
+def test_l1_ranks_as_torch_pruning():
+    search, task = begun("l1")
+    theirs = their_scores(
+        search.net.model, lambda tp: tp.importance.MagnitudeImportance(p=1, group_reduction="first", normalizer=None)
+    )
+    ours = l1_norms(search, task)[INNER].detach()
+    torch.testing.assert_close(ours, theirs / theirs.mean())
+    assert ours.argsort().tolist() == theirs.argsort().tolist()
+
+
+def test_slimming_ranks_as_torch_pruning():
+    search, task = begun("slimming")
+    with torch.no_grad():
+        search.net.model.layer2[0].bn1.weight.uniform_(-1, 1)
+    theirs = their_scores(
+        search.net.model, lambda tp: tp.importance.BNScaleImportance(group_reduction="sum", normalizer=None)
+    )
+    torch.testing.assert_close(penalties.scale_sizes(search, task)[INNER].detach(), theirs.detach())
+
+
+def gradients(search, task, train):
+    x, y = batches(task, 1)[0]
+    search.net.train(train)
+    search.net.zero_grad()
+    F.cross_entropy(search.net.model(x), y).backward()
+
+
+def test_taylor_ranks_as_torch_pruning_where_both_look_at_the_layers_that_read():
+    search, task = begun("taylor", score_batches=1)
+    ours, model = taylor(search, task)[INNER], search.net.model
+    gradients(search, task, train=False)
+    theirs = their_scores(
+        model,
+        lambda tp: tp.importance.TaylorImportance(multivariable=True, group_reduction="sum", normalizer=None),
+        only=[model.layer2[0].conv2],
+    )
+    torch.testing.assert_close(ours, theirs.square(), rtol=1e-3, atol=1e-6 * float(ours.max()))
+
+
+def test_snip_ranks_as_torch_pruning():
+    search, task = begun("snip")
+    ours = sensitivity(search, task)[INNER].detach()
+    gradients(search, task, train=True)
+    theirs = their_scores(
+        search.net.model,
+        lambda tp: tp.importance.TaylorImportance(bias=True, group_reduction="sum", normalizer=None),
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6 * float(ours.max()))
