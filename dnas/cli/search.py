@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import cache
@@ -28,7 +29,7 @@ from dnas.nets.supernet import Supernet
 from dnas.nets.timm_space import TimmBase
 from dnas.nets.timm_supernet import TimmSupernet
 from dnas.report.pages import write_report
-from dnas.runtime.checkpoint import WORTH_KEEPING
+from dnas.runtime.checkpoint import WORTH_KEEPING, read_checkpoint
 from dnas.runtime.distributed import check_shares, gathered, rank, split, world_size
 from dnas.runtime.progress import console
 from dnas.runtime.run_folder import provenance, run_folder, write_json
@@ -115,7 +116,7 @@ def make_goals(plan: Plan, asked: list[tuple[Budget, ...]], folder: Path, name: 
 
 
 def check_same(plan: Plan, goals: Sequence[BudgetRun]) -> None:
-    """Raise UserError if a run that is resumed began with another space, which a program gave, or with other data."""
+    """Raise UserError if a run that is resumed began with another space or other data, or has no whole checkpoint."""
     here = json.loads(json.dumps(asdict(plan.net.outline)))
     for goal in goals:
         path = goal.folder / "config.json"
@@ -125,6 +126,10 @@ def check_same(plan: Plan, goals: Sequence[BudgetRun]) -> None:
         if config.get("space", here) != here:
             raise UserError(f"{path} is of a space that its flags do not make: the program that gave it has to resume")
         check_same_data(config, plan.data, str(goal.folder))
+        if rank() == 0:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the journal will say that the one before is taken
+                read_checkpoint(goal.folder)
 
 
 def introduce(plan: Plan) -> None:
