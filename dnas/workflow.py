@@ -383,7 +383,8 @@ def find(plan: Plan, goal: BudgetRun, journal: Journal, begun: Callable[[bool], 
         console.print(f"warning: {line}", soft_wrap=True)
     first["warnings"] = [*first["warnings"], *said]
     found = trained.pop("found")
-    compared_arms = {arm: trained.pop(arm) if arm in trained else found for arm in parse_arms(plan.args.arms, True)}
+    asked = [arm for arm in parse_arms(plan.args.arms, True) if arm in trained or found.get("inherited")]
+    compared_arms = {arm: trained.pop(arm, found) for arm in asked}
     return {
         **first,
         "validation_images": plan.data.num_val,

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from dnas.export.model_file import build_net
 from dnas.methods import curvature, feature_maps, penalties, reconstruction
 from dnas.methods.loop import begin, run
-from dnas.methods.rank_and_cut import above_threshold, dense_arch, most_score
+from dnas.methods.rank_and_cut import above_threshold, dense_arch, most_score, only
 from dnas.methods.rankings import activity, l1_norms, ranks, sensitivity, taylor
 from dnas.nets.channels import ChannelAxis
 from dnas.nets.shrink import plain_state
@@ -278,7 +278,9 @@ def lasso_of(layer, axis, x, monkeypatch):
 
     def once(search, task, see):
         see("w", layer, axis, x)
+        return {}
 
+    monkeypatch.setattr(reconstruction, "IMAGES", len(x))
     monkeypatch.setattr(reconstruction, "of_layers_read", once)
     return reconstruction.lasso(None, SimpleNamespace(seed=0))["w"].numpy()
 
@@ -513,6 +515,47 @@ def test_several_cuts_lower_the_cost_by_the_same_factor():
     assert METHODS["dropnet"].choose(search, task).keys() == dense.keys()
     fc = search.net.model.fc.bias
     assert not torch.equal(fc, start["model.fc.bias"])
+
+
+@pytest.mark.parametrize("cut", ["knapsack", "threshold"])
+def test_many_cuts_never_need_what_is_cut_off(cut):
+    """On a coarse grid some costs on the way have no network: such a cut is left out, and the search goes on."""
+    search, task = begun("l1", cuts=10, cut=cut)
+    task = replace(task, budgets=(Budget("macs", 0.2 * task.tables["macs"].of(search.own.arch)),))
+    live = []
+    run(METHODS["l1"], search, task, on_row=lambda row: live.append(row["live_macs"]))
+    assert live == sorted(live, reverse=True) and len(set(live)) > 3
+    assert_in_band(task.tables, task.budgets, METHODS["l1"].choose(search, task))
+
+
+def test_pursuit_of_a_width_that_is_the_narrowest():
+    search, task = begun("ispasp", score_batches=1)
+    arch = search.net.space.complete(dict(search.own.arch) | {INNER: search.net.space.by_name[INNER].options[0]})
+    search.net.cut_to(only(search.net, arch))
+    search.own.arch = arch
+    with torch.no_grad():
+        assert len(reconstruction.pursuit(search, task)[INNER]) == arch[INNER]
+
+
+def test_lasso_of_layers_that_write_nothing():
+    search, task = begun("lasso", score_batches=1)
+    with torch.no_grad():
+        search.net.model.layer2[0].conv2.weight.zero_()
+    assert reconstruction.lasso(search, task)[INNER].tolist() == [1.0] * 16
+
+
+def test_the_scales_that_weights_rewind_to_are_a_half():
+    search, _ = begun("slimming", rewind=True)
+    for net in (search.net, search.own.start):
+        assert float(net.model.layer2[0].bn1.weight.detach().mean()) == 0.5
+
+
+def test_snip_leaves_the_statistics_of_norms_as_they_were():
+    search, task = begun("snip")
+    before = {name: b.clone() for name, b in search.net.named_buffers()}
+    search.net.eval()
+    sensitivity(search, task)
+    assert all(torch.equal(b, before[name]) for name, b in search.net.named_buffers()) and not search.net.training
 
 
 def test_weights_rewind_to_those_of_the_start():

@@ -23,9 +23,10 @@ def saliency(search: Search, task: Task) -> Scores:
     sums: dict[str, Tensor] = {}
     written: list[tuple[nn.Module, Tensor]] = []
 
-    def see(layer: nn.Module, _: Tensor, y: Tensor) -> None:
+    def see(layer: nn.Module, _: Tensor, y: Tensor) -> Tensor:
         y.retain_grad()
         written.append((layer, y))
+        return y.clone()  # an activation may change it in place
 
     with evaluating(search.net), watching(layers_of(axes), see):
         for x, y in score_batches(task):
@@ -34,16 +35,18 @@ def saliency(search: Search, task: Task) -> Scores:
             for name, axis in [(name, axis) for name, own in axes.items() for axis in own]:
                 for out in [out for layer, out in written if layer is axis.module]:
                     slope = torch.zeros_like(out) if out.grad is None else out.grad * len(x)
-                    made, slopes = (channels_of(t, axis.module, axis).flatten(2) for t in (out, slope))
-                    change = made.square().mean((0, 2)) * slopes.square().sum(2).mean(0) / 2
-                    sums[name] = sums.get(name, 0) + mean(change.detach())
+                    both = (channels_of(t.detach(), axis.module, axis) for t in (out, slope))
+                    made, slopes = (t.reshape(*t.shape[:3], -1).square() for t in both)
+                    change = made.mean((0, 3)) * slopes.sum(3).mean(0) / 2  # of each filter of a unit
+                    sums[name] = sums.get(name, 0) + mean(change.sum(1))
     return sums
 
 
 def largest_eigenvalue(rows: Tensor) -> Tensor:
     """Of the matrix R^T R of rows R, [N, D]: a scalar whose gradient is that of |R v|^2 at its eigenvector v."""
+    rows = rows.float()
     with torch.no_grad():
-        v = torch.ones_like(rows[0])
+        v = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0)).to(rows)
         for _ in range(POWER_STEPS):
             v = F.normalize(rows.T @ (rows @ v), dim=0)
     return (rows @ v).square().sum()
@@ -78,7 +81,9 @@ def flat_loss(search: Search, task: Task, x: Tensor, y: Tensor, progress: float)
     layers = [m for m in search.net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     with watching(layers, lambda layer, read, made: seen.append((layer, read, made))):
         loss = dense_loss(search, task, x, y, progress)
-    return loss + config.flatness * (spectral_radius(seen, loss, len(x)) - config.radius).relu()
+    with torch.autocast(x.device.type, enabled=False):  # sums over many rows overflow in float16
+        radius = spectral_radius(seen, loss, len(x))
+    return loss + config.flatness * (radius - config.radius).relu()
 
 
 KFAC = rank_and_cut(

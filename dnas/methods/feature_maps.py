@@ -32,7 +32,7 @@ def layers_of(axes: Axes) -> list[nn.Module]:
 
 @contextmanager
 def watching(layers: Iterable[nn.Module], see: See) -> Iterator[None]:
-    """Inside, ``see`` is called whenever one of the layers has run."""
+    """Inside, ``see`` is called whenever one of the layers has run; a tensor that it returns is written instead."""
     hooks = [m.register_forward_hook(lambda m, inputs, output: see(m, inputs[0], output)) for m in layers]
     try:
         yield
@@ -79,7 +79,7 @@ def of_maps_read(search: Search, task: Task, measure: Callable[[Tensor], Tensor]
 
     ``measure(maps)`` turns [B * units, height, width] into a number for each. A unit has the mean over images,
     processes, its channels, and the layers that read it at its largest size: squeezed maps of 1 x 1 say little. Units
-    that no convolution and no linear layer reads as a map have 1.
+    that no convolution without groups and no linear layer reads as a map have 1.
     """
     axes = axes_of(search, "in")
     sums: dict[str, dict[int, list[Tensor]]] = {name: {} for name in axes}
@@ -87,7 +87,7 @@ def of_maps_read(search: Search, task: Task, measure: Callable[[Tensor], Tensor]
     def see(layer: nn.Module, x: Tensor, _: Tensor) -> None:
         for name, own in axes.items():
             for axis in own:
-                if axis.module is layer:
+                if axis.module is layer and getattr(layer, "groups", 1) == 1:
                     read = channels_of(x.detach(), layer, axis).float()
                     maps = read if read.ndim == 5 else read.reshape(*read.shape[:3], 1, -1)
                     found = measure(maps.flatten(0, 2)).view(maps.shape[:3]).mean((0, 2))
@@ -97,7 +97,8 @@ def of_maps_read(search: Search, task: Task, measure: Callable[[Tensor], Tensor]
         for x, _ in score_batches(task):
             search.net(x, search.own.arch)
     found = {name: mean(torch.stack(by_size[max(by_size)]).mean(0)) for name, by_size in sums.items() if by_size}
-    return {name: found.get(name, torch.ones(len(own[0].places))) for name, own in axes.items() if own}
+    like = next(search.net.parameters())
+    return {name: found.get(name, like.new_ones(len(own[0].places))) for name, own in axes.items() if own}
 
 
 def gated_loss(search: Search, task: Task, axes: Axes, gates: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:

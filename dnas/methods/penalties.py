@@ -25,7 +25,9 @@ def norm_scales(search: Search) -> dict[str, list[Tensor]]:
 def init_slimming(net: Supernet, task: Task) -> Ranked:
     """The dense net with all scales at 1/2, as in the authors' code. UserError if there is no norm with a scale."""
     own = init(net, task)
-    axes = [a for axes in net.channel_axes().values() for a in axes if a.role == "norm" and a.name == "weight"]
+    nets = [net] if own.start is None else [net, own.start]
+    every = [a for one in nets for axes in one.channel_axes().values() for a in axes]
+    axes = [a for a in every if a.role == "norm" and a.name == "weight"]
     if not axes:
         raise UserError(f"{net.name} has no norm with a scale for each channel, which slimming needs")
     with torch.no_grad():

@@ -20,8 +20,9 @@ from dnas.methods.settings import RankConfig
 from dnas.nets.supernet import Supernet
 from dnas.runtime.checkpoint import checkpoint_errors, load_module, module_data
 from dnas.spec.budget import Budget
+from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
-from dnas.spec.space import DROP, KEEP, Arch, Space
+from dnas.spec.space import DROP, KEEP, Arch, Option, Space
 from dnas.training.loop import cycle
 
 Scores = Mapping[str, Tensor]  # width decision -> the score of each of its units of channels, [units that are left]
@@ -132,10 +133,10 @@ def above_threshold(
     ratio = max(t.of(found) / b.limit for t, b in zip(costs, budgets, strict=True))
     if in_band(ratio):
         return found
-    like = most_score(space, {}, found)  # other decisions than widths are held
-    return derive(
-        space, tables, budgets, like | {d: near(space.by_name[d], float(found[d])) for d in scores if d in found}
-    )
+    like = {d.name: np.where(np.array(d.options) == found.get(d.name), 0.0, -1e4) for d in space.decisions}
+    for d in (space.by_name[name] for name in scores if name in found and space.by_name[name].is_width):
+        like[d.name] = np.where(np.array(d.options) <= left[d.name], near(d, float(found[d.name])), -1e4)
+    return derive(space, tables, budgets, like)
 
 
 def cut(search: Search, task: Task, score: Score, comparable: bool) -> Arch:
@@ -159,6 +160,16 @@ def cut(search: Search, task: Task, score: Score, comparable: bool) -> Arch:
     return derive(net.space, task.tables, task.budgets, most_score(net.space, normalised(scores), left))
 
 
+def is_part_of(arch: Arch, left: Arch) -> bool:
+    """Whether ``left`` has all channels, blocks and layers of ``arch``."""
+
+    def fits(name: str, option: Option) -> bool:
+        widest = left.get(name)
+        return option in (widest, DROP) or (isinstance(option, int) and isinstance(widest, int) and option < widest)
+
+    return all(fits(name, option) for name, option in arch.items())
+
+
 def after_step(search: Search, task: Task, progress: float, score: Score, comparable: bool) -> dict[str, Any]:
     """A cut on the way, if it is time for one. Returns entries of the row in the history.
 
@@ -175,13 +186,20 @@ def after_step(search: Search, task: Task, progress: float, score: Score, compar
     dense, share = dense_arch(net.space), own.cuts / config.cuts
     costs = {b.metric: task.tables[b.metric].of(dense) for b in task.budgets}
     budgets = tuple(replace(b, limit=costs[b.metric] ** (1 - share) * b.limit**share) for b in task.budgets)
-    before, own.arch = own.arch, cut(search, replace(task, budgets=budgets), score, comparable)
+    before = own.arch
+    try:
+        arch = cut(search, replace(task, budgets=budgets), score, comparable)
+    except UserError:  # no network costs so much: the next cut goes further
+        return {}
+    if not is_part_of(arch, before):  # it would need what is cut off
+        return {}
+    own.arch = arch
     net.cut_to(only(net, own.arch), [search.learner.optimizer])
     if own.start is not None:
         own.start.cut_to(only(own.start, own.arch))
         load_module(net, own.start.state_dict())
         search.learner.optimizer.state.clear()
-    return {"events": [{"width": n, "channels": w} for n, w in own.arch.items() if w != before[n]]}
+    return {"events": [{"width": n, "channels": w} for n, w in own.arch.items() if w != before.get(n)]}
 
 
 def state_dict(search: Search) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dnas.methods.feature_maps import (
 from dnas.methods.method import Search, Task
 from dnas.methods.rank_and_cut import Scores, rank_and_cut, score_batches
 from dnas.methods.settings import DropnetConfig, ScoreConfig, TaylorConfig
-from dnas.runtime.distributed import average_gradients, mean
+from dnas.runtime.distributed import average_gradients, mean, shared_statistics
 
 
 def l1_norms(search: Search, task: Task) -> Scores:
@@ -62,15 +62,21 @@ def activity(search: Search, task: Task) -> Scores:
 
 def sensitivity(search: Search, task: Task) -> Scores:
     """The sum of |w dL/dw| over all weights that write, normalise or read a channel, on one batch."""
-    search.net.train()
-    batch_loss(search, task, *next(score_batches(task))).backward()
-    average_gradients(p for p in search.net.parameters())
+    net = search.net
+    before, was_training = {name: b.clone() for name, b in net.named_buffers()}, net.training
+    net.train()
+    with shared_statistics():
+        batch_loss(search, task, *next(score_batches(task))).backward()
+    average_gradients(net.parameters())
+    for name, buffer in net.named_buffers():  # statistics of norms, as they were
+        buffer.copy_(before[name])
+    net.train(was_training)
     scores: dict[str, Tensor] = {}
     for role in ("out", "norm", "in"):
         for name, own in axes_of(search, role).items():
             for axis in own:
                 scores[name] = scores.get(name, 0) + (axis.slices() * axis.slices(of_gradient=True)).abs().sum(1)
-    search.net.zero_grad()
+    net.zero_grad()
     return scores
 
 

@@ -15,7 +15,7 @@ from dnas.nets.channels import ChannelAxis
 from dnas.runtime.distributed import mean
 from dnas.training.onednn_workaround import subsampled
 
-PLACES = 10  # of a map, drawn at random, at which outputs are reconstructed
+PLACES, IMAGES = 10, 32  # at so many places of a map, drawn at random, of so many images of a batch
 
 
 def of_layers_read(search: Search, task: Task, see: Callable[[str, nn.Module, ChannelAxis, Tensor], None]) -> Axes:
@@ -25,7 +25,7 @@ def of_layers_read(search: Search, task: Task, see: Callable[[str, nn.Module, Ch
     def look(layer: nn.Module, x: Tensor, _: Tensor) -> None:
         for name, own in axes.items():
             for axis in own:
-                if axis.module is layer:
+                if axis.module is layer and getattr(layer, "groups", 1) == 1:
                     see(name, layer, axis, x.detach())
 
     with evaluating(search.net), watching(layers_of(axes), look), subsampled(search.net, task.recipe):
@@ -48,11 +48,13 @@ def contributions(layer: nn.Module, axis: ChannelAxis, x: Tensor, draws: torch.G
     """What each unit adds to what a layer writes, at `PLACES` places of each map: [units, numbers]."""
     weight = getattr(layer, axis.name).detach()
     if isinstance(layer, nn.Conv2d):
-        patches = patches_of(layer, x)
-        patches = patches.view(len(x), x.shape[1], -1, patches.shape[-1])  # [B, channels, taps, places]
+        patches = patches_of(layer, x[:IMAGES])
+        patches = patches.view(len(patches), x.shape[1], -1, patches.shape[-1])  # [B, channels, taps, places]
         patches = patches[..., torch.randperm(patches.shape[-1], generator=draws)[:PLACES].to(x.device)]
     else:
-        patches = x.reshape(-1, x.shape[-1], 1, 1)
+        tokens = x[:IMAGES].reshape(min(len(x), IMAGES), -1, x.shape[-1])
+        tokens = tokens[:, torch.randperm(tokens.shape[1], generator=draws)[:PLACES].to(x.device)]
+        patches = tokens.reshape(-1, x.shape[-1], 1, 1)
     units = patches[:, torch.from_numpy(axis.places).to(x.device)].flatten(2, 3)  # [B, units, positions * taps, places]
     taps = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
     taps = taps[:, torch.from_numpy(axis.places).to(x.device)].flatten(2)  # [out, units, positions * taps]
@@ -64,7 +66,9 @@ def lasso(search: Search, task: Task) -> Scores:
 
     The outputs are the sums of all units' contributions, so that their Gram matrix is all that LASSO needs. The score
     of a unit is the share of the outputs' energy that it adds in least squares on the units so far. Deviations: inputs
-    are those of the dense net, not of the net pruned so far; the layers' weights are not refitted.
+    are those of the dense net, not of the net pruned so far; the layers' weights are not refitted. Convolutions in
+    groups are left out. A convolution that standardises its weights is taken by its raw ones, and one that pads by
+    itself (timm's Conv2dSame) without its padding.
     """
     grams: dict[str, Tensor] = {}
     draws = torch.Generator().manual_seed(task.seed)
@@ -74,10 +78,12 @@ def lasso(search: Search, task: Task) -> Scores:
         gram = z @ z.T
         grams[name] = grams.get(name, 0) + gram / gram.sum().clamp(min=1e-30)
 
-    of_layers_read(search, task, see)
-    scores = {}
+    axes = of_layers_read(search, task, see)
+    scores = {name: torch.ones(len(own[0].places)) for name, own in axes.items() if own}  # of what no layer here reads
     for name, shared in grams.items():
         gram = mean(shared).cpu().numpy()
+        if gram.sum() <= 0:  # nothing is written
+            continue
         _, active, _ = lars_path_gram(gram.sum(1), gram, n_samples=1, method="lasso")
         first = list(dict.fromkeys(int(k) for k in active))
         rest = [int(k) for k in (-gram.diagonal()).argsort(kind="stable") if k not in first]
@@ -134,14 +140,14 @@ def pursuit(search: Search, task: Task) -> Scores:
         options = [int(o) for o in search.net.space.by_name[name].options]
         sizes = [o * units // left for o in options if o < left]
         found = [pursue(layer, axis, x, size) for size in sizes]
-        counts = torch.stack([torch.bincount(kept, minlength=units) for kept, _ in found]).sum(0).double()
+        counts = sum((torch.bincount(kept, minlength=units) for kept, _ in found), torch.zeros(units)).double()
         energy = channels_of(x, layer, axis).flatten(2).double().square().sum((0, 2)).cpu()
         often[name] = often.get(name, 0) + counts + energy / (2 * energy.sum().clamp(min=1e-30))  # breaks ties
         curve = np.interp(np.arange(units + 1), [0, *sizes, units], [1.0, *(min(1.0, r) for _, r in found), 0.0])
         residuals.setdefault(name, []).append(curve)
 
-    of_layers_read(search, task, see)
-    scores = {}
+    axes = of_layers_read(search, task, see)
+    scores = {name: torch.ones(len(own[0].places)) for name, own in axes.items() if own}
     for name, counts in often.items():
         curve = mean(torch.from_numpy(np.mean(residuals[name], 0))).numpy()
         order = mean(counts).argsort(descending=True, stable=True).numpy()

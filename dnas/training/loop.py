@@ -166,7 +166,9 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], reci
     for m in norms:
         m.reset_running_stats()
         m.momentum = None  # the mean over all batches
-    model.train()
+    model.eval()  # without dropout
+    for m in norms:
+        m.train()
     for x, _ in batches:
         if recipe.channels_last:
             x = x.to(memory_format=torch.channels_last)
