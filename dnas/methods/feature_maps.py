@@ -74,6 +74,25 @@ def patches_of(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
 
 
+def of_layers_read(search: Search, task: Task, see: Callable[[str, nn.Module, ChannelAxis, Tensor], None]) -> Axes:
+    """Call ``see(decision, layer, axis, what it reads)`` for every layer that reads a width, on every batch.
+
+    Convolutions in groups are left out: their weights do not have a place for each channel. Returns all axes.
+    """
+    axes = axes_of(search, "in")
+
+    def look(layer: nn.Module, x: Tensor, _: Tensor) -> None:
+        for name, own in axes.items():
+            for axis in own:
+                if axis.module is layer and getattr(layer, "groups", 1) == 1:
+                    see(name, layer, axis, x.detach())
+
+    with evaluating(search.net), watching(layers_of(axes), look), subsampled(search.net, task.recipe):
+        for x, _ in score_batches(task):
+            search.net(x, search.own.arch)
+    return axes
+
+
 def of_maps_read(search: Search, task: Task, measure: Callable[[Tensor], Tensor]) -> Scores:
     """Scores from the maps that layers read: behind norms and activations, and where branches are added.
 
@@ -81,22 +100,16 @@ def of_maps_read(search: Search, task: Task, measure: Callable[[Tensor], Tensor]
     processes, its channels, and the layers that read it at its largest size: squeezed maps of 1 x 1 say little. Units
     that no convolution without groups and no linear layer reads as a map have 1.
     """
-    axes = axes_of(search, "in")
-    sums: dict[str, dict[int, list[Tensor]]] = {name: {} for name in axes}
+    sums: dict[str, dict[int, list[Tensor]]] = {}
 
-    def see(layer: nn.Module, x: Tensor, _: Tensor) -> None:
-        for name, own in axes.items():
-            for axis in own:
-                if axis.module is layer and getattr(layer, "groups", 1) == 1:
-                    read = channels_of(x.detach(), layer, axis).float()
-                    maps = read if read.ndim == 5 else read.reshape(*read.shape[:3], 1, -1)
-                    found = measure(maps.flatten(0, 2)).view(maps.shape[:3]).mean((0, 2))
-                    sums[name].setdefault(maps[0, 0, 0].numel(), []).append(found)
+    def see(name: str, layer: nn.Module, axis: ChannelAxis, x: Tensor) -> None:
+        read = channels_of(x, layer, axis).float()
+        maps = read if read.ndim == 5 else read.reshape(*read.shape[:3], 1, -1)
+        found = measure(maps.flatten(0, 2)).view(maps.shape[:3]).mean((0, 2))
+        sums.setdefault(name, {}).setdefault(maps[0, 0, 0].numel(), []).append(found)
 
-    with evaluating(search.net), watching(layers_of(axes), see), subsampled(search.net, task.recipe):
-        for x, _ in score_batches(task):
-            search.net(x, search.own.arch)
-    found = {name: mean(torch.stack(by_size[max(by_size)]).mean(0)) for name, by_size in sums.items() if by_size}
+    axes = of_layers_read(search, task, see)
+    found = {name: mean(torch.stack(by_size[max(by_size)]).mean(0)) for name, by_size in sums.items()}
     like = next(search.net.parameters())
     return {name: found.get(name, like.new_ones(len(own[0].places))) for name, own in axes.items() if own}
 

@@ -1,37 +1,18 @@
 """Scores of channels by how well those that are kept reconstruct what the next layers write, one method each."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from sklearn.isotonic import isotonic_regression
 from sklearn.linear_model import lars_path_gram
 from torch import Tensor, nn
 
-from dnas.methods.feature_maps import Axes, axes_of, channels_of, evaluating, layers_of, patches_of, watching
+from dnas.methods.feature_maps import channels_of, of_layers_read, patches_of
 from dnas.methods.method import Search, Task
-from dnas.methods.rank_and_cut import Scores, rank_and_cut, score_batches
+from dnas.methods.rank_and_cut import Scores, rank_and_cut
 from dnas.nets.channels import ChannelAxis
 from dnas.runtime.distributed import mean
-from dnas.training.onednn_workaround import subsampled
 
 PLACES, IMAGES = 10, 32  # at so many places of a map, drawn at random, of so many images of a batch
-
-
-def of_layers_read(search: Search, task: Task, see: Callable[[str, nn.Module, ChannelAxis, Tensor], None]) -> Axes:
-    """Call ``see(decision, layer, axis, what it reads)`` for every layer that reads a width, on every batch."""
-    axes = axes_of(search, "in")
-
-    def look(layer: nn.Module, x: Tensor, _: Tensor) -> None:
-        for name, own in axes.items():
-            for axis in own:
-                if axis.module is layer and getattr(layer, "groups", 1) == 1:
-                    see(name, layer, axis, x.detach())
-
-    with evaluating(search.net), watching(layers_of(axes), look), subsampled(search.net, task.recipe):
-        for x, _ in score_batches(task):
-            search.net(x, search.own.arch)
-    return axes
 
 
 def scores_of(order: np.ndarray, gains: np.ndarray, like: Tensor) -> Tensor:
