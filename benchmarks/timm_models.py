@@ -28,9 +28,9 @@ from dnas.export.model_file import (  # noqa: E402
     arch_document,
     build_net,
     narrowed,  # noqa: E402
-    verify_export,
     write_export,
 )
+from dnas.export.verify import verify_export  # noqa: E402
 from dnas.methods.rules import random_arch, uniform_arch  # noqa: E402
 from dnas.nets.shrink import plain_state  # noqa: E402
 from dnas.nets.timm_space import TimmBase  # noqa: E402

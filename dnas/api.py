@@ -8,7 +8,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,14 +19,17 @@ from timm.utils import random_seed
 from torch import nn
 
 from dnas.cli.flags import HINT
-from dnas.cli.inputs import data_of, device_of, outline_of
+from dnas.cli.inputs import data_of, device_of, grid_of, outline_of, own_of
 from dnas.cli.parsers import read
 from dnas.cli.parsers import search as search_parser
 from dnas.cli.process import keep_freed_memory
 from dnas.cli.search import INITIAL_WEIGHTS, default_output
 from dnas.cli.search import main as run_search
 from dnas.export.model_file import build_net, read_arch, write_state
+from dnas.export.own_file import PROGRAM
 from dnas.nets.layer_supernet import MacroSupernet
+from dnas.nets.own_base import Own, OwnBase, given, made_by
+from dnas.nets.own_supernet import OwnSupernet
 from dnas.nets.supernet import Supernet
 from dnas.nets.timm_space import TimmBase
 from dnas.nets.timm_supernet import TimmSupernet
@@ -40,20 +43,22 @@ from dnas.spec.layer_space import EfficientNetSpace
 from dnas.training.batches import Data, Pair
 from dnas.training.given_data import data_of_loaders, on_device
 
+Net = str | nn.Module | Callable[[], nn.Module] | EfficientNetSpace
 Images = str | Path | Data | Sequence[Iterable[Pair]]
 GIVEN = "given-in-python"  # in the place of a data set that only a program has
 
 
 @dataclass(frozen=True)
 class Result:
-    """A run folder that is complete."""
+    """A run folder that is complete. ``own`` is what makes the network, if it is a user's own."""
 
     folder: Path
+    own: Own | None = None
 
     @property
     def arch(self) -> dict[str, Any]:
         """The network that was found: decision -> choice."""
-        return read_arch(self.folder / "arch.json")["answers"]
+        return read_arch(self.folder / "arch.json", self.own)["answers"]
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -67,7 +72,7 @@ class Result:
         return {metric: found[metric] for metric in ("macs", "params", "ms") if metric in found}
 
     def model(self, weights: str | None = "trained") -> nn.Module:
-        """The network that was found, a plain timm model on the CPU.
+        """The network that was found, on the CPU: a plain timm model, or a narrower network of the user's own.
 
         Args:
             weights: "trained", those of the final training; "search", those that the search left; None: a fresh start.
@@ -79,18 +84,25 @@ class Result:
         if weights not in files or not (path := self.folder / files[weights]).exists():
             there = [name for name, file in files.items() if (self.folder / file).exists()]
             raise UserError(f"weights {weights!r}: this run has {', '.join(map(repr, there))}")
-        document = read_arch(self.folder / "arch.json")
-        model = build_net(document["net"], num_classes=document["num_classes"], in_chans=document["in_chans"])
+        document = read_arch(self.folder / "arch.json", self.own)
+        sizes = {key: document[key] for key in ("num_classes", "in_chans")}
+        model = build_net(document["net"], **sizes, own=self.own)
         if weights:
             model.load_state_dict(safetensors.torch.load_file(path))
         return model
 
     def export(self, folder: str | Path) -> Path:
-        """Copy ``model.py``, ``model.safetensors`` and ``arch.json`` into a new folder, and return it."""
+        """Copy ``model.py``, ``model.safetensors`` and ``arch.json`` into a new folder, and return it.
+
+        Beside the ``model.py`` of a network of the user's own goes the user's file. A network that a program gave has
+        ``model.pt2`` in the place of ``model.py``: `torch.export.load` reads it.
+        """
         new = check_new_folder(folder)
+        own = read_arch(self.folder / "arch.json")["net"].get("own", {})
         with run_folder(new):
-            for name in ("model.py", "model.safetensors", "arch.json"):
-                shutil.copy(self.folder / name, new)
+            for name in {"model.py", "model.safetensors", "arch.json", PROGRAM, own.get("file", "model.py")}:
+                if (self.folder / name).exists():
+                    shutil.copy(self.folder / name, new)
         return new
 
     def report(self, path: str | Path) -> Path:
@@ -99,7 +111,7 @@ class Result:
 
 
 def search(
-    net: str | nn.Module | EfficientNetSpace | None = None,
+    net: Net | None = None,
     *,
     budget: str | None = None,
     method: str = "gates",
@@ -111,8 +123,9 @@ def search(
     """Search a network inside a budget, train it and the nets that cost nothing to choose, and write a run folder.
 
     Args:
-        net: the name of a search space (default "prunet") or of a network of timm's; such a network itself, whose
-            weights the search starts from; or a space or supernet of your own.
+        net: the name of a search space (default "prunet") or of a network of timm's; "my_net.py:build", a function in
+            a file that makes a network of your own; any torch network, whose weights the search starts from; a function
+            without arguments that makes one; or a space or supernet of your own.
         budget: as on the command line: "300MFLOPs", "5MParams", "50%", several joined by commas.
         method: how the network is chosen; `dnas.methods.catalog.METHODS` lists them.
         data: "digits" (the default), an image folder or tar, a `dnas.training.data.Data`, or a pair of iterables of
@@ -132,19 +145,24 @@ def search(
         raise UserError("torchrun goes with the command dnas search, not with dnas.search")
     if resume is None and budget is None:
         raise UserError('a budget is needed, such as budget="50%"')
-    for name in ("sweep", "dataset", "data_dir", "supernet", "model", "dry_run"):
+    for name in ("sweep", "dataset", "data_dir", "supernet", "model", "model_file", "dry_run"):
         if name in flags:
             raise UserError(f"{name} is no argument here: net, budget and data say it")
     known = {action.dest: action for action in search_parser([f"--method={method}"])._actions}
     words = [f"--method={method}", *_words({"budget": budget, **flags}, known), *_data_words(data)]
     if isinstance(net, str):
-        words.append(f"--supernet={net}" if net in (known["supernet"].choices or ()) else f"--model={net}")
+        flag = "model-file" if ".py:" in net else "supernet" if net in (known["supernet"].choices or ()) else "model"
+        words.append(f"--{flag}={net}")
     elif isinstance(net, (EfficientNetSpace, Supernet)):
         for name in ("width_mult", "divisor", "tie", "model_kwargs", "pretrained", "initial_checkpoint"):
             if name in flags:
                 raise UserError(f"{name} is no argument beside a space or supernet, which has its own")
+    elif name := _timm_name(net):
+        words.append(f"--model={name}")
     elif net is not None:
-        words.append(f"--model={_name_of(net)}")
+        for name in ("model_kwargs", "pretrained", "initial_checkpoint"):
+            if name in flags:
+                raise UserError(f"{name} is no argument beside a network of your own, which has its own")
     if resume is not None:
         if budget is not None or output is not None or flags or method != "gates":
             raise UserError("with resume, only net and data are arguments: the run has all others")
@@ -158,6 +176,8 @@ def search(
     if isinstance(net, (EfficientNetSpace, Supernet)):
         is_timm = isinstance(net, TimmSupernet)
         args.model, args.supernet = (net.name, None) if is_timm else (None, net.name)
+    elif net is not None and not isinstance(net, str) and not _timm_name(net):
+        args.model_file, args.supernet = _own_name(net), None
     args.output = str(args.output or output or default_output(args, numbered=True))
     parse_budget(args.budget)  # it and the folder are checked before data is read, which may take long
     if resume is None:
@@ -168,6 +188,8 @@ def search(
         with listening:
             images = _images(data, args)
             own = _supernet(net, args, images)
+            if isinstance(own, OwnSupernet) and args.latency_table:
+                raise UserError("latency_table goes with spaces and with networks of timm's")
             if isinstance(own, TimmSupernet) and resume is None:
                 argv = [*argv, f"--initial-checkpoint={Path(args.output) / INITIAL_WEIGHTS}"]
             (folder,) = run_search(args, argv, images, own)
@@ -175,16 +197,15 @@ def search(
         if stopped.signal == signal.SIGINT:
             raise KeyboardInterrupt(f"stopped{stopped}".replace("--resume ", "resume=")) from None
         raise SystemExit(128 + stopped.signal) from None
-    return Result(folder)
+    made_by = own.own if own else own_of(args)
+    return Result(folder, made_by)
 
 
-def prune(
-    model: str | nn.Module, *, budget: str, method: str = "taylor", data: Images | None = None, **more: Any
-) -> Result:
-    """Narrow a network of timm's to a budget and fine-tune what is left: `search` with ``keep_weights=True``.
+def prune(model: Net, *, budget: str, method: str = "taylor", data: Images | None = None, **more: Any) -> Result:
+    """Narrow a network to a budget and fine-tune what is left: `search` with ``keep_weights=True``.
 
-    ``search_epochs`` is the length of the training before the cut, ``epochs`` that of the fine-tuning. ``model`` is a
-    network of timm's with the weights to start from, or its name (``pretrained=True`` for timm's weights).
+    ``search_epochs`` is the length of the training before the cut, ``epochs`` that of the fine-tuning. ``model`` is any
+    network with the weights to start from, or the name of one of timm's (``pretrained=True`` for timm's weights).
     """
     return search(model, budget=budget, method=method, data=data, keep_weights=True, **more)
 
@@ -213,18 +234,25 @@ def _images(data: Images | None, args: argparse.Namespace) -> Data:
     return images
 
 
-def _supernet(net: str | nn.Module | EfficientNetSpace | None, args: argparse.Namespace, data: Data) -> Supernet | None:
+def _supernet(net: Net | None, args: argparse.Namespace, data: Data) -> Supernet | None:
     """A supernet for what is no name. A network of timm's must be what its name and ``model_kwargs`` make."""
     random_seed(args.seed)
     if isinstance(net, Supernet):
         return copy.deepcopy(net)  # a search cuts it
     if isinstance(net, EfficientNetSpace):
         return MacroSupernet(net)
-    if not isinstance(net, nn.Module):
+    if net is None or isinstance(net, str):
         return None
     model = getattr(net, "_orig_mod", net)  # of torch.compile
-    base = outline_of(args, {key: getattr(data, key) for key in ("num_classes", "in_chans", "img_size")})
-    assert isinstance(base, TimmBase)
+    fixed = {key: getattr(data, key) for key in ("num_classes", "in_chans", "img_size")}
+    if not _timm_name(model):
+        groups = {"ties": tuple(args.tie or ()), "keep": tuple(args.keep or ())}
+        outline = OwnBase(name=_own_name(model), **(fixed | grid_of(args) | groups))
+        if isinstance(model, nn.Module):
+            return OwnSupernet(outline, given(model), copy.deepcopy(model).cpu())
+        return OwnSupernet(outline, Own(made_by(model, "net")))
+    base = outline_of(args, fixed)
+    assert isinstance(base, TimmBase) and isinstance(model, nn.Module)
     if repr(replace(base, num_classes=int(getattr(model, "num_classes", 0))).create(device="meta")) != repr(model):
         raise UserError(f"{base} is another network than the one given: model_kwargs has to say how it was made")
     with tempfile.TemporaryDirectory() as folder:
@@ -233,12 +261,22 @@ def _supernet(net: str | nn.Module | EfficientNetSpace | None, args: argparse.Na
         return TimmSupernet(base, checkpoint=str(file))
 
 
-def _name_of(model: nn.Module) -> str:
-    """timm's name of one of its networks."""
-    for about in ("pretrained_cfg", "default_cfg"):
-        if name := (getattr(model, about, None) or {}).get("architecture"):
+def _timm_name(net: Any) -> str:
+    """timm's name of one of its networks; empty for any other."""
+    net = getattr(net, "_orig_mod", net)  # of torch.compile
+    for about in ("pretrained_cfg", "default_cfg") if type(net).__module__.startswith("timm.models.") else ():
+        if name := (getattr(net, about, None) or {}).get("architecture"):
             return str(name)
-    raise UserError(f"{type(model).__name__} is no network that timm has made: a name or such a network is expected")
+    return ""
+
+
+def _own_name(net: Any) -> str:
+    """A name for a network of the user's own. Raises UserError if it is no network, nor makes one."""
+    net = getattr(net, "_orig_mod", net)
+    if not (isinstance(net, nn.Module) or callable(net)):
+        allowed = "a name, a torch network, a function that makes one, a space or a supernet"
+        raise UserError(f"net is a {type(net).__name__}: {allowed} is expected")
+    return str(getattr(net, "__name__", type(net).__name__))
 
 
 def _words(flags: Mapping[str, Any], known: Mapping[str, argparse.Action]) -> list[str]:

@@ -4,13 +4,12 @@ Its stages are the search, which ends with the nets to be trained, and a trainin
 finished is in the journal and not done again; one that was stopped goes on where it was.
 """
 
-import argparse
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,27 +17,20 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 import safetensors.torch
-import torch
 from rich.table import Table
 from timm.utils import random_seed
 from torch import nn
 
-from dnas.export.model_file import (
-    arch_document,
-    build_net,
-    count_macs,
-    save_weights,
-    verify_export,
-    write_export,
-    write_state,
-)
+from dnas.export.model_file import read_arch, write_state
+from dnas.export.own_file import PROGRAM
+from dnas.export.verify import verify_export
 from dnas.latency.profile import calibrated, time_nets
 from dnas.latency.timing import CpuSpeedReference, target_of
 from dnas.methods.loop import load_search, run, search_data, steps_of
-from dnas.methods.method import Method, Search, Task
+from dnas.methods.method import Search, Task
 from dnas.methods.rules import RULES, random_arch
 from dnas.nets.shrink import has_weights_of, plain_state
-from dnas.nets.supernet import Supernet
+from dnas.plan import BudgetRun, Plan, build, export_arch, save_model
 from dnas.report.diagnosis import as_good_as_one_answer, no_better_than_a_guess, over_budget, signs_of_collapse
 from dnas.report.metrics import arm_rows, decision_rows, effort, facts, layer_rows, search_figures
 from dnas.runtime.checkpoint import Journal, checkpoint_errors
@@ -46,68 +38,16 @@ from dnas.runtime.distributed import from_first, gathered, rank
 from dnas.runtime.progress import console, progress_bar
 from dnas.runtime.run_folder import append_row, read_rows, write_rows
 from dnas.runtime.signals import stop
-from dnas.spec.budget import Budget, show
+from dnas.spec.budget import show
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
 from dnas.spec.image_size import sides
-from dnas.spec.latency_table import LatencyTable
-from dnas.spec.recipe import Recipe, arm_epochs, parse_arms
+from dnas.spec.recipe import arm_epochs, parse_arms
 from dnas.spec.space import Arch
-from dnas.training.batches import Data
 from dnas.training.from_scratch import train_from_scratch
 from dnas.training.loop import evaluate, recalibrate
 
 Trained = TypeVar("Trained")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What all budgets of a command have in common. ``latency_device``: that of the table, where it is at hand."""
-
-    args: argparse.Namespace
-    net: Supernet
-    tables: dict[str, CostTable]
-    data: Data
-    recipe: Recipe
-    method: Method
-    task: Task  # of the search, without the budgets
-    device: torch.device
-    info: dict
-    latency: LatencyTable | None
-    latency_device: torch.device | None
-
-
-@dataclass(frozen=True)
-class BudgetRun:
-    """One budget, the networks of it that cost nothing to choose, and where the found one goes."""
-
-    budgets: tuple[Budget, ...]
-    rules: Mapping[str, Arch]  # "uniform" and "balanced"
-    folder: Path
-    name: str
-
-
-def export_arch(folder: Path, name: str, net: Supernet, arch: Arch, data: Data, tables, budgets, info) -> dict:
-    """Write arch.json and model.py. Raises RuntimeError unless the counted costs equal the cost tables' to the unit."""
-    shown = {key: getattr(data, key) for key in ("num_classes", "in_chans", "img_size", "mean", "std")}
-    rows = [
-        {
-            "metric": b.metric,
-            "limit": b.limit if b.metric == "ms" else int(b.limit),
-            "reached": tables[b.metric].of(arch),
-        }
-        for b in budgets
-    ]
-    document = arch_document(
-        name, net.net_of(arch), shown, supernet=net.name, answers=arch, budget=rows, provenance=info
-    )
-    plain = build_net(document["net"], num_classes=data.num_classes, in_chans=data.in_chans)
-    counted = count_macs(plain, data.in_chans, data.img_size)
-    if not counted == document["macs"] == tables["macs"].of(arch) or document["params"] != tables["params"].of(arch):
-        costs = {metric: (document[metric], table.of(arch)) for metric, table in tables.items()}
-        raise RuntimeError(f"fvcore counts {counted} MACs; the net as built and its cost tables say {costs}")
-    write_export(folder, document)
-    return document
 
 
 def in_steps(train: Callable[..., Trained], journal: Journal, text: str, steps: int, first: int = 0) -> Trained:
@@ -150,10 +90,7 @@ def train_arch(plan: Plan, arch: Arch, costs: Mapping[str, Any], journal: Journa
     data, seed = plan.data, plan.args.seed
     recipe = replace(plan.recipe, epochs=own["epochs"])
     random_seed(seed)
-    rates = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
-    model = build_net(plan.net.net_of(arch), num_classes=data.num_classes, in_chans=data.in_chans, **rates).to(
-        plan.device
-    )
+    model = build(plan, arch, drop=True).to(plan.device)
     before: dict[str, Any] = {}
     if own["inherited"]:
         weights = weights_file(journal.folder, what)
@@ -205,10 +142,9 @@ def in_time(
     limits = [b.limit for b in goal.budgets if b.metric == "ms"]
     if not (limits and plan.latency_device):
         return find(plan.tables), plan.tables
-    sizes = {"num_classes": plan.data.num_classes, "in_chans": plan.data.in_chans}
 
     def measure(arch: Arch) -> float:
-        return measured_ms(plan, [build_net(plan.net.net_of(arch), **sizes)])[0]
+        return measured_ms(plan, [build(plan, arch)])[0]
 
     arch, table = calibrated(plan.tables["ms"], limits[0], lambda ms: find(plan.tables | {"ms": ms}), measure)
     return arch, plan.tables | {"ms": table}
@@ -365,14 +301,13 @@ def find(plan: Plan, goal: BudgetRun, journal: Journal, begun: Callable[[bool], 
         elif what not in journal.done:
             model, row = train_arch(plan, arch, costs, journal, what)
             if what == "found":
-                save_weights(model, goal.folder)
+                save_model(plan, model, goal.folder)
                 verify_export(goal.folder)
             journal.finish(what, row)
     trained = {what: dict(journal.done[what]) for what in nets}
     if plan.latency and plan.latency_device:
-        sizes = {"num_classes": plan.data.num_classes, "in_chans": plan.data.in_chans}
         compared = ("found", *goal.rules)
-        models = [build_net(plan.net.net_of(nets[what][0]), **sizes) for what in compared]
+        models = [build(plan, nets[what][0]) for what in compared]
         for what, ms in zip(compared, measured_ms(plan, models), strict=True):
             trained[what]["measured_ms"] = ms
     largest = plan.data.summary["largest_class"]
@@ -410,10 +345,17 @@ def print_table(folder: Path, name: str, metrics: dict) -> None:
         console.print(f"random nets at the same cost, top-1: {', '.join(f'{t:.2f}' for t in tops)} %")
     for arm in arm_rows(metrics):
         console.print("{}, {} epochs: top-1 {} (before: {})".format(*arm))
+    model = f"model.py (import it, then timm.create_model({name!r}, pretrained=True))"
+    again = [f"next: dnas retrain {folder} --epochs 100 --output {folder}-retrained"]
+    if own := read_arch(folder / "arch.json")["net"].get("own"):
+        model, again = f"{PROGRAM} (torch.export.load reads it)", []
+        if "file" in own:
+            model = "model.py (import it, then model.create(pretrained=True))"
+            code = f"--model-file {folder}/{own['file']}:{own['function']}"
+            again = [f"next: dnas retrain {folder} {code} --epochs 100 --output {folder}-retrained"]
     for line in (
         f"search: {effort(metrics['search'])}",
-        f"files: {folder}/model.py (import it, then timm.create_model({name!r}, pretrained=True)), "
-        f"model.safetensors, report.html, arch.json, metrics.json, history.jsonl, config.json",
-        f"next: dnas retrain {folder} --epochs 100 --output {folder}-retrained",
+        f"files: {folder}/{model}, model.safetensors, report.html, arch.json, metrics.json, history.jsonl, config.json",
+        *again,
     ):
         console.print(line, soft_wrap=True)

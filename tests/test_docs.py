@@ -42,6 +42,13 @@ SMALL = ["--budget", "50%", "--width-mult", "0.15", "--divisor", "4", "--img-siz
 SMALL += ["--search-epochs", "1", "--epochs", "1", "--warmup", "0", "--gate-every", "1"]
 PROFILE = ["--rounds", "3", "--block-ms", "0.2", "--scale-nets", "2", "--check-nets", "3", "--threads", "1"]
 PROFILE += ["--device", "cpu", "--width-mult", "0.15", "--img-size", "16", "--out", "profiled.json"]
+MY_NET = """
+from torch import nn
+
+def build():
+    parts = (nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU())
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
+"""
 STANDS_FOR = {"/data/my-images": "my-images"}
 
 
@@ -56,6 +63,7 @@ def place(tmp_path_factory):
     space = {"supernet": "prunet", "width_mult": 0.5, "divisor": 32, "img_size": 224}
     header = HEADER | {"device": provenance(torch.device("cpu"))["device"], "space": space}
     ms = rows_of(net, lambda unit, widths: 0.1 + 0.01 * sum(widths.values()))
+    (folder / "my_net.py").write_text(MY_NET)
     (folder / "mine.json").write_text(table_text(header, ms))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -67,7 +75,8 @@ def run_search(words, monkeypatch, number):
     if "--resume" in words:  # of a run that is complete: it says what the run came to
         return call(search_tool, monkeypatch, *words)
     if "--output" in words:
-        return call(search_tool, monkeypatch, *words, *SMALL)
+        small = [*SMALL[:2], *SMALL[4:]] if "--model-file" in words else SMALL  # without a width multiplier
+        return call(search_tool, monkeypatch, *words, *small)
     dry = ["--dry-run", "--workers", "0", "--output", f"dry/{number}"]
     return call(search_tool, monkeypatch, *[w for w in words if w != "--dry-run"], *dry)
 

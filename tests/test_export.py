@@ -18,7 +18,7 @@ from documents import (
 )
 from torch import nn
 
-from dnas.export import arch_schema, model_file, native
+from dnas.export import arch_schema, model_file, native, verify
 from dnas.spec.checks import UserError
 
 
@@ -160,7 +160,7 @@ def test_model_py_works_where_there_is_only_torch_and_timm(folder, tmp_path):
 
 
 def test_verify_export(folder):
-    figures = model_file.verify_export(folder)
+    figures = verify.verify_export(folder)
     macs, params = closed_form(NET)
     assert (figures["macs"], figures["params"], figures["counted_by"]) == (macs, params, "fvcore")
     assert figures["outputs"] == [1, CLASSES] and figures["weights"] and figures["packages"] == ["timm", "torch"]
@@ -176,7 +176,7 @@ def test_verify_export_finds_another_net_and_a_need_of_dnas(folder, tmp_path, ol
     assert old in source
     (tmp_path / "model.py").write_text(source.replace(old, new))
     with pytest.raises(RuntimeError, match=said):
-        model_file.verify_export(tmp_path)
+        verify.verify_export(tmp_path)
 
 
 def test_writing_is_whole_or_not_at_all(folder, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ ROOMS = {
     ],
     "nets": [
         *(
+            "own_base",
             "gate",
             "markov_gate",
             "bipath_block",
@@ -35,7 +36,7 @@ ROOMS = {
             "cut_tensors",
             "remove_options",
         ),
-        *("supernet", "layer_supernet", "timm_space", "timm_supernet", "shrink"),
+        *("supernet", "layer_supernet", "timm_space", "traced_supernet", "timm_supernet", "own_supernet", "shrink"),
     ],
     "methods": [
         "settings",
@@ -53,10 +54,11 @@ ROOMS = {
         "catalog",
         "loop",
     ],
-    "export": ["native", "narrowed", "arch_schema", "model_file"],
+    "export": ["native", "narrowed", "own_file", "arch_schema", "model_file", "verify"],
     "latency": ["measured_parts", "timing", "profile"],
     "report": ["metrics", "diagnosis", "plots", "pages"],
-    "workflow": [],  # a file, not a room
+    "plan": [],  # a file, not a room
+    "workflow": [],  # another file
     "cli": [
         "flags",
         "parsers",
@@ -74,7 +76,7 @@ ROOMS = {
 }
 ORDER = [f"{room}.{file}" for room, files in ROOMS.items() for file in files or [""]]
 ORDER = [name.rstrip(".") for name in ORDER]
-MOST_ENTRIES = 11  # of dnas/, beside what Python asks for: somebody who opens it sees the way through
+MOST_ENTRIES = 12  # of dnas/, beside what Python asks for: somebody who opens it sees the way through
 
 # Packages that a package never imports. The command line is where the search spaces of supernets/ are named.
 NEVER = {

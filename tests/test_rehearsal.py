@@ -28,9 +28,9 @@ def planted(*_args, **_more):
 
 
 STAGES = {
-    "build": "dnas.cli.rehearsal.build_net",
-    "count": "dnas.workflow.count_macs",
-    "export": "dnas.workflow.write_export",
+    "build": "dnas.plan.build_net",
+    "count": "dnas.plan.count_macs",
+    "export": "dnas.plan.write_export",
     "train": "dnas.training.from_scratch.train",
     "evaluate": "dnas.training.from_scratch.evaluate",
     "load": "dnas.cli.rehearsal.verify_export",
@@ -52,7 +52,7 @@ def test_a_failure_of_a_later_stage_is_refused_before_the_first_step(
 
 
 def test_counters_that_disagree_are_refused_before_the_first_step(tmp_path, trusted, monkeypatch, capsys):
-    monkeypatch.setattr("dnas.workflow.count_macs", lambda *_: 1)
+    monkeypatch.setattr("dnas.plan.count_macs", lambda *_: 1)
     out = tmp_path / "run"
     check_refused(call(search_tool, monkeypatch, *SHORT, "--output", out), capsys, "counts 1 MACs")
     assert not out.exists()
@@ -101,7 +101,7 @@ def fails_from(monkeypatch, place, times):
 
 LATER = {  # place: how often the rehearsal calls it
     "dnas.workflow.in_time": 0,
-    "dnas.workflow.write_export": 1,
+    "dnas.plan.write_export": 1,
     "dnas.workflow.train_from_scratch": 0,
     "dnas.training.from_scratch.evaluate": 1,
     "dnas.workflow.save_weights": 0,

@@ -12,15 +12,8 @@ import timm
 import torch
 from timm_checks import CHECKS
 
-from dnas.export.model_file import (
-    arch_document,
-    build_net,
-    narrowed,
-    read_arch,
-    save_weights,
-    verify_export,
-    write_export,
-)
+from dnas.export.model_file import arch_document, build_net, narrowed, read_arch, save_weights, write_export
+from dnas.export.verify import verify_export
 from dnas.nets.shrink import plain_state
 from dnas.nets.timm_space import TimmBase
 from dnas.nets.timm_supernet import TimmSupernet

@@ -19,7 +19,8 @@ from dnas.methods.rules import random_arch, uniform_arch
 from dnas.methods.settings import GatesConfig
 from dnas.nets.shrink import cut_width, extract, plain_state
 from dnas.nets.timm_space import TimmBase, channel_grid
-from dnas.nets.timm_supernet import TimmSupernet, _WeightedNorms, safe_channels
+from dnas.nets.timm_supernet import TimmSupernet
+from dnas.nets.traced_supernet import _WeightedNorms, safe_channels
 from dnas.spec.budget import parse_budget
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets

@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 from commands import call, check_refused, export_tool, retrain_tool, search_tool, workflow
 
-from dnas.export.model_file import build_net, count_params, read_arch, verify_export, write_export
+from dnas.export.model_file import build_net, count_params, read_arch, write_export
+from dnas.export.verify import verify_export
 from dnas.nets.layer_supernet import space_of
 from dnas.report.diagnosis import no_better_than_a_guess
 from dnas.spec.cost import CostTable

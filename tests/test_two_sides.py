@@ -7,7 +7,8 @@ import torch
 from commands import call, profile_tool, search_tool
 
 from dnas.cli.parsers import read
-from dnas.export.model_file import build_net, count_macs, read_arch, verify_export
+from dnas.export.model_file import build_net, count_macs, read_arch
+from dnas.export.verify import verify_export
 from dnas.latency.measured_parts import parts_of
 from dnas.methods.rules import uniform_arch
 from dnas.nets.layer_supernet import MacroSupernet

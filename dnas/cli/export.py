@@ -4,7 +4,9 @@ import argparse
 import shutil
 from pathlib import Path
 
-from dnas.export.model_file import check_name, read_arch, verify_export, write_export
+from dnas.cli.inputs import own_of
+from dnas.export.model_file import check_name, read_arch, write_export
+from dnas.export.verify import verify_export
 from dnas.runtime.progress import console
 from dnas.runtime.run_folder import check_new_folder, run_folder
 from dnas.spec.budget import show
@@ -14,7 +16,8 @@ from dnas.spec.checks import UserError
 def main(args: argparse.Namespace, argv: list[str]) -> None:
     """Read and validate arch.json, write model.py under the name asked for, see that plain timm builds it."""
     path = Path(args.arch) / "arch.json" if Path(args.arch).is_dir() else Path(args.arch)
-    document = read_arch(path)
+    own = own_of(args)
+    document = read_arch(path, own)
     if args.check == bool(args.output):
         raise UserError("exactly one of --output FOLDER and --check is needed")
     if args.check and path.name != "arch.json":
@@ -29,7 +32,7 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
                 document["name"] = args.name
             folder, weights = check_new_folder(args.output), path.with_name("model.safetensors")
             with run_folder(folder):
-                write_export(folder, document)
+                write_export(folder, document, own)
                 if weights.exists():
                     shutil.copy(weights, folder)
                 figures = verify_export(folder)

@@ -62,6 +62,11 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def add_model_file(parser: argparse.ArgumentParser, text: str) -> None:
+    """``--model-file FILE.py:FUNCTION``, code of the user's own that is run."""
+    parser.add_argument("--model-file", metavar="FILE.py:FUNCTION", help=text)
+
+
 def add_space_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the search space."""
     parser.add_argument("--supernet", choices=list(SUPERNETS), help="search space (default prunet)")
@@ -77,7 +82,14 @@ def add_space_flags(parser: argparse.ArgumentParser) -> None:
         "--tie",
         action="append",
         metavar="NAME,...",
-        help="with --model: groups of channels that match a name share a width (* matches any text, ? one letter)",
+        help="with --model or --model-file: groups of channels that match a name share a width (* matches any text, "
+        "? one letter)",
+    )
+    parser.add_argument(
+        "--keep",
+        action="append",
+        metavar="NAME",
+        help="with --model or --model-file: modules that match keep all channels that they write, as in 'layer1.*'",
     )
     parser.add_argument(
         "--width-mult",

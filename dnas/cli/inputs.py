@@ -14,6 +14,7 @@ import torch
 from timm.models import is_model
 from torch import nn
 
+from dnas.nets.own_base import Own, OwnBase, read_function
 from dnas.nets.timm_space import TimmBase, is_timms_own
 from dnas.runtime.distributed import rank
 from dnas.runtime.progress import console
@@ -29,29 +30,52 @@ from dnas.training.optimizer import make_optimizer
 from supernets import SUPERNETS
 
 
+def grid_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of the widths of any network, as fields of its outline. UserError for a wrong number."""
+    if args.divisor is not None and not 1 <= args.divisor <= 64:
+        raise UserError(f"--divisor {args.divisor} is not between 1 and 64")
+    return {} if args.divisor is None else {"divisor": args.divisor}
+
+
+def own_network(args: argparse.Namespace, fixed: dict[str, Any]) -> tuple[OwnBase, Own]:
+    """The network of ``--model-file``, and what makes it. For ``fixed`` see `outline_of`."""
+    for flag in ("model", "supernet", "width_mult", "model_kwargs", "latency_table", "pretrained"):
+        if getattr(args, flag):
+            instead = ": --initial-checkpoint has weights" if flag == "pretrained" else ""
+            raise UserError(f"--{flag.replace('_', '-')} does not go with --model-file{instead}")
+    own, about = read_function(args.model_file)
+    groups = {"ties": tuple(args.tie or ()), "keep": tuple(args.keep or ())}
+    return OwnBase(**(fixed | grid_of(args) | groups | about)), own
+
+
 def outline_of(args: argparse.Namespace, fixed: dict[str, Any]) -> TimmBase | Callable[..., EfficientNetSpace]:
     """What the flags of `add_space_flags` mean: a network of timm's, or what makes a macro of a width multiplier.
 
     ``fixed`` are ``num_classes``, ``in_chans`` and ``img_size``. Raises UserError for flags that do not fit.
     """
-    if args.divisor is not None:
-        if not 1 <= args.divisor <= 64:
-            raise UserError(f"--divisor {args.divisor} is not between 1 and 64")
-        fixed = {**fixed, "divisor": args.divisor}
+    fixed = fixed | grid_of(args)
     if args.width_mult is not None and not 0.05 <= args.width_mult <= 32:
         raise UserError(f"--width-mult {args.width_mult} is not between 0.05 and 32")
     if not args.model:
-        if args.model_kwargs or args.tie:
-            raise UserError(f"{'--tie' if args.tie else '--model-kwargs'} goes with --model")
+        for flag in ("model_kwargs", "tie", "keep"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag.replace('_', '-')} goes with --model")
         return partial(SUPERNETS[args.supernet or "prunet"], **fixed)
     if args.supernet or args.width_mult is not None:
         raise UserError("--model is the search space: neither --supernet nor --width-mult goes with it")
-    base = TimmBase(args.model, **fixed, kwargs=args.model_kwargs, ties=tuple(args.tie or ()))
+    base = TimmBase(
+        args.model, **fixed, kwargs=args.model_kwargs, ties=tuple(args.tie or ()), keep=tuple(args.keep or ())
+    )
     if is_model(args.model) and not is_timms_own(args.model):
         raise UserError(
             f"--model {args.model!r} is registered with timm, but no network of timm's own, which is expected"
         )
     return base
+
+
+def own_of(args: argparse.Namespace) -> Own | None:
+    """What makes the network of ``--model-file``; None without this flag."""
+    return read_function(args.model_file)[0] if args.model_file else None
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -121,7 +145,7 @@ def open_table(args, budgets) -> tuple[LatencyTable | None, torch.device | None]
     name, space = table.header["device"], table.header["space"]
     elsewhere = {} if name in here else {"device": next(iter(here))}
     check_use(table, elsewhere | args.latency_for, args.latency_anyway)
-    if not (args.supernet or args.model):
+    if not (args.supernet or args.model or args.model_file):
         if space.get("supernet", "prunet") not in SUPERNETS:
             raise UserError(
                 f"the latency table is of supernet {space['supernet']!r}, not one of {', '.join(SUPERNETS)}"

@@ -9,6 +9,7 @@ from dnas.cli.flags import (
     OneLineParser,
     add_data_flags,
     add_img_size,
+    add_model_file,
     add_recipe_flags,
     add_resume_flags,
     add_space_flags,
@@ -34,6 +35,7 @@ def search(argv: Sequence[str] = ()) -> OneLineParser:
     add_resume_flags(p, goal)
     p.add_argument("--method", choices=list(CONFIGS), default="gates", help="method of the search (default gates)")
     add_space_flags(p)
+    add_model_file(p, "instead: a function without arguments in a file of yours, which returns any torch network")
     p.add_argument("--latency-table", help="for a budget in ms: latency table of dnas profile")
     p.add_argument(
         "--latency-for",
@@ -44,7 +46,9 @@ def search(argv: Sequence[str] = ()) -> OneLineParser:
     )
     p.add_argument("--latency-anyway", action="store_true", help="use a table of another device or batch, too")
     p.add_argument("--pretrained", action="store_true", help="with --model: the search starts from timm's weights")
-    p.add_argument("--initial-checkpoint", help="with --model: the search starts from the weights in this file")
+    p.add_argument(
+        "--initial-checkpoint", help="with --model or --model-file: the search starts from the weights in this file"
+    )
     p.add_argument(
         "--keep-weights",
         action="store_true",
@@ -101,6 +105,7 @@ def retrain(argv: Sequence[str] = ()) -> OneLineParser:
     p.add_argument("run", nargs="?", help="run folder with an arch.json, or the arch.json itself")
     p.add_argument("--output", help="new run folder")
     p.add_argument("--name", help="name of the exported model (default: as in arch.json)")
+    add_model_file(p, "for a network of your own: the file and function that the search had")
     add_resume_flags(p, p)
     add_data_flags(p)
     p.set_defaults(in_chans=None)
@@ -118,6 +123,7 @@ def export(argv: Sequence[str] = ()) -> OneLineParser:
     p.add_argument("arch", help="arch.json, or its run folder")
     p.add_argument("--output", help="new folder for model.py, arch.json and the weights, if any")
     p.add_argument("--name", help="name of the model (default: as in arch.json)")
+    add_model_file(p, "for a network of your own: the file and function that the search had")
     p.add_argument(
         "--check", action="store_true", help="only check the folder: does plain timm build the net of arch.json?"
     )

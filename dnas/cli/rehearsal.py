@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from dnas.cli.process import what_failed
-from dnas.export.model_file import build_net, save_weights, verify_export
+from dnas.export.verify import verify_export
 from dnas.nets.shrink import has_weights_of, plain_state
+from dnas.plan import BudgetRun, Plan, build, export_arch, save_model
 from dnas.report.metrics import decision_rows, layer_rows
 from dnas.report.pages import write_report
 from dnas.runtime.checkpoint import load_random, random_data
@@ -25,7 +26,7 @@ from dnas.spec.budget import show
 from dnas.spec.checks import UserError
 from dnas.training.batches import Data
 from dnas.training.from_scratch import train_from_scratch
-from dnas.workflow import BudgetRun, Plan, export_arch, measured_ms
+from dnas.workflow import measured_ms
 
 
 def check_batches(plan: Plan) -> None:
@@ -61,10 +62,9 @@ def rehearse(plan: Plan, goal: BudgetRun, folder: Path) -> dict[str, Any]:
     """
     arch, data, before = goal.rules["uniform"], plan.data, random_data(plan.device)
     costs = {metric: table.of(arch) for metric, table in plan.tables.items()}
-    rates = {"drop_rate": plan.recipe.drop, "drop_path_rate": plan.recipe.drop_path}
 
-    def build() -> torch.nn.Module:
-        model = build_net(plan.net.net_of(arch), num_classes=data.num_classes, in_chans=data.in_chans, **rates)
+    def built() -> torch.nn.Module:
+        model = build(plan, arch, drop=True)
         if has_weights_of(plan.net, arch):
             model.load_state_dict(plain_state(plan.net, arch))
         return model.to(plan.device)
@@ -77,7 +77,7 @@ def rehearse(plan: Plan, goal: BudgetRun, folder: Path) -> dict[str, Any]:
         return train_from_scratch(model, few, replace(plan.recipe, epochs=1), seed=plan.args.seed)[1]
 
     def load() -> None:
-        save_weights(model, folder)
+        save_model(plan, model, folder)
         verify_export(folder)
 
     def report() -> None:
@@ -95,10 +95,10 @@ def rehearse(plan: Plan, goal: BudgetRun, folder: Path) -> dict[str, Any]:
         write_report(folder)
 
     try:
-        model = _done("the net cannot be built", build)
+        model = _done("the net cannot be built", built)
         document = _done("the export fails", export)
         if plan.latency and plan.latency_device:
-            _done("its latency cannot be measured", lambda: measured_ms(plan, [build()]))
+            _done("its latency cannot be measured", lambda: measured_ms(plan, [built()]))
         row = _done("a step of its training, or its evaluation, fails", train)
         if rank() == 0:
             _done("the exported net cannot be loaded", load)

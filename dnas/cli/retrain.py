@@ -11,17 +11,12 @@ import safetensors.torch
 from timm.utils import random_seed
 from torch import nn
 
-from dnas.cli.inputs import check_same_data, data_of, device_of, new_folder, recipe_of, say_data
+from dnas.cli.inputs import check_same_data, data_of, device_of, new_folder, own_of, recipe_of, say_data
 from dnas.export.arch_schema import SIZES
-from dnas.export.model_file import (
-    arch_document,
-    build_net,
-    check_name,
-    read_arch,
-    save_weights,
-    verify_export,
-    write_export,
-)
+from dnas.export.model_file import arch_document, build_net, check_name, read_arch, save_weights, write_export
+from dnas.export.own_file import needed
+from dnas.export.verify import verify_export
+from dnas.nets.own_base import Own
 from dnas.report.metrics import read_run
 from dnas.runtime.checkpoint import BEFORE, LAST, WORTH_KEEPING
 from dnas.runtime.distributed import gathered, rank
@@ -60,14 +55,20 @@ def before(source: Path, args: argparse.Namespace) -> str:
     return f" ({run.metrics['found']['top1']:.2f} % in {source})" if same else ""
 
 
-def for_data(found: dict[str, Any], data: Data, name: str) -> dict[str, Any]:
+def for_data(found: dict[str, Any], data: Data, name: str, own: Own | None) -> dict[str, Any]:
     """The arch document ``found`` for these data: its network with their classes, channels and image size.
 
     The costs are counted again. A budget held for the data of the search: it goes if they have other sizes.
     """
     shown = {key: getattr(data, key) for key in (*SIZES, "mean", "std")}
     here = arch_document(
-        name, found["net"], shown, supernet=found["supernet"], answers=found["answers"], provenance=found["provenance"]
+        name,
+        found["net"],
+        shown,
+        supernet=found["supernet"],
+        answers=found["answers"],
+        provenance=found["provenance"],
+        own=own,
     )
     changed = [key for key in SIZES if as_size(found[key]) != as_size(here[key])]  # as JSON has them
     if not changed:
@@ -113,7 +114,10 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     folder = Path(args.output) if args.resume and rank() == 0 else new_folder(args.output)
     more = args.more_epochs if args.resume else None
     source = Path(args.run)
-    found = read_arch(source / "arch.json" if source.is_dir() else source)
+    own = own_of(args)
+    found = read_arch(source / "arch.json" if source.is_dir() else source, own)
+    if "own" in found["net"]:
+        needed(found["net"], own)
     inherit_data(args, source)
     args.img_size, args.in_chans = args.img_size or as_size(found["img_size"]), args.in_chans or found["in_chans"]
     check_name(args.name or found["name"])
@@ -133,12 +137,18 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
             recipe = replace(recipe, epochs=more)
             config |= {"recipe": asdict(recipe)}
     say_data(data)
-    document = for_data(found, data, args.name or found["name"])
+    document = for_data(found, data, args.name or found["name"], own)
     random_seed(args.seed)
-    rates = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
-    model = build_net(document["net"], num_classes=data.num_classes, in_chans=data.in_chans, **rates).to(device)
+    model = build_net(
+        document["net"],
+        num_classes=data.num_classes,
+        in_chans=data.in_chans,
+        drop_rate=recipe.drop,
+        drop_path_rate=recipe.drop_path,
+        own=own,
+    ).to(device)
     with tempfile.TemporaryDirectory() as aside:  # what comes after the training is tried before it
-        write_export(aside, document)
+        write_export(aside, document, own)
         if rank() == 0:
             verify_export(aside)
     per_epoch = len(data.train_batches(recipe.batch_size, seed=args.seed))
@@ -158,7 +168,7 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
         if not complete:
             train = partial(train_from_scratch, model, data, recipe, seed=args.seed, first=first)
             row = in_steps(train, journal, document["name"], recipe.epochs * per_epoch, first)[1]
-            write_export(folder, document)
+            write_export(folder, document, own)
             save_weights(model, folder)
             verify_export(folder)
             metrics = {"budget": document["budget"], "validation_images": data.num_val, "found": costs | row}

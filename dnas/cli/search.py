@@ -16,18 +16,32 @@ from pathlib import Path
 import torch
 from timm.utils import random_seed
 
-from dnas.cli.inputs import check_same_data, data_of, device_of, new_folder, open_table, outline_of, recipe_of, say_data
+from dnas.cli.inputs import (
+    check_same_data,
+    data_of,
+    device_of,
+    new_folder,
+    open_table,
+    outline_of,
+    own_network,
+    recipe_of,
+    say_data,
+)
 from dnas.cli.rehearsal import check_batches, dry_run, rehearse_aside
-from dnas.export.model_file import build_net, check_name, read_arch, write_state
+from dnas.export.model_file import check_name, read_arch, write_state
 from dnas.latency.measured_parts import parts_of
 from dnas.methods.catalog import METHODS
 from dnas.methods.loop import begin, steps_of
 from dnas.methods.method import Task
 from dnas.methods.rules import RULES
 from dnas.nets.layer_supernet import MacroSupernet, size_to
+from dnas.nets.own_base import load_weights
+from dnas.nets.own_supernet import OwnSupernet
 from dnas.nets.supernet import Supernet
 from dnas.nets.timm_space import TimmBase
 from dnas.nets.timm_supernet import TimmSupernet
+from dnas.nets.traced_supernet import TracedSupernet
+from dnas.plan import BudgetRun, Plan, build
 from dnas.report.pages import write_report
 from dnas.runtime.checkpoint import WORTH_KEEPING, read_checkpoint
 from dnas.runtime.distributed import check_shares, gathered, rank, split, world_size
@@ -37,20 +51,27 @@ from dnas.runtime.signals import stop
 from dnas.spec.budget import Budget, parse_budget, show
 from dnas.spec.checks import MAX_BYTES, UserError, read_json
 from dnas.spec.cost import CostTable, resolve_budgets
-from dnas.spec.image_size import size_text
+from dnas.spec.image_size import sides, size_text
 from dnas.spec.latency_table import LatencyTable
 from dnas.spec.recipe import parse_arms
 from dnas.training.batches import Data
 from dnas.training.from_scratch import time_step
 from dnas.training.optimizer import to_channels_last
-from dnas.workflow import Begun, BudgetRun, Plan, find, print_table, run_search
+from dnas.workflow import Begun, find, print_table, run_search
 
 INITIAL_WEIGHTS = "initial.safetensors"  # in a run folder: of a network that a program gave
 
 
 def plan_supernet(args, data: Data, budgets: tuple[Budget, ...]) -> Supernet:
     """The supernet. If made of layers, the budget is half of its widest net unless a width is given."""
-    outline = outline_of(args, {key: getattr(data, key) for key in ("num_classes", "in_chans", "img_size")})
+    fixed = {key: getattr(data, key) for key in ("num_classes", "in_chans", "img_size")}
+    if args.model_file:
+        base, own = own_network(args, fixed)
+        model = own.create()
+        if args.initial_checkpoint:
+            load_weights(model, args.initial_checkpoint)
+        return OwnSupernet(base, own, model)
+    outline = outline_of(args, fixed)
     if isinstance(outline, TimmBase):
         return TimmSupernet(outline, args.pretrained, args.initial_checkpoint)
     if args.pretrained or args.initial_checkpoint:
@@ -83,8 +104,12 @@ def make_plan(
         raise UserError(f"{given}: at least 1 epoch and no negative number is allowed")
     parse_arms(args.arms, args.keep_weights)
     data = data or data_of(args, device)
+    if len(sides(data.img_size)) != 2:
+        recipe = replace(recipe, channels_last=False)  # a memory format of images
     random_seed(args.seed)
     net = net or plan_supernet(args, data, max(asked, key=lambda budgets: budgets[0].limit))
+    if isinstance(net, OwnSupernet):
+        net.check_logits()
     for key in ("num_classes", "in_chans", "img_size"):
         if json.dumps(getattr(net.outline, key)) != json.dumps(getattr(data, key)):  # a list or a tuple of two sides
             raise UserError(f"{net.name} is for {key} {getattr(net.outline, key)}, the data has {getattr(data, key)}")
@@ -103,7 +128,7 @@ def make_goals(plan: Plan, asked: list[tuple[Budget, ...]], folder: Path, name: 
         try:
             budgets = resolve_budgets(plan.tables, given)
         except UserError as error:
-            flags = "--divisor" if plan.args.model else "--width-mult and --divisor"
+            flags = "--divisor" if isinstance(plan.net, TracedSupernet) else "--width-mult and --divisor"
             raise UserError(f"{error.with_flags} ({flags} for another one)") from None
         rules = {rule: choose(plan.net.space, plan.tables, budgets) for rule, choose in RULES.items()}
         text = "" if len(asked) == 1 else str(given[0]).replace("%", "pc")
@@ -135,7 +160,7 @@ def check_same(plan: Plan, goals: Sequence[BudgetRun]) -> None:
 def introduce(plan: Plan) -> None:
     """What is searched."""
     net, table = plan.net, plan.tables["macs"]
-    stays = net.channels.fixed if isinstance(net, TimmSupernet) else ()
+    stays = net.channels.fixed if isinstance(net, TracedSupernet) else ()
     if stays:
         more = f" and {len(stays) - 3} more" if len(stays) > 3 else ""
         console.print(f"channels that stay: {', '.join(stays[:3])}{more}", soft_wrap=True)
@@ -166,7 +191,8 @@ def estimate(plan: Plan, goals: list[BudgetRun], plain_ms: float) -> float:
 def default_output(args: argparse.Namespace, numbered: bool) -> str:
     """The run folder where none is named; if ``numbered``, with a number where there is one already."""
     budgets = (args.sweep or args.budget).replace("%", "pc").replace(",", "-")
-    output = f"runs/{args.model or args.supernet or 'prunet'}-{budgets}-{args.seed}"
+    net = Path((args.model_file or "").partition(":")[0]).stem or args.model or args.supernet or "prunet"
+    output = f"runs/{net}-{budgets}-{args.seed}"
     output += "-dry" * args.dry_run  # the search that comes after needs a folder of its own
     free = (path for k in count(1) if not Path(path := output + f"-{k}" * (k > 1)).exists())
     return next(free) if numbered else output
@@ -214,8 +240,7 @@ def main(
     complete = gathered([(goal.folder / "metrics.json").exists() for goal in goals])[0]
     if not all(complete):  # of complete runs, only pages are made anew
         rehearse_aside(plan, goals[0])
-    sizes = {"num_classes": plan.data.num_classes, "in_chans": plan.data.in_chans}
-    widest = build_net(plan.net.net_of(plan.tables["macs"].extremes()[1]), **sizes).to(plan.device)
+    widest = build(plan, plan.tables["macs"].extremes()[1]).to(plan.device)
     plain_ms = time_step(widest, plan.data, plan.recipe)
     del widest
     minutes = max(1, round(estimate(plan, goals, plain_ms)))

@@ -13,7 +13,7 @@ from timm.models import is_model, model_entrypoint
 from dnas.export import narrowed, native
 from dnas.nets.timm_space import check_kwargs, is_timms_own
 from dnas.spec.checks import UserError, check, fail
-from dnas.spec.image_size import check_size
+from dnas.spec.image_size import check_sides
 
 Floats = Sequence[float]
 
@@ -36,9 +36,11 @@ NATIVE = {
     "head": WIDTH,
 }
 NARROWED = {"base": str, "kwargs": dict, "features": [WIDTH, range(1, 65)], "modules": dict}  # see dnas.export.narrowed
+GIVEN = {"name": str}  # of a network of the user's own that a program gave
+OF_FILE = {**GIVEN, "file": str, "function": str, "sha256": str}
 # Inputs and outputs of the network: img_size in pixels, one side of a square or [height, width]; mean and std of pixels
 # in [0, 1], one for each channel.
-SIZES = {"img_size": check_size, "in_chans": CHANNELS, "num_classes": range(1, 1_000_001)}
+SIZES = {"img_size": check_sides, "in_chans": CHANNELS, "num_classes": range(1, 1_000_001)}
 DATA: dict[str, Any] = {**SIZES, "mean": [float, CHANNELS], "std": [float, CHANNELS]}
 BUDGET = [{"metric": str, "limit": float, "reached": float}, range(17)]
 ARCH = {"schema": (SCHEMA,), "name": str, "supernet": str, **DATA, "answers": dict, "net": dict, "widths": dict}
@@ -46,11 +48,13 @@ ARCH |= {"macs": COUNT, "params": COUNT, "budget": BUDGET, "provenance": dict}
 
 
 def check_net(net: Any) -> None:
-    """Raise UserError unless ``net`` follows `NATIVE` or `NARROWED` and can be built as it says.
+    """Raise UserError unless ``net`` follows `NATIVE` or `NARROWED` and can be built as it says, or is a user's own.
 
     The error names the entry.
     """
-    if isinstance(net, dict) and "base" in net:
+    if isinstance(net, dict) and "own" in net:
+        _check_own(net)
+    elif isinstance(net, dict) and "base" in net:
         _check_narrowed(net)
     else:
         _check_native(net)
@@ -95,6 +99,29 @@ def _check_narrowed(net: dict[str, Any]) -> None:
                 fail(where, size, f"left out: {base} has no tensor or number of this name there")
 
 
+def _check_own(net: Any) -> None:
+    """Raise UserError unless ``net`` is plain data of a network of the user's own.
+
+    Only the code of the network can tell whether its sizes fit.
+    """
+    own = net["own"]
+    check("net", net, {"own": OF_FILE if isinstance(own, dict) and "file" in own else GIVEN, "modules": dict})
+    for key, pattern in (("file", r"[A-Za-z_]\w{0,63}\.py"), ("function", r"[A-Za-z_]\w{0,63}")):
+        if key in own and not re.fullmatch(pattern, own[key], re.ASCII):
+            fail(f"net.own.{key}", own[key], "FILE.py" if key == "file" else "the name of a function")
+    for path, sizes in net["modules"].items():
+        check(f"net.modules[{path!r}]", sizes, dict)
+        if not re.fullmatch(r"[\w.]{0,512}", path, re.ASCII):
+            fail("net.modules", path, "names of modules")
+        for name, size in sizes.items():
+            entries = size if type(size) is list else [size]
+            if not (
+                re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII)
+                and all(type(n) in (int, float, type(None)) for n in entries)
+            ):
+                fail(f"net.modules[{path!r}]", {name: size}, "the name of a tensor or number, and its sizes")
+
+
 def _check_native(net: Any) -> None:
     check("net", net, NATIVE)
     width = net["stem"]["width"]
@@ -124,7 +151,7 @@ def check_name(name: Any) -> None:
 
 def _plain_size(img_size: Any) -> Any:
     """The size of an image as JSON has it."""
-    size = check_size(img_size)
+    size = check_sides(img_size)
     return size if isinstance(size, int) else [*size]
 
 

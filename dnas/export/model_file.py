@@ -7,10 +7,7 @@ A network is data (`dnas.export.arch_schema`). Everything that goes into ``model
 import inspect
 import json
 import math
-import shutil
-import subprocess
-import sys
-import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,24 +21,32 @@ from fvcore.nn import FlopCountAnalysis
 from timm.models import clean_state_dict, get_pretrained_cfg
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnas.export import narrowed, native
 from dnas.export.arch_schema import ARCH, DATA, MAX_BYTES, SCHEMA, Floats, check_data, check_name, check_net
+from dnas.export.own_file import build_own, needed, own_source
+from dnas.nets.own_base import Own
 from dnas.nets.timm_supernet import measure
+from dnas.nets.tracing import on_meta
 from dnas.runtime.run_folder import write_whole
 from dnas.spec.checks import UserError, check, fail, parse_json, read_json
 from dnas.spec.image_size import ImgSize, sides, strided
 
 
-def check_document(document: Any) -> None:
-    """Raise UserError unless ``document`` follows `ARCH` and its figures are those of its net, built again."""
+def check_document(document: Any, own: Own | None = None) -> None:
+    """Raise UserError unless ``document`` follows `ARCH` and its figures are those of its net, built again.
+
+    A network of the user's own is only built if ``own`` is there, which runs its code.
+    """
     check("arch", document, ARCH)
     check_name(document["name"])
     check_data(**{key: document[key] for key in DATA})
     for decision, option in document["answers"].items():
         check(f"arch.answers[{decision!r}]", option, int if type(option) is int else str)
-    for key, value in _counts(document["net"], document).items():
+    counts = _counts(document["net"], document, own) if own or "own" not in document["net"] else {}
+    for key, value in counts.items():
         if json.dumps(document[key]) != json.dumps(value):
             fail(f"arch.{key}", document[key], "that of the net, built anew" + f": {value}" * (key != "widths"))
     for i, row in enumerate(document["budget"]):
@@ -50,14 +55,24 @@ def check_document(document: Any) -> None:
 
 
 def build_net(
-    net: dict[str, Any], *, num_classes: int, in_chans: int = 3, drop_rate: float = 0.0, drop_path_rate: float = 0.0
+    net: dict[str, Any],
+    *,
+    num_classes: int,
+    in_chans: int = 3,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    own: Own | None = None,
 ) -> nn.Module:
-    """The timm network of ``net``, freshly initialised.
+    """The timm network of ``net``, or that which ``own`` makes, freshly initialised.
 
     Rates of 0 are not passed on, because not every network of timm's knows them. Raises UserError if ``net`` is wrong
     or the network does not take the rates.
     """
     check_net(net)
+    if "own" in net:
+        if drop_rate or drop_path_rate:
+            raise UserError("--drop and --drop-path go with networks of timm's: one of your own has its own rates")
+        return build_own(net, own)
     cfg: dict[str, Any] = {"num_classes": num_classes, "input_size": (in_chans, 224, 224), **_heads(net)}
     rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
     rates = {name: rate for name, rate in rates.items() if rate}
@@ -137,12 +152,15 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _counts(net: dict[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+def _counts(net: dict[str, Any], data: Mapping[str, Any], own: Own | None) -> dict[str, Any]:
     """``{"widths": {module: [in, out]}, "macs", "params"}`` of ``net``. Raises UserError if ``net`` is wrong."""
     check_net(net)
     try:
-        with torch.device("meta"):  # needs no memory, even if a foreign arch file asks for much
-            model = _kind(net).network(net, num_classes=data["num_classes"], in_chans=data["in_chans"])
+        if "own" in net:
+            model = on_meta(build_own(net, own))
+        else:
+            with torch.device("meta"):  # needs no memory, even if a foreign arch file asks for much
+                model = _kind(net).network(net, num_classes=data["num_classes"], in_chans=data["in_chans"])
         macs = count_macs_torch(model, data["in_chans"], data["img_size"])
         features = measure(model, data["in_chans"], data["img_size"])["features"] if "base" in net else []
     except (RuntimeError, ValueError) as error:
@@ -150,7 +168,7 @@ def _counts(net: dict[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     if features != net.get("features", []):
         fail("net.features", net["features"], f"the channels of its feature levels: {features}")
     modules = dict(model.named_modules())
-    widths = {name: [m.in_channels, m.out_channels] for name, m in modules.items() if isinstance(m, nn.Conv2d)}
+    widths = {name: [m.in_channels, m.out_channels] for name, m in modules.items() if isinstance(m, _ConvNd)}
     widths |= {name: [m.in_features, m.out_features] for name, m in modules.items() if isinstance(m, nn.Linear)}
     return {"widths": widths, "macs": macs, "params": count_params(model)}
 
@@ -239,7 +257,7 @@ def model_source(
     )
 
 
-def _pool_size(net: dict[str, Any], data: Mapping[str, Any]) -> tuple[int, int]:
+def _pool_size(net: dict[str, Any], data: Mapping[str, Any]) -> tuple[int, ...]:
     """Height and width of the last feature map."""
     if "base" not in net:
         strides = [net["stem"]["stride"], *(rows[0]["stride"] for rows in net["stages"])]
@@ -271,6 +289,7 @@ def arch_document(
     answers: Mapping[str, int | str],
     budget: Sequence[Mapping[str, Any]] = (),
     provenance: Mapping[str, Any] | None = None,
+    own: Own | None = None,
 ) -> dict[str, Any]:
     """The content of ``arch.json`` (`ARCH`), with the widths, MACs and parameters of the net as built.
 
@@ -279,31 +298,40 @@ def arch_document(
     """
     data = check_data(**data)
     document = {"schema": SCHEMA, "name": name, "supernet": supernet, **data, "answers": dict(answers), "net": net}
-    document |= {**_counts(net, data), "budget": [*map(dict, budget)], "provenance": dict(provenance or {})}
+    document |= {**_counts(net, data, own), "budget": [*map(dict, budget)], "provenance": dict(provenance or {})}
     document = parse_json(_dump(document).encode(), "arch document", MAX_BYTES)  # a copy, of JSON's own types
-    check_document(document)
+    check_document(document, own)
     return document
 
 
-def write_export(folder: str | Path, document: dict[str, Any]) -> None:
+def write_export(folder: str | Path, document: dict[str, Any], own: Own | None = None) -> None:
     """Write ``model.py`` and ``arch.json`` into ``folder``, each whole or not at all.
 
-    Raises UserError and writes nothing if ``document`` is wrong.
+    Beside a ``model.py`` of the user's own network goes a copy of the user's file. A network that a program gave has no
+    ``model.py``. Raises UserError and writes nothing if ``document`` is wrong.
     """
     text = (_dump(document) + "\n").encode()
     document = parse_json(text, "arch document", MAX_BYTES)
-    check_document(document)
-    source = model_source(document["name"], document["net"], **{key: document[key] for key in DATA})
+    check_document(document, own)
+    source, net = "", document["net"]
+    if "own" not in net:
+        source = model_source(document["name"], net, **{key: document[key] for key in DATA})
+    elif needed(net, own).file:
+        shape = document["in_chans"], *sides(document["img_size"])
+        source = own_source(document["name"], net, shape, lambda value: _pretty(value, repr).replace("'", '"'))
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write_whole(Path(folder) / "model.py", source.encode())
+    if own and own.file:
+        write_whole(Path(folder) / net["own"]["file"], Path(own.file).read_bytes())
+    if source:
+        write_whole(Path(folder) / "model.py", source.encode())
     write_whole(Path(folder) / "arch.json", text)  # last: if it is there, the export is complete
 
 
-def read_arch(path: str | Path) -> dict[str, Any]:
+def read_arch(path: str | Path, own: Own | None = None) -> dict[str, Any]:
     """The document in an ``arch.json``, whoever wrote the file. Raises UserError if anything is wrong with it."""
     try:
         document = read_json(path, MAX_BYTES)
-        check_document(document)
+        check_document(document, own)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return document
@@ -318,6 +346,8 @@ def save_weights(model: nn.Module, folder: str | Path) -> None:
 def write_state(state: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write the state of a plain network to a .safetensors file, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    count = Counter(tensor.data_ptr() for tensor in tensors.values())  # the format has no shared tensors
+    tensors = {name: t.clone() if count[t.data_ptr()] > 1 else t for name, t in tensors.items()}
     write_whole(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
@@ -326,63 +356,3 @@ def _dump(value: Any) -> str:
         return _pretty(value, partial(json.dumps, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"arch document cannot be written as JSON: {error}") from None
-
-
-_CHILD = """
-import json, os, sys
-sys.modules.update(dnas=None, supernets=None)  # to import them is now an error, wherever they are installed
-sys.path.insert(0, os.getcwd())
-import model, timm, torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
-torch.set_num_threads(1)
-weights, shape = os.path.isfile("model.safetensors"), json.loads(sys.argv[2])
-net = timm.create_model(sys.argv[1], pretrained=weights).eval()
-x = torch.zeros(1, *shape)
-with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-    found = {"outputs": list(net(x).shape), "params": sum(p.numel() for p in net.parameters())}
-found.update(macs=counter.get_total_flops() // 2, counted_by="torch")
-counts = {op.__name__: flops // 2 for op, flops in counter.get_flop_counts().get("Global", {}).items()}
-products = sum(n for op, n in counts.items() if op not in ("convolution", "addmm", "mm"))
-try:
-    from fvcore.nn import FlopCountAnalysis
-    analysis = FlopCountAnalysis(net, x).unsupported_ops_warnings(False).tracer_warnings("none")
-    ops = analysis.by_operator()
-    layers = int(ops["conv"] + ops["linear"])
-    products = int(ops["matmul"]) if layers + int(ops["matmul"]) == found["macs"] else products
-    if "aten::_convolution_mode" not in analysis.unsupported_ops():
-        found.update(macs=layers + products, counted_by="fvcore")
-except ImportError:
-    pass
-found["packages"] = sorted({type(m).__module__.partition(".")[0] for m in net.modules()})
-print(json.dumps({**found, "weights": weights, "torch": torch.__version__, "timm": timm.__version__}))
-"""
-
-
-def verify_export(folder: str | Path) -> dict[str, Any]:
-    """Build the ``model.py`` in ``folder`` in a fresh process where dnas cannot be imported, and count its costs.
-
-    It loads the weights if they are there. Returns ``macs, params, outputs`` (shape for one image), ``packages`` (those
-    that the modules come from), ``counted_by, weights, torch, timm``. Raises UserError if ``arch.json`` is wrong.
-    Raises RuntimeError if the model does not build, differs from ``arch.json``, or has parts that are not from torch
-    and timm.
-    """
-    folder = Path(folder)
-    document = read_arch(folder / "arch.json")
-    with tempfile.TemporaryDirectory() as copy:
-        for file in ("model.py", "model.safetensors"):
-            if (folder / file).is_file():
-                shutil.copy(folder / file, copy)
-        command = [sys.executable, "-I", "-B", "-W", "ignore", "-c", _CHILD]
-        command += [document["name"], json.dumps([document["in_chans"], *sides(document["img_size"])])]
-        child = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=600)
-    if child.returncode != 0:
-        reason = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"{folder / 'model.py'} does not work without dnas: {reason}")
-    figures = json.loads(child.stdout.splitlines()[-1])
-    expected = {"macs": document["macs"], "params": document["params"], "packages": ["timm", "torch"]}
-    for key, value in {**expected, "outputs": [1, document["num_classes"]]}.items():
-        if figures[key] != value:
-            raise RuntimeError(f"{folder / 'model.py'} has {key} {figures[key]}, not {value}")
-    return figures

@@ -30,14 +30,19 @@ def network(net: dict[str, Any], **kwargs: Any) -> nn.Module:
     ``kwargs`` go to `timm.create_model` and override ``net["kwargs"]``.
     """
     model = timm.create_model(net["base"], pretrained=False, **{**net["kwargs"], **kwargs})
-    modules = dict(model.named_modules())
-    for path, sizes in net["modules"].items():
-        for name, size in sizes.items():
-            if hasattr(modules.get(path), name):  # timm leaves the head out without classes, and for features_only
-                _narrow(modules[path], name, size)
+    narrow(model, net["modules"])
     for level, width in zip(model.feature_info, net["features"], strict=True):
         level["num_chs"] = width
     return model
+
+
+def narrow(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
+    """Give the modules of ``model`` these sizes: module -> {name of a tensor or number: size}."""
+    found = dict(model.named_modules())
+    for path, sizes in modules.items():
+        for name, size in sizes.items():
+            if hasattr(found.get(path), name):  # timm leaves the head out without classes, and for features_only
+                _narrow(found[path], name, size)
 
 
 @torch.no_grad()
@@ -46,7 +51,10 @@ def _narrow(module: nn.Module, name: str, size: Any) -> None:
     old = getattr(module, name)
     if isinstance(old, torch.Tensor):
         new = old[tuple(slice(0, n) for n in size)].clone() * _scale(module, old, size)
-        setattr(module, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+        if isinstance(old, nn.Parameter):
+            old.data = new  # in place: another module may share it
+        else:
+            setattr(module, name, new)
     elif isinstance(old, (list, tuple)):
         setattr(module, name, type(old)(n if n else o for n, o in zip(size, old, strict=True)))
     else:

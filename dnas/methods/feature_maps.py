@@ -77,12 +77,13 @@ def patches_of(layer: nn.Conv2d, x: Tensor) -> Tensor:
 def of_layers_read(search: Search, task: Task, see: Callable[[str, nn.Module, ChannelAxis, Tensor], None]) -> Axes:
     """Call ``see(decision, layer, axis, what it reads)`` for every layer that reads a width, on every batch.
 
-    Convolutions in groups are left out: their weights do not have a place for each channel. Returns all axes.
+    Convolutions in groups are left out: their weights do not have a place for each channel. So are layers other than
+    linear ones and convolutions over two dimensions. Returns all axes.
     """
     axes = axes_of(search, "in")
 
     def look(layer: nn.Module, x: Tensor, _: Tensor) -> None:
-        for name, own in axes.items():
+        for name, own in axes.items() if isinstance(layer, (nn.Conv2d, nn.Linear)) else ():
             for axis in own:
                 if axis.module is layer and getattr(layer, "groups", 1) == 1:
                     see(name, layer, axis, x.detach())

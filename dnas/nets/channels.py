@@ -60,6 +60,8 @@ class ChannelAxis(NamedTuple):
 class Op:
     """A convolution or linear layer. ``writes`` is dimension 0 of its weight, ``reads`` is dimension 1.
 
+    In a transposed convolution it is the other way round.
+
     ``positions`` is how often the weight is applied to one image. ``reads`` is None if the layer works channel by
     channel: a depthwise convolution, or a convolution in groups that stay or go whole.
     """

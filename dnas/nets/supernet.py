@@ -13,6 +13,7 @@ from dnas.nets.channels import ChannelAxis
 from dnas.nets.gate import Gate
 from dnas.nets.layer_choice import Answer, Answers, ChoiceGate, SkipGate, choice_distributions, skip_distributions
 from dnas.nets.markov_gate import MarkovGate, chain_distributions
+from dnas.nets.own_base import Own
 from dnas.nets.remove_options import forget, move_pair, narrow, remove_block, remove_layer
 from dnas.runtime.distributed import to_host
 from dnas.spec.cost import CostTable
@@ -33,10 +34,11 @@ class Supernet(nn.Module):
     ``forward(x, answers)`` runs any network of ``space``. ``answers`` maps each decision to an option, as an `Arch`
     does. While the gates learn, it maps a decision to the weights that its gate gives; see `widest`, `draw` and `soft`.
     There are two kinds: `dnas.nets.layer_supernet.MacroSupernet` is built of layers,
-    `dnas.nets.timm_supernet.TimmSupernet` is built around a network of timm's.
+    `dnas.nets.traced_supernet.TracedSupernet` is built around a network of timm's or the user's.
     """
 
     outline: Any  # the plain data (a dataclass) that it was built from
+    own: Own | None = None  # what makes the network, if it is a user's own
     space: Space
     layers: nn.ModuleList  # each a `StochasticLayer` with searched blocks and skip; empty for a network of timm's
 

@@ -16,6 +16,7 @@ from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
 
 from dnas.nets.channels import Channels
+from dnas.nets.own_base import OwnBase
 from dnas.spec.checks import UserError
 from dnas.spec.image_size import ImgSize
 from dnas.spec.space import Decision, Site, Space
@@ -61,7 +62,7 @@ class TimmBase:
 
     All widths of a grid below the widest are multiples of ``divisor``. A grid has at most ``most_widths`` widths. Each
     of ``ties`` is a text of shell patterns with commas between them: all groups of channels with a matching name share
-    one width.
+    one width. Modules whose names match one of the patterns ``keep`` write as many channels as in the base.
     """
 
     name: str
@@ -71,6 +72,7 @@ class TimmBase:
     divisor: int = 8
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # more arguments of timm.create_model
     ties: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
     most_widths: int = 32
 
     def __str__(self) -> str:
@@ -105,6 +107,28 @@ class TimmBase:
             raise
         except (RuntimeError, OSError, ValueError, KeyError, TypeError, UnpicklingError) as error:
             raise UserError(f"{given} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+Base = TimmBase | OwnBase
+
+
+def protected(channels: Channels, model: nn.Module, patterns: Sequence[str]) -> Channels:
+    """The channels without the groups that modules with a matching name write.
+
+    Raises UserError if a pattern matches no module.
+    """
+    kept: set[str] = set()
+    modules = [name for name, _ in model.named_modules() if name]
+    for pattern in patterns:
+        names = {name for name in modules if fnmatchcase(name, pattern)}
+        if not names:
+            near = difflib.get_close_matches(pattern, modules, 4, 0) or modules[:4]
+            raise UserError(f"--keep {pattern!r} matches no module; near: {', '.join(near)}")
+        for group in channels.groups:
+            writers = (op.module for op in channels.ops if op.writes in group.places)
+            if any(fnmatchcase(own, pattern) for own in writers):
+                kept.add(group.name)
+    return channels.without([g.name for g in channels.groups if g.name in kept], "--keep")
 
 
 def channel_grid(top: int, step: int, divisor: int, most: int) -> tuple[int, ...]:
@@ -144,7 +168,7 @@ def _shown(widths: Sequence[int]) -> str:
 
 
 def space_of_channels(
-    channels: Channels, shapes: Mapping[str, torch.Size], filters: Mapping[str, torch.Size], base: TimmBase
+    channels: Channels, shapes: Mapping[str, torch.Size], filters: Mapping[str, torch.Size], base: Base
 ) -> tuple[Space, dict[str, str]]:
     """A width decision for every group (or tie of groups) with more than one width, and the sites of all layers.
 
@@ -177,8 +201,8 @@ def space_of_channels(
     counted = set()
     for op in channels.ops:
         weight = op.writes[0]
-        out, length, *kernel = {**filters, **shapes}[weight]
-        area = math.prod(kernel)
+        shape = {**filters, **shapes}[weight]
+        out, length, area = shape[op.writes[1]], shape[1 - op.writes[1]], math.prod(shape[2:])
         reads = parts(op.reads, length) if op.reads else {None: (length, 1)}
         for ins in reads.items():
             for outs in parts(op.writes, out).items():

@@ -24,7 +24,7 @@ MOST_WITHIN = 4  # a convolution with at most this many groups keeps all of them
 
 def trace(model: nn.Module, image: Sequence[int]) -> Channels:
     """The channels of ``model`` (which is not changed) for images of (channels, height, width)."""
-    model = copy.deepcopy(model).to("meta").eval()
+    model = on_meta(model).eval()
     record = Record(model)
 
     def entering(name: str) -> Callable[..., None]:
@@ -38,8 +38,23 @@ def trace(model: nn.Module, image: Sequence[int]) -> Channels:
         module.register_forward_hook(leave)
     with torch.no_grad(), _Tracer(record):
         out = model(torch.zeros(1, *image, device="meta", dtype=next(model.parameters()).dtype))
-    record.units.fix(record.units_of(out))
+    for result in leaves(out):
+        if isinstance(result, Tensor):
+            record.units.fix(record.units_of(result))
     return channels_of(record)
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy on the device ``meta``, where modules that share a parameter still do (``Module.to`` makes them two)."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    copied = copy.deepcopy(model).to("meta")
+    for first, *others in names.values():
+        for name in others:
+            path, _, own = name.rpartition(".")
+            setattr(copied.get_submodule(path), own, copied.get_parameter(first))
+    return copied
 
 
 class Call(NamedTuple):
@@ -64,8 +79,8 @@ class _Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        tensors = [a for a in _leaves((args, kwargs)) if isinstance(a, Tensor)]
-        outs = [o for o in _leaves(out) if isinstance(o, Tensor)]
+        tensors = [a for a in leaves((args, kwargs)) if isinstance(a, Tensor)]
+        outs = [o for o in leaves(out) if isinstance(o, Tensor)]
         self.held.append((tensors, outs))
         call = Call(func, func.overloadpacket.__name__, args, kwargs, tensors, outs)
         default = element_wise if torch.Tag.pointwise in func.tags else not_understood
@@ -73,10 +88,11 @@ class _Tracer(TorchDispatchMode):
         return out
 
 
-def _leaves(value: Any) -> list[Any]:
+def leaves(value: Any) -> list[Any]:
+    """What lists, tuples and dicts hold, in order, however deep; the value itself if it is none of them."""
     if isinstance(value, dict):
         value = list(value.values())
-    return [leaf for v in value for leaf in _leaves(v)] if isinstance(value, (list, tuple)) else [value]
+    return [leaf for v in value for leaf in leaves(v)] if isinstance(value, (list, tuple)) else [value]
 
 
 # The rules. A rule gives units to the results of an operation. A result that gets none is fixed.
@@ -108,7 +124,10 @@ def spatial(record: Record, call: Call) -> None:
     if len(line) != call.outs[0].shape[1]:  # padded by channels
         record.fix(line, call.name)
     for o in call.outs:
-        record.set_units(o, line[:, None, None] if len(line) == o.shape[1] else torch.zeros((), dtype=torch.long))
+        if len(line) == o.shape[1]:
+            record.set_channels(o, line)
+        else:
+            record.set_units(o, torch.zeros((), dtype=torch.long))
 
 
 def reduction(record: Record, call: Call) -> None:
@@ -198,11 +217,11 @@ def convolution(record: Record, call: Call) -> None:
         if groups == 1:
             record.add_axis(f"{running}.scale", 0, line)
             record.standardised.append(running)
-    elif name is not None and not transposed:
-        _layer(record, out, line, name, bias, groups)
+    elif name is not None and not (transposed and groups > 1):
+        _layer(record, out, line, name, bias, groups, x if transposed else None)
     else:
         record.units.fix(line)
-        what = "a transposed convolution" if transposed else "a convolution whose weight is computed"
+        what = "a transposed convolution in groups" if transposed else "a convolution whose weight is computed"
         record.reasons.append(f"{running}: {what}")
         record.products += (x if transposed else out).numel() * weight.shape[1:].numel()  # its cost counts, too
 
@@ -218,15 +237,22 @@ def matrix_product(record: Record, call: Call) -> None:
         not_understood(record, call)
 
 
-def _layer(record: Record, out: Tensor, line: Tensor, weight: str, bias: Tensor | None, groups: int) -> None:
-    """A convolution or linear layer that reads the units ``line`` and writes dimension 1 of ``out``."""
+def _layer(
+    record: Record, out: Tensor, line: Tensor, weight: str, bias: Tensor | None, groups: int, x: Tensor | None = None
+) -> None:
+    """A convolution or linear layer that reads the units ``line`` and writes dimension 1 of ``out``.
+
+    ``x`` is what a transposed convolution reads: dimension 0 of its weight has the channels that it reads, and the
+    weight is applied once for each position of ``x``.
+    """
+    writing, reading = ((weight, 0), (weight, 1)) if x is None else ((weight, 1), (weight, 0))
     module, conv = weight.rpartition(".")[0], out.ndim > 2
     inputs, outputs = ("in_channels", "out_channels") if conv else ("in_features", "out_features")
     standard = hasattr(record.model.get_submodule(module), outputs)
-    made = record.axes[weight, 0] if (weight, 0) in record.axes else record.units.fresh(out.shape[1])
-    reads: Axis | None = (weight, 1)
+    made = record.axes[writing] if writing in record.axes else record.units.fresh(out.shape[1])
+    reads: Axis | None = reading
     if groups == 1:
-        record.add_axis(weight, 1, line)
+        record.add_axis(*reading, line)
     else:
         ins, outs = line.reshape(groups, -1), made.reshape(groups, -1)
         if groups <= MOST_WITHIN and groups < len(line):  # all groups are cut alike
@@ -239,7 +265,7 @@ def _layer(record: Record, out: Tensor, line: Tensor, weight: str, bias: Tensor 
             if standard:
                 record.add_axis(f"{module}.groups", 0, ins[:, 0])
             reads = None
-    record.add_axis(weight, 0, made)
+    record.add_axis(*writing, made)
     if standard:
         record.add_axis(f"{module}.{inputs}", 0, line)
         record.add_axis(f"{module}.{outputs}", 0, made)
@@ -250,9 +276,9 @@ def _layer(record: Record, out: Tensor, line: Tensor, weight: str, bias: Tensor 
         record.add_axis(record.names[id(bias)], 0, made)
     elif bias is not None:
         record.fix(made, "a bias that is computed")
-    positions = out.shape[2:].numel() if conv else out.shape[0]
+    positions = (out if x is None else x).shape[2:].numel() if conv else out.shape[0]
     before = record.ops[module].positions if module in record.ops else 0  # a layer may be used twice
-    record.ops[module] = Op(module, before + positions, reads, (weight, 0))
+    record.ops[module] = Op(module, before + positions, reads, writing)
     record.set_channels(out, made)
 
 
@@ -343,6 +369,10 @@ RULES: dict[str, Callable[[Record, Call], None]] = {
     "avg_pool2d": spatial,
     "_adaptive_avg_pool2d": spatial,
     "max_pool2d_with_indices": spatial,
+    "max_pool3d_with_indices": spatial,
+    "avg_pool3d": spatial,
+    "_adaptive_avg_pool3d": spatial,
+    "upsample_trilinear3d": spatial,
     "adaptive_max_pool2d": spatial,
     "upsample_nearest2d": spatial,
     "upsample_bilinear2d": spatial,

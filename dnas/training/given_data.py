@@ -28,9 +28,10 @@ PLAIN_SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler)  # which
 def data_of_loaders(train: Iterable[Pair], val: Iterable[Pair], device: str | torch.device = "cpu") -> Data:
     """`Data` of two iterables of batches (images float [B, C, H, W], labels int [B]), such as DataLoaders.
 
-    Images are what the network is shown: augmented and normalised already. Of a DataLoader the data set, the workers
-    and ``collate_fn`` are used, with batches of the recipe's size; what is random in them draws from the global
-    random numbers. Any other iterable is read once and kept in memory, as augmented as it comes.
+    Images are what the network is shown: augmented and normalised already. For a network of the user's own they may be
+    anything else: signals [B, C, length], volumes [B, C, D, H, W], or rows of numbers [B, C]. Of a DataLoader the data
+    set, the workers and ``collate_fn`` are used, with batches of the recipe's size; what is random in them draws from
+    the global random numbers. Any other iterable is read once and kept in memory, as augmented as it comes.
 
     Raises:
         UserError: the batches are no such pairs, or too many to be kept; a loader has a sampler of its own.
@@ -72,9 +73,12 @@ def _check(batch: Any, what: str) -> Pair:
     """A batch as (images float32, labels int64). Raises UserError if it is none."""
     ok = isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)
     x, y = batch if ok else (torch.empty(0), torch.empty(0))
-    if not (ok and x.ndim == 4 and x.is_floating_point() and y.shape == x.shape[:1]):
+    if not (ok and 2 <= x.ndim <= 5 and x.is_floating_point() and y.shape == x.shape[:1]):
         found = " and ".join(f"{t.dtype} {list(t.shape)}" for t in (x, y)) if ok else type(batch).__name__
-        raise UserError(f"a {what} batch is {found}: images float [B, C, H, W] and labels int [B] are expected")
+        raise UserError(
+            f"a {what} batch is {found}: images float [B, C, H, W] (also [B, C], [B, C, L] or [B, C, D, H, W]) and "
+            "labels int [B] are expected"
+        )
     return x.float(), y.long()
 
 

@@ -10,6 +10,7 @@ import torch
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from dnas.runtime.checkpoint import load_optimizer, optimizer_data
@@ -96,7 +97,7 @@ def _step(learner: Learner, recipe: Recipe, loss: Tensor) -> float:
         learner.skipped_now = 0
     else:
         learner.skipped, learner.skipped_now = learner.skipped + 1, learner.skipped_now + 1
-        for m in [m for m in learner.module.modules() if isinstance(m, nn.BatchNorm2d)]:
+        for m in [m for m in learner.module.modules() if isinstance(m, _BatchNorm)]:
             if not all_finite([t for t in (m.running_mean, m.running_var) if t is not None]):
                 m.reset_running_stats()
     scaler.update()
@@ -161,7 +162,7 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], reci
 
     A narrower network has other statistics behind its norms than the one that it was cut from.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta, was_training = [m.momentum for m in norms], model.training
     for m in norms:
         m.reset_running_stats()

@@ -1,0 +1,94 @@
+"""Prove an export: build it in a fresh process where dnas cannot be imported, and count its costs again."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dnas.export.model_file import read_arch
+from dnas.export.own_file import PROGRAM
+from dnas.spec.image_size import sides
+
+_CHILD = """
+import json, os, sys
+sys.modules.update(dnas=None, supernets=None)  # to import them is now an error, wherever they are installed
+sys.path.insert(0, os.getcwd())
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+torch.set_num_threads(1)
+name, shape, kind = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+weights = os.path.isfile("model.safetensors")
+if kind == "timm":
+    import model, timm
+    net = timm.create_model(name, pretrained=weights).eval()
+elif kind == "own":
+    import model
+    net = model.create(pretrained=weights).eval()
+else:
+    net = torch.export.load(kind).module()
+x = torch.zeros(1, *shape)
+
+def shapes(out):
+    if isinstance(out, torch.Tensor):
+        return list(out.shape)
+    return [shapes(o) for o in (out.values() if isinstance(out, dict) else out)]
+
+with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    found = {"outputs": shapes(net(x)), "params": sum(p.numel() for p in net.parameters())}
+found.update(macs=counter.get_total_flops() // 2, counted_by="torch")
+counts = {op.__name__: flops // 2 for op, flops in counter.get_flop_counts().get("Global", {}).items()}
+products = sum(n for op, n in counts.items() if op not in ("convolution", "addmm", "mm"))
+try:
+    from fvcore.nn import FlopCountAnalysis
+    analysis = FlopCountAnalysis(net, x).unsupported_ops_warnings(False).tracer_warnings("none")
+    ops = analysis.by_operator()
+    layers = int(ops["conv"] + ops["linear"])
+    products = int(ops["matmul"]) if layers + int(ops["matmul"]) == found["macs"] else products
+    if "aten::_convolution_mode" not in analysis.unsupported_ops():
+        found.update(macs=layers + products, counted_by="fvcore")
+except ImportError:
+    pass
+found["packages"] = sorted({type(m).__module__.partition(".")[0] for m in net.modules()})
+versions = {name: sys.modules[name].__version__ for name in ("torch", "timm") if name in sys.modules}
+print(json.dumps({**found, "weights": weights, **versions}))
+"""
+
+
+def verify_export(folder: str | Path) -> dict[str, Any]:
+    """Build the ``model.py`` in ``folder`` in a fresh process where dnas cannot be imported, and count its costs.
+
+    It loads the weights if they are there. Returns ``macs, params, outputs`` (shape for one image), ``packages`` (those
+    that the modules come from), ``counted_by, weights, torch, timm``. Raises UserError if ``arch.json`` is wrong.
+    Raises RuntimeError if the model does not build, differs from ``arch.json``, or has parts that are not from torch
+    and timm. A network of the user's own may have parts from elsewhere; that of a program is looked at if it has been
+    written (`dnas.export.own_file.write_program`).
+    """
+    folder = Path(folder)
+    document = read_arch(folder / "arch.json")
+    own = document["net"].get("own", {})
+    kind = "timm" if not own else "own" if "file" in own else PROGRAM
+    if kind == PROGRAM and not (folder / PROGRAM).is_file():
+        return {}
+    with tempfile.TemporaryDirectory() as copy:
+        for file in ("model.py", "model.safetensors", PROGRAM, own.get("file", "model.py")):
+            if (folder / file).is_file():
+                shutil.copy(folder / file, copy)
+        command = [sys.executable, "-I", "-B", "-W", "ignore", "-c", _CHILD]
+        command += [document["name"], json.dumps([document["in_chans"], *sides(document["img_size"])]), kind]
+        child = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=600)
+    if child.returncode != 0:
+        reason = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"{folder / 'model.py'} does not work without dnas: {reason}")
+    figures = json.loads(child.stdout.splitlines()[-1])
+    expected = {"macs": document["macs"], "params": document["params"]}
+    if not own:
+        expected |= {"packages": ["timm", "torch"], "outputs": [1, document["num_classes"]]}
+    for key, value in expected.items():
+        if figures[key] != value:
+            raise RuntimeError(f"{folder / 'model.py'} has {key} {figures[key]}, not {value}")
+    return figures

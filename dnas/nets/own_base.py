@@ -1,0 +1,122 @@
+"""A network of the user's own as the widest net of a space: its description, and the function that makes it."""
+
+import copy
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple
+
+from timm.models import load_state_dict
+from torch import nn
+
+from dnas.spec.checks import UserError
+from dnas.spec.image_size import ImgSize
+
+
+class Own(NamedTuple):
+    """What makes a network of the user's own: a function, and the file that it is from ("": a program gave it)."""
+
+    create: Callable[[], nn.Module]  # makes the network anew, with fresh weights
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class OwnBase:
+    """A network of the user's own, which is the widest net of a space.
+
+    ``file`` and ``function`` say where the function is that makes it, and ``digest`` is the SHA-256 of this file. They
+    are empty for a network that a program gave. For the other fields see `dnas.nets.timm_space.TimmBase`.
+    """
+
+    name: str
+    num_classes: int
+    in_chans: int = 3
+    img_size: ImgSize = 224
+    divisor: int = 8
+    ties: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    most_widths: int = 32
+    file: str = ""
+    function: str = ""
+    digest: str = ""
+
+    def __str__(self) -> str:
+        return f"--model-file {self.file}:{self.function}" if self.file else self.name
+
+
+def read_function(given: str) -> tuple[Own, dict[str, str]]:
+    """The function that ``given``, "my_net.py:build", names, and the fields of `OwnBase` that say which it is.
+
+    The file is run, as ``import`` runs it: its folder is searched for what it imports. Raises UserError if there is no
+    such file or function, or the file fails.
+    """
+    file, _, name = given.rpartition(":")
+    path = Path(file)
+    if not (name.isidentifier() and path.suffix == ".py" and path.is_file()):
+        raise UserError(f"--model-file {given!r}: FILE.py:FUNCTION is expected, with a file that is there")
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_{digest[:12]}", path)
+    assert spec and spec.loader  # it is a .py file
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # of the user's own code
+        raise UserError(f"--model-file {given!r} cannot be run: {_reason(error)}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"--model-file {given!r}: {file} has no function {name!r}")
+    about = {"name": name, "file": file, "function": name, "digest": digest}
+    return Own(made_by(function, f"--model-file {given!r}"), file), about
+
+
+def made_by(function: Callable[[], object], what: str) -> Callable[[], nn.Module]:
+    """``function``, checked at every call. Raises UserError, then, if it fails or makes no network with weights."""
+
+    def create() -> nn.Module:
+        try:
+            model = function()
+        except Exception as error:  # of the user's own code
+            raise UserError(f"{what} makes no network: {_reason(error)}") from error
+        if not (isinstance(model, nn.Module) and any(True for _ in model.parameters())):
+            raise UserError(f"{what} makes a {type(model).__name__}: an nn.Module with parameters is expected")
+        return model
+
+    return create
+
+
+def given(model: nn.Module) -> Own:
+    """What makes a network anew that a program gave: copies of it, with fresh weights.
+
+    Every module with a function ``reset_parameters`` draws its weights anew, as torch's do. Other parameters stay.
+    """
+
+    def create() -> nn.Module:
+        copied = copy.deepcopy(model)
+        for module in copied.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        return copied
+
+    return Own(create)
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Put the weights of a file (.safetensors, or of torch.save) into a network. UserError if they do not fit."""
+    if not Path(path).is_file():
+        raise UserError(f"--initial-checkpoint {path!r} is no file")
+    try:
+        model.load_state_dict(load_state_dict(path, weights_only=True))
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--initial-checkpoint {path!r} cannot be used: {reason}") from None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
