@@ -244,3 +244,10 @@ def test_what_is_no_network_is_refused():
         dnas.search(3, budget="50%")
     with pytest.raises(UserError, match="pretrained is no argument beside a network of your own"):
         dnas.search(own_nets.build, budget="50%", pretrained=True)
+
+
+def test_signals_are_no_images_for_other_networks():
+    batch = [(torch.zeros(8, 2, 16), torch.arange(8) % 2)]
+    for name in ("toy", "resnet18"):
+        with pytest.raises(UserError, match=r"inputs of \[2, 16\]: only a network of your own"):
+            dnas.search(name, budget="50%", data=(batch, batch))

@@ -106,6 +106,9 @@ def make_plan(
     data = data or data_of(args, device)
     if len(sides(data.img_size)) != 2:
         recipe = replace(recipe, channels_last=False)  # a memory format of images
+        if not (args.model_file or isinstance(net, OwnSupernet)):
+            shape = [data.in_chans, *sides(data.img_size)]
+            raise UserError(f"inputs of {shape}: only a network of your own takes other ones than [C, H, W]")
     random_seed(args.seed)
     net = net or plan_supernet(args, data, max(asked, key=lambda budgets: budgets[0].limit))
     if isinstance(net, OwnSupernet):
