@@ -55,7 +55,7 @@ from dnas.spec.recipe import Recipe, arm_epochs, parse_arms
 from dnas.spec.space import Arch
 from dnas.training.batches import Data
 from dnas.training.from_scratch import train_from_scratch
-from dnas.training.loop import evaluate, recalibrate
+from dnas.training.loop import evaluate, recalibrate, steps_per_epoch
 
 Trained = TypeVar("Trained")
 
@@ -166,7 +166,7 @@ def train_arch(plan: Plan, arch: Arch, costs: Mapping[str, Any], journal: Journa
         from_first(model.state_dict().values())
         scores = evaluate(model, data.val_batches(max(recipe.batch_size, 256)), recipe)
         before = {"inherited": True, "before": scores["top1"]}
-    steps = recipe.epochs * len(data.train_batches(recipe.batch_size, seed=seed))
+    steps = recipe.epochs * steps_per_epoch(data.train_batches(recipe.batch_size, seed=seed), recipe)
     train = partial(train_from_scratch, model, data, recipe, seed=seed)
     model, row = in_steps(train, journal, what, steps)
     return model, {**costs, **row, **before}

@@ -84,6 +84,7 @@ def in_parts(folder, afters, part):
     (prunet, Recipe(epochs=8, batch_size=16, smoothing=0.0)),
     (markov, Recipe(epochs=8, batch_size=16, opt="sgd", lr=0.05, clip_grad=1.0)),
     (resnet, Recipe(epochs=6, batch_size=16, opt="lamb")),
+    (resnet, Recipe(epochs=6, batch_size=8, grad_accum_steps=2)),
 ])  # fmt: skip
 def test_a_search_goes_on_to_the_bit(make, recipe, tmp_path):
     """Stopped in the warm-up, between and after cuts, each time with a net that is built anew."""
@@ -118,6 +119,7 @@ def test_a_search_goes_on_to_the_bit(make, recipe, tmp_path):
 
 @pytest.mark.parametrize("recipe", [
     Recipe(epochs=3, batch_size=64),
+    Recipe(epochs=7, batch_size=64, grad_accum_steps=3, drop=0.3, mixup=0.2),
     Recipe(epochs=3, batch_size=64, opt="sgd", lr=0.05, model_ema_decay=0.9, drop=0.3, drop_path=0.2, mixup=0.2),
 ])  # fmt: skip
 def test_a_training_goes_on_to_the_bit(recipe, tmp_path):

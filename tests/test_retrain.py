@@ -1,6 +1,7 @@
 """``dnas retrain``: other data than those of the search, and a complete run that trains on."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -65,7 +66,7 @@ def test_the_data_of_the_search_keep_its_budget(toy_run, tmp_path, trusted, monk
 
 def test_a_complete_run_trains_on(toy_run, tmp_path, trusted, monkeypatch, capsys):
     out, seen = tmp_path / "long", []
-    flags = ("--epochs", 2, "-b", 256, "--sched", "step", "--opt", "sgd", "--lr", 0.01)
+    flags = ("--epochs", 2, "-b", 256, "--sched", "step", "--opt", "sgd", "--lr", 0.01, "--grad-accum-steps", 2)
     assert call(retrain_tool, monkeypatch, toy_run, *flags, "--output", out) == 0
     weights, before = (out / "model.safetensors").read_bytes(), read(out / "metrics.json")
     capsys.readouterr()
@@ -90,7 +91,7 @@ def test_a_complete_run_trains_on(toy_run, tmp_path, trusted, monkeypatch, capsy
     monkeypatch.setattr(from_scratch, "train", train)
     stop_after = 0
     assert call(retrain_tool, monkeypatch, "--resume", out, "--epochs", 4) == 0
-    steps = 1437 // 256
+    steps = math.ceil((1437 // 256) / 2)
     assert seen[0] == (2 * steps, 4)
     assert read(out / "metrics.json")["found"]["epochs"] == 4 and read(out / "metrics-2-epochs.json") == before
     assert read(out / "config.json")["args"]["epochs"] == 4 and (out / "model.safetensors").read_bytes() != weights

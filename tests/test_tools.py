@@ -52,6 +52,7 @@ SEARCH_ERRORS = [
     (["--budget", "50%", "--search-epochs", "0"], "--search-epochs 0"),
     (["--budget", "50%", "--num-random", "-1"], "--num-random -1"),
     (["--budget", "50%", "--batch-size", "1"], "--batch-size 1"),
+    (["--budget", "50%", "--grad-accum-steps", "0"], "--grad-accum-steps 0"),
     (["--budget", "50%", "--lr", "nan"], "--lr nan"),
     (["--budget", "50%", "--opt", "nothing"], "'nothing'"),
     (["--budget", "50%", "--sched", "nothing"], "'nothing'"),

@@ -33,6 +33,7 @@ from dnas.spec.checks import MAX_BYTES, UserError, read_json
 from dnas.spec.image_size import as_size
 from dnas.training.batches import Data
 from dnas.training.from_scratch import train_from_scratch
+from dnas.training.loop import steps_per_epoch
 from dnas.workflow import in_steps
 
 
@@ -141,7 +142,7 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
         write_export(aside, document)
         if rank() == 0:
             verify_export(aside)
-    per_epoch = len(data.train_batches(recipe.batch_size, seed=args.seed))
+    per_epoch = steps_per_epoch(data.train_batches(recipe.batch_size, seed=args.seed), recipe)
     first = int(config.get("trained_before", 0)) * per_epoch
     if first:
         load_trained(model, Path(args.output) / "model.safetensors")

@@ -153,12 +153,12 @@ def estimate(plan: Plan, goals: list[BudgetRun], plain_ms: float) -> float:
     A found net takes its share of that. A supernet that shrinks to the budget is guessed to take the root of the share.
     """
     shared, own = plan.method.work(plan.task.config)
-    steps, tables = steps_of(plan.method, plan.task), plan.tables
-    work = shared * steps
+    batches, tables = steps_of(plan.method, plan.task) * plan.recipe.grad_accum_steps, plan.tables
+    work = shared * batches
     for goal in goals:
         budget, nets = goal.budgets[0], 1 + len(goal.rules) + plan.args.num_random
         share = min(1.0, budget.limit / tables[budget.metric].of(tables[budget.metric].extremes()[1]))
-        work += own * steps * share**0.5
+        work += own * batches * share**0.5
         work += share * nets * plan.recipe.epochs * plan.data.num_train / plan.recipe.batch_size
     return work * plain_ms / 6e4
 

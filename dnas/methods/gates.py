@@ -63,7 +63,7 @@ def check_length(steps: int, config: GatesConfig) -> None:
 def init(net: Supernet, task: Task) -> GatesState:
     """The state at the start of a search. Raises UserError if the search is too short for a gate step."""
     config: GatesConfig = task.config
-    steps = task.recipe.epochs * len(task.weight_batches(config.gate_fraction))
+    steps = task.steps(config.gate_fraction)
     check_length(steps, config)
     gate_steps = max(1.0, steps * (1 - config.warmup) / config.gate_every)
     gate_lr = config.gate_lr or min(0.3, max(0.01, 20 / gate_steps))
@@ -219,10 +219,11 @@ def gate_step(search: Search, task: Task, progress: float, held_out: HeldOut) ->
             checking = True
     fallen = ramp(progress, config.budget_from, config.budget_by)
     targets = {m: target(own.first[m], limit, fallen) for m, limit in task.limits.items()}
-    x, y = next(held_out)
+    accumulated = task.recipe.grad_accum_steps
+    x, y = map(torch.cat, zip(*(next(held_out) for _ in range(accumulated)), strict=True))
     mixed = max((len(layer.blocks) for layer in net.layers), default=1)
     mixed = mixed if checking else min(mixed, config.paths)
-    parts = max(1, min(mixed, len(x) // 2))
+    parts = max(1, min(mixed * accumulated, len(x) // 2))
     weights = net.weight_parameters()
     for w in weights:
         w.requires_grad_(False)

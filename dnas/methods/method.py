@@ -17,7 +17,7 @@ from dnas.spec.cost import CostTable
 from dnas.spec.recipe import Recipe
 from dnas.spec.space import Arch
 from dnas.training.batches import Batches, Data
-from dnas.training.loop import Learner
+from dnas.training.loop import Learner, steps_per_epoch
 
 HeldOut = Iterator[tuple[Tensor, Tensor]]  # batches of training images that the weights do not learn from
 
@@ -49,6 +49,10 @@ class Task:
         """The images that weights learn from, when ``fraction`` of the training images are held out."""
         indices = self.data.split(fraction, self.seed)[0] if fraction else None
         return self.data.train_batches(self.recipe.batch_size, seed=self.seed, indices=indices)
+
+    def steps(self, fraction: float) -> int:
+        """The number of weight steps of a whole search, when ``fraction`` of the training images are held out."""
+        return self.recipe.epochs * steps_per_epoch(self.weight_batches(fraction), self.recipe)
 
     def held_out_batches(self, fraction: float) -> Batches:
         """The held-out training images. If ``fraction`` is 0, all training images in another order."""

@@ -178,8 +178,7 @@ def after_step(search: Search, task: Task, progress: float, score: Score, compar
     own, config, net = search.own, task.config, search.net
     assert search.learner is not None
     if config.rewind:  # each cycle has the whole schedule of the learning rate
-        total = task.recipe.epochs * len(task.weight_batches(0.0))
-        search.learner.scheduler.step_update(int(progress * config.cuts % 1 * total))
+        search.learner.scheduler.step_update(int(progress * config.cuts % 1 * task.steps(0.0)))
     if int(progress * config.cuts) <= own.cuts:
         return {}
     own.cuts += 1

@@ -1,6 +1,7 @@
 """How weights are trained, as plain data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from dnas.spec.checks import UserError
 
@@ -36,17 +37,24 @@ def arm_epochs(arm: str, epochs: int, searched: float, share: float) -> int:
     return epochs + round(more)
 
 
+def told(default: Any, text: str) -> Any:
+    """A field of `Recipe`, with the text that ``--help`` shows."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How weights are trained: the flags of the command line, with timm's names and meanings.
 
-    ``model_ema_decay`` 0 means no EMA. Raises UserError with the name of the flag if a number is out of range, or if
-    ``sched`` or ``amp_dtype`` is unknown. timm checks the name in ``opt`` later
+    One optimizer step takes ``grad_accum_steps`` batches of ``batch_size`` images; the last step of an epoch takes what
+    is left. ``model_ema_decay`` 0 means no EMA. Raises UserError with the name of the flag if a number is out of range,
+    or if ``sched`` or ``amp_dtype`` is unknown. timm checks the name in ``opt`` later
     (`dnas.training.optimizer.make_optimizer`).
     """
 
     epochs: int = 10
     batch_size: int = 64
+    grad_accum_steps: int = told(1, "batches of one optimizer step; their gradients are averaged")
     opt: str = "adamw"
     lr: float = 5e-3
     weight_decay: float = 0.05
@@ -66,7 +74,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("epochs", 1, 100_000), ("batch_size", 2, 65536), ("lr", 1e-9, 1e3), ("weight_decay", 0, 10),
+            ("epochs", 1, 100_000), ("batch_size", 2, 65536), ("grad_accum_steps", 1, 65536), ("lr", 1e-9, 1e3),
+            ("weight_decay", 0, 10),
             ("min_lr", 0, 1e3),
             ("smoothing", 0, 0.99), ("mixup", 0, 10), ("cutmix", 0, 10), ("drop", 0, 0.99), ("drop_path", 0, 0.99),
             ("model_ema_decay", 0, 0.999999), ("warmup_epochs", 0, 100_000), ("clip_grad", 0, 1e6),

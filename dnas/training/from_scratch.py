@@ -17,7 +17,7 @@ from dnas.runtime.checkpoint import checkpoint_errors, load_module, module_data
 from dnas.runtime.distributed import from_first, rank
 from dnas.spec.recipe import Recipe
 from dnas.training.batches import Data
-from dnas.training.loop import cycle, evaluate, learner_data, load_learner, make_learner, train
+from dnas.training.loop import cycle, evaluate, learner_data, load_learner, make_learner, steps_per_epoch, train
 from dnas.training.onednn_workaround import subsampled
 from dnas.training.optimizer import autocast, make_optimizer, to_channels_last
 
@@ -53,8 +53,9 @@ def train_from_scratch(
     started = time.perf_counter()
     model.train()
     batches = data.train_batches(recipe.batch_size, seed=seed)
-    learner = make_learner(model, model.parameters(), recipe, len(batches))
-    losses: deque[float] = deque(maxlen=len(batches))
+    per_epoch = steps_per_epoch(batches, recipe)
+    learner = make_learner(model, model.parameters(), recipe, per_epoch)
+    losses: deque[float] = deque(maxlen=per_epoch)
     if first:
         learner.update = first
         learner.scheduler.step_update(first)
