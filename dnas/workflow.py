@@ -167,7 +167,7 @@ def train_arch(plan: Plan, arch: Arch, costs: Mapping[str, Any], journal: Journa
         scores = evaluate(model, data.val_batches(max(recipe.batch_size, 256)), recipe)
         before = {"inherited": True, "before": scores["top1"]}
     steps = recipe.epochs * steps_per_epoch(data.train_batches(recipe.batch_size, seed=seed), recipe)
-    train = partial(train_from_scratch, model, data, recipe, seed=seed)
+    train = partial(train_from_scratch, model, data, recipe, seed=seed, criterion=plan.task.criterion)
     model, row = in_steps(train, journal, what, steps)
     return model, {**costs, **row, **before}
 

@@ -29,6 +29,7 @@ from dnas.spec.budget import Budget
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
 from dnas.spec.recipe import Recipe
+from dnas.training.criterion import cross_entropy
 from dnas.training.data import load_data
 from dnas.training.from_scratch import train_from_scratch
 from dnas.training.loop import evaluate
@@ -112,6 +113,20 @@ def test_the_first_process_gives_all_its_tensors_at_once(tmp_path, monkeypatch):
     one, both = first_of_many(), by(2, first_of_many, tmp_path)
     for tensors in both:
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(tensors, one, strict=True))
+
+
+def weighted():
+    """The loss with class weights of a part of 20 images, as averaged over all processes."""
+    torch.manual_seed(0)
+    z, y, w = torch.randn(20, 4).double(), torch.randint(4, (20,)), torch.rand(4).double() + 0.1
+    own = share_of(20, 20)[1]
+    return float(mean(cross_entropy(z[own], y[own], w, 0.1)))
+
+
+def test_class_weights_weigh_alike_in_all_processes(tmp_path):
+    """Classes are not in equal shares in both halves."""
+    one = weighted()
+    assert by(2, weighted, tmp_path) == pytest.approx([one, one], rel=1e-12)
 
 
 def ranked():

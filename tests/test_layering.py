@@ -20,6 +20,7 @@ ROOMS = {
         "given_data",
         "optimizer",
         "onednn_workaround",
+        "criterion",
         "loop",
         "from_scratch",
     ],

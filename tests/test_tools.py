@@ -53,6 +53,8 @@ SEARCH_ERRORS = [
     (["--budget", "50%", "--num-random", "-1"], "--num-random -1"),
     (["--budget", "50%", "--batch-size", "1"], "--batch-size 1"),
     (["--budget", "50%", "--grad-accum-steps", "0"], "--grad-accum-steps 0"),
+    (["--budget", "50%", "--class-weights", "even"], "--class-weights 'even'"),
+    (["--budget", "50%", "--class-weights", "1,2"], "--class-weights '1,2': 10 numbers"),
     (["--budget", "50%", "--lr", "nan"], "--lr nan"),
     (["--budget", "50%", "--opt", "nothing"], "'nothing'"),
     (["--budget", "50%", "--sched", "nothing"], "'nothing'"),

@@ -74,7 +74,8 @@ def rehearse(plan: Plan, goal: BudgetRun, folder: Path) -> dict[str, Any]:
 
     def train() -> dict[str, Any]:
         few = a_few(data, plan.recipe.batch_size)
-        return train_from_scratch(model, few, replace(plan.recipe, epochs=1), seed=plan.args.seed)[1]
+        once = replace(plan.recipe, epochs=1)
+        return train_from_scratch(model, few, once, seed=plan.args.seed, criterion=plan.task.criterion)[1]
 
     def load() -> None:
         save_weights(model, folder)

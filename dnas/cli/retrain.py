@@ -32,6 +32,7 @@ from dnas.spec.budget import show
 from dnas.spec.checks import MAX_BYTES, UserError, read_json
 from dnas.spec.image_size import as_size
 from dnas.training.batches import Data
+from dnas.training.criterion import make_criterion
 from dnas.training.from_scratch import train_from_scratch
 from dnas.training.loop import steps_per_epoch
 from dnas.workflow import in_steps
@@ -119,6 +120,7 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     args.img_size, args.in_chans = args.img_size or as_size(found["img_size"]), args.in_chans or found["in_chans"]
     check_name(args.name or found["name"])
     data = data_of(args, device)
+    criterion = make_criterion(recipe, data)
     config: dict[str, Any] = {
         "argv": argv,
         "args": vars(args),
@@ -157,7 +159,7 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
             (folder / "metrics.json").rename(folder / f"metrics-{config['trained_before']}-epochs.json")
         journal = stop.journal(folder, device, args.checkpoint_every)
         if not complete:
-            train = partial(train_from_scratch, model, data, recipe, seed=args.seed, first=first)
+            train = partial(train_from_scratch, model, data, recipe, seed=args.seed, first=first, criterion=criterion)
             row = in_steps(train, journal, document["name"], recipe.epochs * per_epoch, first)[1]
             write_export(folder, document)
             save_weights(model, folder)

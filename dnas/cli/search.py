@@ -41,6 +41,7 @@ from dnas.spec.image_size import size_text
 from dnas.spec.latency_table import LatencyTable
 from dnas.spec.recipe import parse_arms
 from dnas.training.batches import Data
+from dnas.training.criterion import class_weights
 from dnas.training.from_scratch import time_step
 from dnas.training.optimizer import to_channels_last
 from dnas.workflow import Begun, BudgetRun, Plan, find, print_table, run_search
@@ -83,6 +84,7 @@ def make_plan(
         raise UserError(f"{given}: at least 1 epoch and no negative number is allowed")
     parse_arms(args.arms, args.keep_weights)
     data = data or data_of(args, device)
+    class_weights(recipe, data)  # do they fit?
     random_seed(args.seed)
     net = net or plan_supernet(args, data, max(asked, key=lambda budgets: budgets[0].limit))
     for key in ("num_classes", "in_chans", "img_size"):
@@ -216,7 +218,7 @@ def main(
         rehearse_aside(plan, goals[0])
     sizes = {"num_classes": plan.data.num_classes, "in_chans": plan.data.in_chans}
     widest = build_net(plan.net.net_of(plan.tables["macs"].extremes()[1]), **sizes).to(plan.device)
-    plain_ms = time_step(widest, plan.data, plan.recipe)
+    plain_ms = time_step(widest, plan.data, plan.recipe, plan.task.criterion)
     del widest
     minutes = max(1, round(estimate(plan, goals, plain_ms)))
     console.print(f"about {minutes} min on this machine, at {plain_ms:.0f} ms a step")

@@ -6,6 +6,7 @@ The loop (`dnas.methods.loop`) calls the functions, feeds images, and saves and 
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from dnas.spec.cost import CostTable
 from dnas.spec.recipe import Recipe
 from dnas.spec.space import Arch
 from dnas.training.batches import Batches, Data
+from dnas.training.criterion import Criterion, class_weights, make_criterion
 from dnas.training.loop import Learner, steps_per_epoch
 
 HeldOut = Iterator[tuple[Tensor, Tensor]]  # batches of training images that the weights do not learn from
@@ -39,6 +41,16 @@ class Task:
     config: Any
     seed: int = 0
     keep_weights: bool = False
+
+    @cached_property
+    def class_weights(self) -> Tensor | None:
+        """The weight of each class in every loss of the search, [num_classes]; None if all weigh alike."""
+        return class_weights(self.recipe, self.data)
+
+    @cached_property
+    def criterion(self) -> Criterion:
+        """``(logits, images, labels) -> scalar``: the loss of the weights, without the method's own terms."""
+        return make_criterion(self.recipe, self.data)
 
     @property
     def limits(self) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """How weights are trained, as plain data."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,21 @@ def arm_epochs(arm: str, epochs: int, searched: float, share: float) -> int:
     return epochs + round(more)
 
 
+BALANCED = "balanced"
+
+
+def parse_class_weights(text: str) -> tuple[float, ...]:
+    """The numbers of ``1,2,0.5``. Raises UserError unless all are finite and above 0."""
+    try:
+        weights = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        weights = (0.0,)
+    if not all(0 < weight < math.inf for weight in weights):
+        allowed = f"{BALANCED!r}, or a number above 0 for each class, joined by commas,"
+        raise UserError(f"--class-weights {text!r}: {allowed} is expected")
+    return weights
+
+
 def told(default: Any, text: str) -> Any:
     """A field of `Recipe`, with the text that ``--help`` shows."""
     return field(default=default, metadata={"help": text})
@@ -62,6 +78,9 @@ class Recipe:
     warmup_epochs: int = 2
     min_lr: float = 1e-5
     smoothing: float = 0.1
+    class_weights: str = told(
+        "", f"weights of the classes in the loss: {BALANCED}, or a number for each, as 1,2,0.5 (default: all alike)"
+    )
     mixup: float = 0.0
     cutmix: float = 0.0
     drop: float = 0.0
@@ -83,6 +102,8 @@ class Recipe:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+        if self.class_weights not in ("", BALANCED):
+            parse_class_weights(self.class_weights)
         for name, allowed in (("amp_dtype", AMP_DTYPES), ("sched", SCHEDULES)):
             if getattr(self, name) not in allowed:
                 raise UserError(
