@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from stopped import in_parts
 from timm.utils import random_seed
 
 from dnas.export.model_file import build_net
@@ -24,8 +25,6 @@ from dnas.runtime.checkpoint import (
     BEFORE,
     FORMAT,
     LAST,
-    Journal,
-    Stopped,
     load_module,
     load_optimizer,
     module_data,
@@ -41,8 +40,6 @@ from dnas.training.data import load_data
 from dnas.training.from_scratch import train_from_scratch
 from supernets import SUPERNETS
 
-CPU = torch.device("cpu")
-
 
 def prunet():
     """The default space with up to two layers a stage."""
@@ -57,27 +54,6 @@ def markov():
 def resnet():
     kwargs = {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 16]}
     return TimmSupernet(TimmBase("resnet18", 10, 3, 8, divisor=2, kwargs=kwargs))
-
-
-class Asked:
-    """A signal, once so many steps have been taken."""
-
-    def __init__(self, after):
-        self.left = after
-
-    def __call__(self):
-        self.left -= 1
-        return 15 * (self.left < 0)
-
-
-def in_parts(folder, afters, part):
-    """``part(journal)``, stopped by a signal after so many steps of each of ``afters``, and begun again; its result."""
-    for after in afters:
-        journal = Journal(folder, CPU, 1e9, Asked(after))
-        with pytest.raises(Stopped) as stop:
-            part(journal)
-        assert stop.value.signal == 15
-    return part(Journal(folder, CPU, 1e9, int))
 
 
 @pytest.mark.parametrize("make, recipe", [

@@ -20,6 +20,8 @@ ROOMS = {
         "given_data",
         "optimizer",
         "onednn_workaround",
+        "weights",
+        "teacher",
         "criterion",
         "loop",
         "from_scratch",

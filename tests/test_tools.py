@@ -55,6 +55,8 @@ SEARCH_ERRORS = [
     (["--budget", "50%", "--grad-accum-steps", "0"], "--grad-accum-steps 0"),
     (["--budget", "50%", "--class-weights", "even"], "--class-weights 'even'"),
     (["--budget", "50%", "--class-weights", "1,2"], "--class-weights '1,2': 10 numbers"),
+    (["--budget", "50%", "--kd-temperature", "2"], "--kd-temperature 2.0 goes with --kd-model-name"),
+    (["--budget", "50%", "--kd-model-name", "resnet50"], "weights are for 1000 classes"),
     (["--budget", "50%", "--lr", "nan"], "--lr nan"),
     (["--budget", "50%", "--opt", "nothing"], "'nothing'"),
     (["--budget", "50%", "--sched", "nothing"], "'nothing'"),

@@ -35,6 +35,7 @@ from dnas.training.batches import Data
 from dnas.training.criterion import make_criterion
 from dnas.training.from_scratch import train_from_scratch
 from dnas.training.loop import steps_per_epoch
+from dnas.training.teacher import make_teacher
 from dnas.workflow import in_steps
 
 
@@ -120,7 +121,7 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     args.img_size, args.in_chans = args.img_size or as_size(found["img_size"]), args.in_chans or found["in_chans"]
     check_name(args.name or found["name"])
     data = data_of(args, device)
-    criterion = make_criterion(recipe, data)
+    criterion = make_criterion(recipe, data, make_teacher(recipe, data, device))
     config: dict[str, Any] = {
         "argv": argv,
         "args": vars(args),

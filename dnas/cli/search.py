@@ -44,6 +44,7 @@ from dnas.training.batches import Data
 from dnas.training.criterion import class_weights
 from dnas.training.from_scratch import time_step
 from dnas.training.optimizer import to_channels_last
+from dnas.training.teacher import make_teacher
 from dnas.workflow import Begun, BudgetRun, Plan, find, print_table, run_search
 
 INITIAL_WEIGHTS = "initial.safetensors"  # in a run folder: of a network that a program gave
@@ -85,6 +86,7 @@ def make_plan(
     parse_arms(args.arms, args.keep_weights)
     data = data or data_of(args, device)
     class_weights(recipe, data)  # do they fit?
+    teacher = make_teacher(recipe, data, device)
     random_seed(args.seed)
     net = net or plan_supernet(args, data, max(asked, key=lambda budgets: budgets[0].limit))
     for key in ("num_classes", "in_chans", "img_size"):
@@ -94,7 +96,7 @@ def make_plan(
     if latency:
         tables["ms"] = CostTable.measured(net.space, [part.site for part in parts_of(net)], latency)
     search_recipe = replace(recipe, epochs=args.search_epochs, mixup=0.0, cutmix=0.0, drop=0.0, drop_path=0.0)
-    task = Task(tables, (), data, search_recipe, config, args.seed, args.keep_weights)
+    task = Task(tables, (), data, search_recipe, config, args.seed, args.keep_weights, teacher)
     return Plan(args, net, tables, data, recipe, method, task, device, provenance(device), latency, latency_device)
 
 

@@ -20,6 +20,7 @@ from dnas.spec.space import Arch
 from dnas.training.batches import Batches, Data
 from dnas.training.criterion import Criterion, class_weights, make_criterion
 from dnas.training.loop import Learner, steps_per_epoch
+from dnas.training.teacher import Teacher
 
 HeldOut = Iterator[tuple[Tensor, Tensor]]  # batches of training images that the weights do not learn from
 
@@ -32,6 +33,7 @@ class Task:
     ``init`` and in the part of a search that several budgets share: nothing may depend on them there. ``recipe`` says
     how the weights of the supernet are trained. ``config`` is the method's own. If ``keep_weights``, the found net
     starts from the weights of the supernet, so a method should choose no option whose weights were cut off.
+    The ``teacher`` of the recipe is built anew when a search is resumed.
     """
 
     tables: Mapping[str, CostTable]
@@ -41,6 +43,7 @@ class Task:
     config: Any
     seed: int = 0
     keep_weights: bool = False
+    teacher: Teacher | None = None
 
     @cached_property
     def class_weights(self) -> Tensor | None:
@@ -50,7 +53,7 @@ class Task:
     @cached_property
     def criterion(self) -> Criterion:
         """``(logits, images, labels) -> scalar``: the loss of the weights, without the method's own terms."""
-        return make_criterion(self.recipe, self.data)
+        return make_criterion(self.recipe, self.data, self.teacher)
 
     @property
     def limits(self) -> dict[str, float]:

@@ -86,6 +86,10 @@ class Recipe:
     drop: float = 0.0
     drop_path: float = 0.0
     model_ema_decay: float = 0.0
+    kd_model_name: str = told("", "network of timm's whose logits are learned, too: distillation (default: none)")
+    kd_checkpoint: str = told("", "weights of this network (default: timm's)")
+    kd_temperature: float = told(4.0, "temperature of both softmaxes of the distillation")
+    task_loss_weight: float = told(0.5, "weight of the labels; the distillation has the rest of 1")
     clip_grad: float = 0.0
     amp: bool = False
     amp_dtype: str = "auto"
@@ -98,10 +102,15 @@ class Recipe:
             ("min_lr", 0, 1e3),
             ("smoothing", 0, 0.99), ("mixup", 0, 10), ("cutmix", 0, 10), ("drop", 0, 0.99), ("drop_path", 0, 0.99),
             ("model_ema_decay", 0, 0.999999), ("warmup_epochs", 0, 100_000), ("clip_grad", 0, 1e6),
+            ("kd_temperature", 0.01, 1000), ("task_loss_weight", 0, 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+        if not self.kd_model_name:
+            for name in ("kd_checkpoint", "kd_temperature", "task_loss_weight"):
+                if getattr(self, name) != getattr(Recipe, name):
+                    raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} goes with --kd-model-name")
         if self.class_weights not in ("", BALANCED):
             parse_class_weights(self.class_weights)
         for name, allowed in (("amp_dtype", AMP_DTYPES), ("sched", SCHEDULES)):

@@ -1,4 +1,4 @@
-"""The loss of a weight step: cross entropy with label smoothing and class weights."""
+"""The loss of a weight step: cross entropy with label smoothing and class weights, and distillation."""
 
 from collections.abc import Callable
 
@@ -10,6 +10,7 @@ from dnas.runtime.distributed import mean
 from dnas.spec.checks import UserError
 from dnas.spec.recipe import BALANCED, Recipe, parse_class_weights
 from dnas.training.batches import Data
+from dnas.training.teacher import Teacher, distillation_loss
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits, images, labels or soft targets) -> a scalar
 
@@ -56,10 +57,20 @@ def cross_entropy(logits: Tensor, y: Tensor, weights: Tensor | None = None, smoo
     return total / mean((y.to(logits) @ weights if soft else weights[y]).sum())
 
 
-def make_criterion(recipe: Recipe, data: Data) -> Criterion:
-    """The loss of logits [B, classes] of these images, a scalar, with the recipe's label smoothing and class weights.
+def make_criterion(recipe: Recipe, data: Data, teacher: Teacher | None = None) -> Criterion:
+    """The loss of logits [B, classes] of these images: a scalar.
+
+    It is the `cross_entropy` with the recipe's label smoothing and class weights. With a teacher it is w times that,
+    plus 1 - w times the `distillation_loss`, where w is the ``task_loss_weight``.
 
     Raises UserError for class weights that do not fit the data.
     """
-    weights = class_weights(recipe, data)
-    return lambda logits, x, y: cross_entropy(logits, y, weights, recipe.smoothing)
+    weights, w = class_weights(recipe, data), recipe.task_loss_weight
+
+    def criterion(logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        loss = cross_entropy(logits, y, weights, recipe.smoothing)
+        if teacher is None:
+            return loss
+        return w * loss + (1 - w) * distillation_loss(logits, teacher(x), recipe.kd_temperature)
+
+    return criterion
