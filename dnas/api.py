@@ -257,7 +257,7 @@ def _words(flags: Mapping[str, Any], known: Mapping[str, argparse.Action]) -> li
             words += [flag, *(f"{key}={v!r}" for key, v in value.items())]
         else:
             several = [*value] if isinstance(value, (list, tuple)) else [value]
-            if name in ("img_size", "class_weights"):  # one value of several numbers
+            if name in ("img_size", "class_weights", "freeze"):  # one value of several parts
                 several = [",".join(map(str, several))]
             words += [f"{flag}={one}" for one in several]
     return words

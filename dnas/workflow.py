@@ -148,7 +148,7 @@ def train_arch(plan: Plan, arch: Arch, costs: Mapping[str, Any], journal: Journa
     """
     own = journal.done["search"]["nets"][what]
     data, seed = plan.data, plan.args.seed
-    recipe = replace(plan.recipe, epochs=own["epochs"])
+    recipe = replace(plan.recipe, epochs=own["epochs"], freeze=plan.recipe.freeze if own["inherited"] else "")
     random_seed(seed)
     rates = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
     model = build_net(plan.net.net_of(arch), num_classes=data.num_classes, in_chans=data.in_chans, **rates).to(

@@ -21,6 +21,7 @@ ROOMS = {
         "optimizer",
         "onednn_workaround",
         "weights",
+        "freeze",
         "teacher",
         "criterion",
         "loop",

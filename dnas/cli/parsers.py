@@ -101,6 +101,7 @@ def retrain(argv: Sequence[str] = ()) -> OneLineParser:
     p.add_argument("run", nargs="?", help="run folder with an arch.json, or the arch.json itself")
     p.add_argument("--output", help="new run folder")
     p.add_argument("--name", help="name of the exported model (default: as in arch.json)")
+    p.add_argument("--initial-checkpoint", default="", help="start from the weights in this file, not from scratch")
     add_resume_flags(p, p)
     add_data_flags(p)
     p.set_defaults(in_chans=None)

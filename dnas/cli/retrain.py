@@ -9,7 +9,7 @@ from typing import Any
 
 import safetensors.torch
 from timm.utils import random_seed
-from torch import nn
+from torch import Tensor, nn
 
 from dnas.cli.inputs import check_same_data, data_of, device_of, new_folder, recipe_of, say_data
 from dnas.export.arch_schema import SIZES
@@ -33,9 +33,11 @@ from dnas.spec.checks import MAX_BYTES, UserError, read_json
 from dnas.spec.image_size import as_size
 from dnas.training.batches import Data
 from dnas.training.criterion import make_criterion
+from dnas.training.freeze import check_patterns
 from dnas.training.from_scratch import train_from_scratch
 from dnas.training.loop import steps_per_epoch
 from dnas.training.teacher import make_teacher
+from dnas.training.weights import load_weights, read_weights
 from dnas.workflow import in_steps
 
 
@@ -108,11 +110,22 @@ def load_trained(model: nn.Module, path: Path) -> None:
         raise UserError(f"{str(path)!r} does not hold the weights of this network: {reason}") from None
 
 
+def start_from(model: nn.Module, found: dict[str, Tensor], path: str) -> None:
+    """Put the weights of ``--initial-checkpoint`` into a network. Raises UserError if they do not fit."""
+    if not load_weights(model, found, f"--initial-checkpoint {path!r}", any_classifier=True):
+        console.print(f"the classifier of {path} does not fit the data: a new one is trained", soft_wrap=True)
+
+
 def main(args: argparse.Namespace, argv: list[str]) -> None:
     """Read arch.json, train, write everything beside the new weights."""
     if not (args.run and args.output):
         raise UserError("a run folder and --output are expected, or --resume")
     recipe, device = recipe_of(args), device_of(args)
+    if recipe.freeze and not args.initial_checkpoint:
+        raise UserError(f"--freeze {recipe.freeze!r} goes with --initial-checkpoint: fresh weights have to learn")
+    # Before data is read, which may take long. A run that goes on may not need them.
+    fresh = args.initial_checkpoint and not args.resume
+    weights = read_weights(args.initial_checkpoint, "--initial-checkpoint") if fresh else None
     folder = Path(args.output) if args.resume and rank() == 0 else new_folder(args.output)
     more = args.more_epochs if args.resume else None
     source = Path(args.run)
@@ -141,6 +154,7 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     random_seed(args.seed)
     rates = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
     model = build_net(document["net"], num_classes=data.num_classes, in_chans=data.in_chans, **rates).to(device)
+    check_patterns(model, recipe.freeze)
     with tempfile.TemporaryDirectory() as aside:  # what comes after the training is tried before it
         write_export(aside, document)
         if rank() == 0:
@@ -150,6 +164,9 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     if first:
         load_trained(model, Path(args.output) / "model.safetensors")
     complete = gathered(more is None and (folder / "metrics.json").exists())[0]
+    if args.initial_checkpoint and not (first or complete):
+        weights = weights or read_weights(args.initial_checkpoint, "--initial-checkpoint")
+        start_from(model, weights, args.initial_checkpoint)
     costs = {metric: document[metric] for metric in ("macs", "params")}
     with run_folder(folder, keep_if=WORTH_KEEPING):
         if not args.resume or more is not None:

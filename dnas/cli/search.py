@@ -84,6 +84,8 @@ def make_plan(
         given = f"--search-epochs {args.search_epochs} --num-random {args.num_random}"
         raise UserError(f"{given}: at least 1 epoch and no negative number is allowed")
     parse_arms(args.arms, args.keep_weights)
+    if recipe.freeze and not args.keep_weights:
+        raise UserError(f"--freeze {recipe.freeze!r} goes with --keep-weights: without it networks start from scratch")
     data = data or data_of(args, device)
     class_weights(recipe, data)  # do they fit?
     teacher = make_teacher(recipe, data, device)

@@ -90,6 +90,9 @@ class Recipe:
     kd_checkpoint: str = told("", "weights of this network (default: timm's)")
     kd_temperature: float = told(4.0, "temperature of both softmaxes of the distillation")
     task_loss_weight: float = told(0.5, "weight of the labels; the distillation has the rest of 1")
+    freeze: str = told(
+        "", "parts that do not learn: names of modules with * and ?, joined by commas; search: with --keep-weights"
+    )
     clip_grad: float = 0.0
     amp: bool = False
     amp_dtype: str = "auto"

@@ -17,6 +17,7 @@ from dnas.runtime.distributed import from_first, rank
 from dnas.spec.recipe import Recipe
 from dnas.training.batches import Data
 from dnas.training.criterion import Criterion, make_criterion
+from dnas.training.freeze import freeze
 from dnas.training.loop import cycle, evaluate, learner_data, load_learner, make_learner, steps_per_epoch, train
 from dnas.training.onednn_workaround import subsampled
 from dnas.training.optimizer import autocast, make_optimizer, to_channels_last
@@ -51,10 +52,10 @@ def train_from_scratch(
         mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=data.num_classes)
 
     started = time.perf_counter()
-    model.train()
+    freeze(model, recipe.freeze)
     batches = data.train_batches(recipe.batch_size, seed=seed)
     per_epoch = steps_per_epoch(batches, recipe)
-    learner = make_learner(model, model.parameters(), recipe, per_epoch)
+    learner = make_learner(model, (p for p in model.parameters() if p.requires_grad), recipe, per_epoch)
     losses: deque[float] = deque(maxlen=per_epoch)
     if first:
         learner.update = first

@@ -16,7 +16,7 @@ from dnas.spec.image_size import sides, size_text
 from dnas.spec.recipe import Recipe
 from dnas.training.batches import Data
 from dnas.training.optimizer import to_channels_last
-from dnas.training.weights import load_weights
+from dnas.training.weights import load_weights, read_weights
 
 
 class Teacher(nn.Module):
@@ -78,7 +78,8 @@ def make_teacher(recipe: Recipe, data: Data, device: torch.device) -> Teacher | 
     try:
         model = timm.create_model(name, pretrained=not file, num_classes=data.num_classes, in_chans=data.in_chans)
         if file:
-            load_weights(model, file, f"{given} for {data.num_classes} classes, --kd-checkpoint")
+            found = read_weights(file, "--kd-checkpoint")
+            load_weights(model, found, f"{given} for {data.num_classes} classes: --kd-checkpoint {file!r}")
         teacher = Teacher(model, data).to(device)
         logits = teacher(torch.zeros(1, data.in_chans, *sides(data.img_size), device=device))
     except UserError:

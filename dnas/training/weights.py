@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 from safetensors import SafetensorError
 from timm.models import load_state_dict
@@ -30,13 +31,32 @@ def read_weights(path: str, flag: str) -> dict[str, Tensor]:
     return dict(found)
 
 
-def load_weights(model: nn.Module, path: str, flag: str) -> None:
-    """Put the weights of a file (`read_weights`) into a network. Raises UserError unless all names and shapes fit."""
-    found, own = read_weights(path, flag), model.state_dict()
+def classifier_names(model: Any) -> set[str]:
+    """The names of the tensors of a network's classifiers, by timm's ``get_classifier``."""
+    given = model.get_classifier()
+    heads = given if isinstance(given, (tuple, list)) else (given,)
+    modules = [(name, m) for name, m in model.named_modules() if any(m is head for head in heads)]
+    return {f"{name}.{own}" for name, m in modules for own in m.state_dict()}
+
+
+def load_weights(model: nn.Module, found: dict[str, Tensor], given: str, any_classifier: bool = False) -> bool:
+    """Put the weights of `read_weights` into a network. Returns whether its classifier was among them.
+
+    If ``any_classifier``, one of another shape, or none, is allowed: then that of the network stays as it is.
+
+    Raises:
+        UserError: a name or a shape does not fit; the message begins with ``given``.
+    """
+    own = model.state_dict()
+    heads = classifier_names(model) if any_classifier else set()
+    fits = all(name in found and found[name].shape == own[name].shape for name in heads)
+    if not fits:
+        found = found | {name: own[name] for name in heads}
     for name in (*own, *found):
         shapes = [list(state[name].shape) if name in state else None for state in (found, own)]
         if shapes[0] != shapes[1]:
             there, needed = ("missing" if shape is None else f"{shape}" for shape in shapes)
             expected = f"is {there}, {needed} is expected" if name in own else "is not in the network"
-            raise UserError(f"{flag} {path!r} does not fit the network: {name} {expected}")
+            raise UserError(f"{given} does not fit the network: {name} {expected}")
     model.load_state_dict(found)
+    return fits
