@@ -18,7 +18,7 @@ from dnas.methods.settings import GatesConfig
 from dnas.nets.supernet import Supernet
 from dnas.spec.budget import Budget
 from dnas.spec.space import Arch
-from dnas.training.loop import cycle, make_learner, train
+from dnas.training.loop import cycle, make_learner, steps_per_epoch, train
 
 if TYPE_CHECKING:
     from iso_setups import Lab
@@ -46,7 +46,7 @@ def train_shared(
         net.to(memory_format=torch.channels_last)
     batches = lab.data.train_batches(recipe.batch_size, seed=seed, indices=images)
     net.train()
-    learner = make_learner(net, weights, recipe, len(batches))
+    learner = make_learner(net, weights, recipe, steps_per_epoch(batches, recipe))
     if between:
         learner.optimizer.register_step_pre_hook(lambda *_: between())
     for _ in train(lambda x, y: criterion(forward(x).float(), y), learner, batches, recipe):

@@ -295,7 +295,7 @@ def _words(flags: Mapping[str, Any], known: Mapping[str, argparse.Action]) -> li
             words += [flag, *(f"{key}={v!r}" for key, v in value.items())]
         else:
             several = [*value] if isinstance(value, (list, tuple)) else [value]
-            if name == "img_size":  # height and width are one value
+            if name in ("img_size", "class_weights", "freeze"):  # one value of several parts
                 several = [",".join(map(str, several))]
             words += [f"{flag}={one}" for one in several]
     return words

@@ -45,7 +45,7 @@ from dnas.spec.image_size import sides
 from dnas.spec.recipe import arm_epochs, parse_arms
 from dnas.spec.space import Arch
 from dnas.training.from_scratch import train_from_scratch
-from dnas.training.loop import evaluate, recalibrate
+from dnas.training.loop import evaluate, recalibrate, steps_per_epoch
 
 Trained = TypeVar("Trained")
 
@@ -88,7 +88,7 @@ def train_arch(plan: Plan, arch: Arch, costs: Mapping[str, Any], journal: Journa
     """
     own = journal.done["search"]["nets"][what]
     data, seed = plan.data, plan.args.seed
-    recipe = replace(plan.recipe, epochs=own["epochs"])
+    recipe = replace(plan.recipe, epochs=own["epochs"], freeze=plan.recipe.freeze if own["inherited"] else "")
     random_seed(seed)
     model = build(plan, arch, drop=True).to(plan.device)
     before: dict[str, Any] = {}
@@ -103,8 +103,8 @@ def train_arch(plan: Plan, arch: Arch, costs: Mapping[str, Any], journal: Journa
         from_first(model.state_dict().values())
         scores = evaluate(model, data.val_batches(max(recipe.batch_size, 256)), recipe)
         before = {"inherited": True, "before": scores["top1"]}
-    steps = recipe.epochs * len(data.train_batches(recipe.batch_size, seed=seed))
-    train = partial(train_from_scratch, model, data, recipe, seed=seed)
+    steps = recipe.epochs * steps_per_epoch(data.train_batches(recipe.batch_size, seed=seed), recipe)
+    train = partial(train_from_scratch, model, data, recipe, seed=seed, criterion=plan.task.criterion)
     model, row = in_steps(train, journal, what, steps)
     return model, {**costs, **row, **before}
 

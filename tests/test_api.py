@@ -133,6 +133,20 @@ def test_a_sampler_that_leaves_images_out_is_refused():
         data_of_loaders(some, some)
 
 
+def test_flags_of_the_recipe_are_arguments(tmp_path, trusted):
+    """A whole run with class weights, a teacher and steps of two batches."""
+    torch.manual_seed(0)
+    teacher, file = timm.create_model("test_resnet", num_classes=10), tmp_path / "teacher.safetensors"
+    safetensors.torch.save_file(teacher.state_dict(), file)
+    given = {"class_weights": [1] * 9 + [2.5], "grad_accum_steps": 2, "kd_model_name": "test_resnet"}
+    given |= {"kd_checkpoint": str(file), "task_loss_weight": 0.8}
+    result = dnas.search("toy", budget="50%", output=tmp_path / "run", **SHORT, **given)
+    args = json.loads((result.folder / "config.json").read_text())["args"]
+    assert {name: args[name] for name in given} == given | {"class_weights": "1,1,1,1,1,1,1,1,1,2.5"}
+    rows = [json.loads(row) for row in (result.folder / "history.jsonl").read_text().splitlines()]
+    assert [row["batches"] for row in rows] == 2 * [2, 2, 2, 1]  # of 1006 images in batches of 128
+
+
 def test_a_supernet_of_ones_own_is_not_changed(tmp_path, trusted):
     net = MacroSupernet(toy(num_classes=10, img_size=8, width_mult=2.0))
     before = {name: t.clone() for name, t in net.state_dict().items() if isinstance(t, torch.Tensor)}
@@ -188,6 +202,7 @@ def test_a_space_of_ones_own(tmp_path, trusted):
     ({"budget": "50%", "epohcs": 3}, "^unknown argument 'epohcs': did you mean epochs\\?$"),
     ({"budget": "50%", "epochs": 0}, "^epochs 0 is not between"),
     ({"budget": "50%", "epochs": "many"}, "^argument epochs: invalid int value: 'many'$"),
+    ({"budget": "50%", "class_weights": [1, 2.5]}, "^class_weights '1,2.5': 10 numbers are expected"),
     ({"budget": "50%", "method": "l2"}, "^argument method: invalid choice: 'l2'"),
     ({"budget": "50%", "data": "no/where"}, "^data folder 'no/where' does not exist"),
     ({"budget": "5", "data": "no/where"}, "'5'"),  # the budget is read before the data is

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from stopped import in_parts
 from timm.utils import random_seed
 
 from dnas.export.model_file import build_net
@@ -24,8 +25,6 @@ from dnas.runtime.checkpoint import (
     BEFORE,
     FORMAT,
     LAST,
-    Journal,
-    Stopped,
     load_module,
     load_optimizer,
     module_data,
@@ -40,8 +39,6 @@ from dnas.spec.recipe import Recipe
 from dnas.training.data import load_data
 from dnas.training.from_scratch import train_from_scratch
 from supernets import SUPERNETS
-
-CPU = torch.device("cpu")
 
 
 def prunet():
@@ -59,31 +56,11 @@ def resnet():
     return TimmSupernet(TimmBase("resnet18", 10, 3, 8, divisor=2, kwargs=kwargs))
 
 
-class Asked:
-    """A signal, once so many steps have been taken."""
-
-    def __init__(self, after):
-        self.left = after
-
-    def __call__(self):
-        self.left -= 1
-        return 15 * (self.left < 0)
-
-
-def in_parts(folder, afters, part):
-    """``part(journal)``, stopped by a signal after so many steps of each of ``afters``, and begun again; its result."""
-    for after in afters:
-        journal = Journal(folder, CPU, 1e9, Asked(after))
-        with pytest.raises(Stopped) as stop:
-            part(journal)
-        assert stop.value.signal == 15
-    return part(Journal(folder, CPU, 1e9, int))
-
-
 @pytest.mark.parametrize("make, recipe", [
     (prunet, Recipe(epochs=8, batch_size=16, smoothing=0.0)),
     (markov, Recipe(epochs=8, batch_size=16, opt="sgd", lr=0.05, clip_grad=1.0)),
     (resnet, Recipe(epochs=6, batch_size=16, opt="lamb")),
+    (resnet, Recipe(epochs=6, batch_size=8, grad_accum_steps=2)),
 ])  # fmt: skip
 def test_a_search_goes_on_to_the_bit(make, recipe, tmp_path):
     """Stopped in the warm-up, between and after cuts, each time with a net that is built anew."""
@@ -118,6 +95,7 @@ def test_a_search_goes_on_to_the_bit(make, recipe, tmp_path):
 
 @pytest.mark.parametrize("recipe", [
     Recipe(epochs=3, batch_size=64),
+    Recipe(epochs=7, batch_size=64, grad_accum_steps=3, drop=0.3, mixup=0.2),
     Recipe(epochs=3, batch_size=64, opt="sgd", lr=0.05, model_ema_decay=0.9, drop=0.3, drop_path=0.2, mixup=0.2),
 ])  # fmt: skip
 def test_a_training_goes_on_to_the_bit(recipe, tmp_path):

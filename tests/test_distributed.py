@@ -29,9 +29,10 @@ from dnas.spec.budget import Budget
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
 from dnas.spec.recipe import Recipe
+from dnas.training.criterion import cross_entropy, make_criterion
 from dnas.training.data import load_data
 from dnas.training.from_scratch import train_from_scratch
-from dnas.training.loop import evaluate
+from dnas.training.loop import evaluate, make_learner, steps_per_epoch, train
 from supernets import SUPERNETS
 
 ROOT = Path(__file__).parents[1]
@@ -112,6 +113,41 @@ def test_the_first_process_gives_all_its_tensors_at_once(tmp_path, monkeypatch):
     one, both = first_of_many(), by(2, first_of_many, tmp_path)
     for tensors in both:
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(tensors, one, strict=True))
+
+
+def weighted():
+    """The loss with class weights of a part of 20 images, as averaged over all processes."""
+    torch.manual_seed(0)
+    z, y, w = torch.randn(20, 4).double(), torch.randint(4, (20,)), torch.rand(4).double() + 0.1
+    own = share_of(20, 20)[1]
+    return float(mean(cross_entropy(z[own], y[own], w, 0.1)))
+
+
+def test_class_weights_weigh_alike_in_all_processes(tmp_path):
+    """Classes are not in equal shares in both halves."""
+    one = weighted()
+    assert by(2, weighted, tmp_path) == pytest.approx([one, one], rel=1e-12)
+
+
+def accumulated():
+    """Weights after steps of three batches, with class weights, in double precision and without a batch norm."""
+    torch.manual_seed(0)
+    data, net = load_data("digits", img_size=8).take(250), nn.Sequential(nn.Flatten(), nn.Linear(192, 10)).double()
+    net.register_forward_pre_hook(lambda net, args: (args[0].double(),))
+    text = ",".join(str(1 + k) for k in range(10))
+    recipe = Recipe(epochs=2, batch_size=20, grad_accum_steps=3, opt="sgd", class_weights=text)
+    criterion = make_criterion(recipe, data)
+    batches = data.train_batches(recipe.batch_size, seed=0)
+    learner = make_learner(net, net.parameters(), recipe, steps_per_epoch(batches, recipe))
+    losses = [*train(lambda x, y: criterion(net(x), x, y), learner, batches, recipe)]
+    return losses, [p.detach() for p in net.parameters()]
+
+
+def test_accumulated_steps_of_two_processes(tmp_path):
+    one, both = accumulated(), by(2, accumulated, tmp_path)
+    for losses, weights in both:
+        assert losses == pytest.approx(one[0], rel=1e-10) and len(losses) == 2 * 4
+        torch.testing.assert_close(weights, one[1], atol=1e-10, rtol=0)
 
 
 def ranked():

@@ -20,6 +20,7 @@ from dnas.nets.timm_supernet import TimmSupernet
 from dnas.spec.budget import parse_budget
 from dnas.spec.cost import CostTable, resolve_budgets
 from dnas.spec.recipe import Recipe
+from dnas.training.criterion import make_criterion
 from dnas.training.data import load_data
 from dnas.training.from_scratch import time_step, train_from_scratch
 from dnas.training.onednn_workaround import subsampled
@@ -96,7 +97,8 @@ def trained(recipe):
 
 def timed(recipe):
     net = timm.create_model(NETWORK.name, num_classes=10, **NETWORK.kwargs)
-    time_step(net, load_data(img_size=16).take(300), recipe)
+    data = load_data(img_size=16).take(300)
+    time_step(net, data, recipe, make_criterion(recipe, data))
 
 
 @pytest.mark.parametrize("work", [searched, trained, timed])

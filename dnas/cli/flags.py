@@ -137,7 +137,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     short = {"batch_size": ["-b"], "opt": [], "epochs": []}
     for field in fields(Recipe):
         name, value = f"--{field.name.replace('_', '-')}", getattr(defaults, field.name)
-        text = f"(default {value})"
+        text = f"{field.metadata.get('help', '')} (default {value})".strip() if value != "" else field.metadata["help"]
         if isinstance(value, bool):
             group.add_argument(name, action=argparse.BooleanOptionalAction, default=value)
         else:

@@ -106,6 +106,7 @@ def retrain(argv: Sequence[str] = ()) -> OneLineParser:
     p.add_argument("--output", help="new run folder")
     p.add_argument("--name", help="name of the exported model (default: as in arch.json)")
     add_model_file(p, "for a network of your own: the file and function that the search had")
+    p.add_argument("--initial-checkpoint", default="", help="start from the weights in this file, not from scratch")
     add_resume_flags(p, p)
     add_data_flags(p)
     p.set_defaults(in_chans=None)

@@ -25,6 +25,7 @@ from dnas.runtime.run_folder import write_json
 from dnas.spec.budget import show
 from dnas.spec.checks import UserError
 from dnas.training.batches import Data
+from dnas.training.freeze import check_patterns
 from dnas.training.from_scratch import train_from_scratch
 from dnas.workflow import measured_ms
 
@@ -74,7 +75,9 @@ def rehearse(plan: Plan, goal: BudgetRun, folder: Path) -> dict[str, Any]:
 
     def train() -> dict[str, Any]:
         few = a_few(data, plan.recipe.batch_size)
-        return train_from_scratch(model, few, replace(plan.recipe, epochs=1), seed=plan.args.seed)[1]
+        check_patterns(model, plan.recipe.freeze)
+        once = replace(plan.recipe, epochs=1)
+        return train_from_scratch(model, few, once, seed=plan.args.seed, criterion=plan.task.criterion)[1]
 
     def load() -> None:
         save_model(plan, model, folder)

@@ -9,7 +9,7 @@ from typing import Any
 
 import safetensors.torch
 from timm.utils import random_seed
-from torch import nn
+from torch import Tensor, nn
 
 from dnas.cli.inputs import check_same_data, data_of, device_of, new_folder, own_of, recipe_of, say_data
 from dnas.export.arch_schema import SIZES
@@ -27,7 +27,12 @@ from dnas.spec.budget import show
 from dnas.spec.checks import MAX_BYTES, UserError, read_json
 from dnas.spec.image_size import as_size
 from dnas.training.batches import Data
+from dnas.training.criterion import make_criterion
+from dnas.training.freeze import check_patterns
 from dnas.training.from_scratch import train_from_scratch
+from dnas.training.loop import steps_per_epoch
+from dnas.training.teacher import make_teacher
+from dnas.training.weights import load_weights, read_weights
 from dnas.workflow import in_steps
 
 
@@ -106,11 +111,22 @@ def load_trained(model: nn.Module, path: Path) -> None:
         raise UserError(f"{str(path)!r} does not hold the weights of this network: {reason}") from None
 
 
+def start_from(model: nn.Module, found: dict[str, Tensor], path: str) -> None:
+    """Put the weights of ``--initial-checkpoint`` into a network. Raises UserError if they do not fit."""
+    if not load_weights(model, found, f"--initial-checkpoint {path!r}", any_classifier=True):
+        console.print(f"the classifier of {path} does not fit the data: a new one is trained", soft_wrap=True)
+
+
 def main(args: argparse.Namespace, argv: list[str]) -> None:
     """Read arch.json, train, write everything beside the new weights."""
     if not (args.run and args.output):
         raise UserError("a run folder and --output are expected, or --resume")
     recipe, device = recipe_of(args), device_of(args)
+    if recipe.freeze and not args.initial_checkpoint:
+        raise UserError(f"--freeze {recipe.freeze!r} goes with --initial-checkpoint: fresh weights have to learn")
+    # Before data is read, which may take long. A run that goes on may not need them.
+    fresh = args.initial_checkpoint and not args.resume
+    weights = read_weights(args.initial_checkpoint, "--initial-checkpoint") if fresh else None
     folder = Path(args.output) if args.resume and rank() == 0 else new_folder(args.output)
     more = args.more_epochs if args.resume else None
     source = Path(args.run)
@@ -122,6 +138,7 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     args.img_size, args.in_chans = args.img_size or as_size(found["img_size"]), args.in_chans or found["in_chans"]
     check_name(args.name or found["name"])
     data = data_of(args, device)
+    criterion = make_criterion(recipe, data, make_teacher(recipe, data, device))
     config: dict[str, Any] = {
         "argv": argv,
         "args": vars(args),
@@ -147,15 +164,19 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
         drop_path_rate=recipe.drop_path,
         own=own,
     ).to(device)
+    check_patterns(model, recipe.freeze)
     with tempfile.TemporaryDirectory() as aside:  # what comes after the training is tried before it
         write_export(aside, document, own)
         if rank() == 0:
             verify_export(aside)
-    per_epoch = len(data.train_batches(recipe.batch_size, seed=args.seed))
+    per_epoch = steps_per_epoch(data.train_batches(recipe.batch_size, seed=args.seed), recipe)
     first = int(config.get("trained_before", 0)) * per_epoch
     if first:
         load_trained(model, Path(args.output) / "model.safetensors")
     complete = gathered(more is None and (folder / "metrics.json").exists())[0]
+    if args.initial_checkpoint and not (first or complete):
+        weights = weights or read_weights(args.initial_checkpoint, "--initial-checkpoint")
+        start_from(model, weights, args.initial_checkpoint)
     costs = {metric: document[metric] for metric in ("macs", "params")}
     with run_folder(folder, keep_if=WORTH_KEEPING):
         if not args.resume or more is not None:
@@ -166,7 +187,7 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
             (folder / "metrics.json").rename(folder / f"metrics-{config['trained_before']}-epochs.json")
         journal = stop.journal(folder, device, args.checkpoint_every)
         if not complete:
-            train = partial(train_from_scratch, model, data, recipe, seed=args.seed, first=first)
+            train = partial(train_from_scratch, model, data, recipe, seed=args.seed, first=first, criterion=criterion)
             row = in_steps(train, journal, document["name"], recipe.epochs * per_epoch, first)[1]
             write_export(folder, document, own)
             save_weights(model, folder)

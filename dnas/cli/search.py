@@ -35,7 +35,6 @@ from dnas.methods.loop import begin, steps_of
 from dnas.methods.method import Task
 from dnas.methods.rules import RULES
 from dnas.nets.layer_supernet import MacroSupernet, size_to
-from dnas.nets.own_base import load_weights
 from dnas.nets.own_supernet import OwnSupernet
 from dnas.nets.supernet import Supernet
 from dnas.nets.timm_space import TimmBase
@@ -55,8 +54,11 @@ from dnas.spec.image_size import sides, size_text
 from dnas.spec.latency_table import LatencyTable
 from dnas.spec.recipe import parse_arms
 from dnas.training.batches import Data
+from dnas.training.criterion import class_weights
 from dnas.training.from_scratch import time_step
 from dnas.training.optimizer import to_channels_last
+from dnas.training.teacher import make_teacher
+from dnas.training.weights import load_weights, read_weights
 from dnas.workflow import Begun, find, print_table, run_search
 
 INITIAL_WEIGHTS = "initial.safetensors"  # in a run folder: of a network that a program gave
@@ -69,7 +71,8 @@ def plan_supernet(args, data: Data, budgets: tuple[Budget, ...]) -> Supernet:
         base, own = own_network(args, fixed)
         model = own.create()
         if args.initial_checkpoint:
-            load_weights(model, args.initial_checkpoint)
+            found = read_weights(args.initial_checkpoint, "--initial-checkpoint")
+            load_weights(model, found, f"--initial-checkpoint {args.initial_checkpoint!r}")
         return OwnSupernet(base, own, model)
     outline = outline_of(args, fixed)
     if isinstance(outline, TimmBase):
@@ -103,12 +106,16 @@ def make_plan(
         given = f"--search-epochs {args.search_epochs} --num-random {args.num_random}"
         raise UserError(f"{given}: at least 1 epoch and no negative number is allowed")
     parse_arms(args.arms, args.keep_weights)
+    if recipe.freeze and not args.keep_weights:
+        raise UserError(f"--freeze {recipe.freeze!r} goes with --keep-weights: without it networks start from scratch")
     data = data or data_of(args, device)
     if len(sides(data.img_size)) != 2:
         recipe = replace(recipe, channels_last=False)  # a memory format of images
         if not (args.model_file or isinstance(net, OwnSupernet)):
             shape = [data.in_chans, *sides(data.img_size)]
             raise UserError(f"inputs of {shape}: only a network of your own takes other ones than [C, H, W]")
+    class_weights(recipe, data)  # do they fit?
+    teacher = make_teacher(recipe, data, device)
     random_seed(args.seed)
     net = net or plan_supernet(args, data, max(asked, key=lambda budgets: budgets[0].limit))
     if isinstance(net, OwnSupernet):
@@ -120,7 +127,7 @@ def make_plan(
     if latency:
         tables["ms"] = CostTable.measured(net.space, [part.site for part in parts_of(net)], latency)
     search_recipe = replace(recipe, epochs=args.search_epochs, mixup=0.0, cutmix=0.0, drop=0.0, drop_path=0.0)
-    task = Task(tables, (), data, search_recipe, config, args.seed, args.keep_weights)
+    task = Task(tables, (), data, search_recipe, config, args.seed, args.keep_weights, teacher)
     return Plan(args, net, tables, data, recipe, method, task, device, provenance(device), latency, latency_device)
 
 
@@ -181,12 +188,12 @@ def estimate(plan: Plan, goals: list[BudgetRun], plain_ms: float) -> float:
     A found net takes its share of that. A supernet that shrinks to the budget is guessed to take the root of the share.
     """
     shared, own = plan.method.work(plan.task.config)
-    steps, tables = steps_of(plan.method, plan.task), plan.tables
-    work = shared * steps
+    batches, tables = steps_of(plan.method, plan.task) * plan.recipe.grad_accum_steps, plan.tables
+    work = shared * batches
     for goal in goals:
         budget, nets = goal.budgets[0], 1 + len(goal.rules) + plan.args.num_random
         share = min(1.0, budget.limit / tables[budget.metric].of(tables[budget.metric].extremes()[1]))
-        work += own * steps * share**0.5
+        work += own * batches * share**0.5
         work += share * nets * plan.recipe.epochs * plan.data.num_train / plan.recipe.batch_size
     return work * plain_ms / 6e4
 
@@ -244,7 +251,7 @@ def main(
     if not all(complete):  # of complete runs, only pages are made anew
         rehearse_aside(plan, goals[0])
     widest = build(plan, plan.tables["macs"].extremes()[1]).to(plan.device)
-    plain_ms = time_step(widest, plan.data, plan.recipe)
+    plain_ms = time_step(widest, plan.data, plan.recipe, plan.task.criterion)
     del widest
     minutes = max(1, round(estimate(plan, goals, plain_ms)))
     console.print(f"about {minutes} min on this machine, at {plain_ms:.0f} ms a step")

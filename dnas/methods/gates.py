@@ -31,6 +31,7 @@ from dnas.runtime.distributed import average_gradients, from_first, mean, shared
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
 from dnas.spec.space import Arch, Space
+from dnas.training.criterion import Criterion
 from dnas.training.loop import MAX_SKIPPED, make_scaler
 from dnas.training.onednn_workaround import subsampled
 from dnas.training.optimizer import autocast
@@ -63,7 +64,7 @@ def check_length(steps: int, config: GatesConfig) -> None:
 def init(net: Supernet, task: Task) -> GatesState:
     """The state at the start of a search. Raises UserError if the search is too short for a gate step."""
     config: GatesConfig = task.config
-    steps = task.recipe.epochs * len(task.weight_batches(config.gate_fraction))
+    steps = task.steps(config.gate_fraction)
     check_length(steps, config)
     gate_steps = max(1.0, steps * (1 - config.warmup) / config.gate_every)
     gate_lr = config.gate_lr or min(0.3, max(0.01, 20 / gate_steps))
@@ -81,16 +82,15 @@ def expected_costs(net: Supernet, task: Task) -> dict[str, float]:
     return {m: float(table.expected(net.probabilities()).detach()) for m, table in task.tables.items()}
 
 
-def distilled_loss(logits: Tensor, y: Tensor, smoothing: float) -> Tensor:
-    """The loss of k nets on the same batch, from their ``logits`` [k * B, classes] and the labels ``y`` [B]: a scalar.
+def distilled_loss(logits: Tensor, x: Tensor, y: Tensor, criterion: Criterion) -> Tensor:
+    """The loss of k nets on the same images ``x`` with labels ``y`` [B], from ``logits`` [k * B, classes]: a scalar.
 
-    It is the cross entropy of the first B rows with the labels, plus that of every further B rows with the first B
-    rows: their softmax is the target, without a gradient.
+    It is the ``criterion`` of the first B rows, plus the cross entropy of every further B rows with the first B rows:
+    their softmax is the target, without a gradient.
     """
     widest, *others = logits.split(len(y))
     teacher = widest.detach().softmax(1)
-    loss = F.cross_entropy(widest, y, label_smoothing=smoothing)
-    return loss + sum(F.cross_entropy(other, teacher) for other in others)
+    return criterion(widest, x, y) + sum(F.cross_entropy(other, teacher) for other in others)
 
 
 def weight_loss(search: Search, task: Task, x: Tensor, y: Tensor, progress: float) -> Tensor:
@@ -113,7 +113,7 @@ def weight_loss(search: Search, task: Task, x: Tensor, y: Tensor, progress: floa
     else:
         widest = search.learner is not None and search.learner.update % 2 == 0
         logits = net(x, net.widest(draws, **at) if widest else net.draw(draws, even, **at))
-    return distilled_loss(logits.float(), y, task.recipe.smoothing)
+    return distilled_loss(logits.float(), x, y, task.criterion)
 
 
 def mean_entropy(distributions: Iterable[Tensor]) -> Tensor:
@@ -165,14 +165,14 @@ def snapshot(net: Supernet, temperature: float) -> dict[str, float | list[float]
     return found
 
 
-def along_scale(logits: Tensor, y: Tensor, seen: int) -> Tensor:
+def along_scale(logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     """A scalar whose gradient is the part of the cross entropy's gradient along all ``logits`` [B, classes].
 
-    The logits of all processes count as one vector. The cross entropy is a sum over images divided by ``seen``. A loss
+    The logits of all processes count as one vector. The cross entropy is a sum over images with ``weights`` [B]. A loss
     without this part gives a network nothing for being less confident.
     """
     z = logits.detach()
-    slope = ((z.softmax(1) * z).sum() - z.gather(1, y[:, None]).sum()) / seen
+    slope = (((z.softmax(1) * z).sum(1) - z.gather(1, y[:, None])[:, 0]) * weights).sum()
     slope, square = mean(torch.stack([slope, z.square().sum()]))
     return slope / square.clamp(min=torch.finfo(z.dtype).tiny) * logits.square().sum() / 2
 
@@ -182,7 +182,8 @@ def image_loss(
 ) -> tuple[Tensor, int]:
     """The backward passes of the gates' cross entropy on ``taken`` of ``parts`` parts of a batch, one after the other.
 
-    So a mixture of blocks needs the memory of one block. ``p`` are the gates' probabilities. Gradients are scaled by
+    So a mixture of blocks needs the memory of one block. The images are weighted by their classes, as in
+    `dnas.training.criterion.cross_entropy`. ``p`` are the gates' probabilities. Gradients are scaled by
     `GatesState.scaler`. Returns (the mean loss, a scalar; the number of images).
     """
     net, own, recipe = search.net, search.own, task.recipe
@@ -190,13 +191,16 @@ def image_loss(
     device, safe = x.device, subsampled(net, recipe)
     chosen = [(x[k::parts], y[k::parts]) for k in range(taken)]
     seen, losses = sum(len(labels) for _, labels in chosen), []
+    given, every = task.class_weights, torch.cat([labels for _, labels in chosen])
+    of_class = torch.ones(task.data.num_classes, device=device) if given is None else given.to(device)
+    of_class = of_class / mean(of_class[every].sum())  # so that all images together have 1
     for images, labels in chosen:
         if recipe.channels_last:
             images = images.to(memory_format=torch.channels_last)
         with autocast(device, recipe), shared_statistics(), safe:
             logits = net(images, soft()).float()
-        losses.append(F.cross_entropy(logits, labels, reduction="sum") / seen)
-        asked = losses[-1] if task.config.confidence else losses[-1] - along_scale(logits, labels, seen)
+        losses.append(F.cross_entropy(logits, labels, of_class, reduction="sum"))
+        asked = losses[-1] if task.config.confidence else losses[-1] - along_scale(logits, labels, of_class[labels])
         scaled = own.scaler.scale(asked)
         if scaled.requires_grad:  # False if every gate is settled
             scaled.backward()
@@ -219,10 +223,11 @@ def gate_step(search: Search, task: Task, progress: float, held_out: HeldOut) ->
             checking = True
     fallen = ramp(progress, config.budget_from, config.budget_by)
     targets = {m: target(own.first[m], limit, fallen) for m, limit in task.limits.items()}
-    x, y = next(held_out)
+    accumulated = task.recipe.grad_accum_steps
+    x, y = map(torch.cat, zip(*(next(held_out) for _ in range(accumulated)), strict=True))
     mixed = max((len(layer.blocks) for layer in net.layers), default=1)
     mixed = mixed if checking else min(mixed, config.paths)
-    parts = max(1, min(mixed, len(x) // 2))
+    parts = max(1, min(mixed * accumulated, len(x) // 2))
     weights = net.weight_parameters()
     for w in weights:
         w.requires_grad_(False)

@@ -11,7 +11,7 @@ from dnas.runtime.distributed import from_first
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
 from dnas.spec.space import Arch
-from dnas.training.loop import cycle, learner_data, load_learner, make_learner, train
+from dnas.training.loop import batches_of_step, cycle, learner_data, load_learner, make_learner, steps_per_epoch, train
 
 
 def begin(method: Method, net: Supernet, task: Task) -> Search:
@@ -25,14 +25,14 @@ def begin(method: Method, net: Supernet, task: Task) -> Search:
     own = method.init(net, task)
     learner = None
     if method.loss:
-        per_epoch = len(task.weight_batches(method.held_out(task.config)))
+        per_epoch = steps_per_epoch(task.weight_batches(method.held_out(task.config)), task.recipe)
         learner = make_learner(net, net.weight_parameters(), task.recipe, per_epoch)
     return Search(net, learner, own)
 
 
 def steps_of(method: Method, task: Task) -> int:
     """The number of weight steps of a whole search; 0 if the method trains no weights."""
-    return task.recipe.epochs * len(task.weight_batches(method.held_out(task.config))) if method.loss else 0
+    return task.steps(method.held_out(task.config)) if method.loss else 0
 
 
 def run(
@@ -49,7 +49,7 @@ def run(
         return
     fraction = method.held_out(task.config)
     batches, held_out = task.weight_batches(fraction), _counted(search, task, fraction)
-    total = task.recipe.epochs * len(batches)
+    total = task.steps(fraction)
     macs = task.tables.get("macs") or CostTable.build(search.net.space, "macs")
     live = search.net.live_cost(macs)
     search.net.train()
@@ -59,6 +59,8 @@ def run(
     ):  # fmt: skip
         step = learner.update - 1
         row: dict[str, Any] = {"step": step, "loss": loss}
+        if task.recipe.grad_accum_steps > 1:
+            row["batches"] = batches_of_step(step, batches, task.recipe)
         if learner.skipped_now:
             row["skipped"] = learner.skipped_now
         row["weight_ms"] = 1e3 * (time.perf_counter() - clock)

@@ -6,6 +6,7 @@ The loop (`dnas.methods.loop`) calls the functions, feeds images, and saves and 
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,9 @@ from dnas.spec.cost import CostTable
 from dnas.spec.recipe import Recipe
 from dnas.spec.space import Arch
 from dnas.training.batches import Batches, Data
-from dnas.training.loop import Learner
+from dnas.training.criterion import Criterion, class_weights, make_criterion
+from dnas.training.loop import Learner, steps_per_epoch
+from dnas.training.teacher import Teacher
 
 HeldOut = Iterator[tuple[Tensor, Tensor]]  # batches of training images that the weights do not learn from
 
@@ -30,6 +33,7 @@ class Task:
     ``init`` and in the part of a search that several budgets share: nothing may depend on them there. ``recipe`` says
     how the weights of the supernet are trained. ``config`` is the method's own. If ``keep_weights``, the found net
     starts from the weights of the supernet, so a method should choose no option whose weights were cut off.
+    The ``teacher`` of the recipe is built anew when a search is resumed.
     """
 
     tables: Mapping[str, CostTable]
@@ -39,6 +43,17 @@ class Task:
     config: Any
     seed: int = 0
     keep_weights: bool = False
+    teacher: Teacher | None = None
+
+    @cached_property
+    def class_weights(self) -> Tensor | None:
+        """The weight of each class in every loss of the search, [num_classes]; None if all weigh alike."""
+        return class_weights(self.recipe, self.data)
+
+    @cached_property
+    def criterion(self) -> Criterion:
+        """``(logits, images, labels) -> scalar``: the loss of the weights, without the method's own terms."""
+        return make_criterion(self.recipe, self.data, self.teacher)
 
     @property
     def limits(self) -> dict[str, float]:
@@ -49,6 +64,10 @@ class Task:
         """The images that weights learn from, when ``fraction`` of the training images are held out."""
         indices = self.data.split(fraction, self.seed)[0] if fraction else None
         return self.data.train_batches(self.recipe.batch_size, seed=self.seed, indices=indices)
+
+    def steps(self, fraction: float) -> int:
+        """The number of weight steps of a whole search, when ``fraction`` of the training images are held out."""
+        return self.recipe.epochs * steps_per_epoch(self.weight_batches(fraction), self.recipe)
 
     def held_out_batches(self, fraction: float) -> Batches:
         """The held-out training images. If ``fraction`` is 0, all training images in another order."""

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dnas.methods.derive import derive, in_band, near
 from dnas.methods.method import HeldOut, Method, Search, Task
@@ -62,9 +61,8 @@ def init(net: Supernet, task: Task) -> Ranked:
 
 
 def dense_loss(search: Search, task: Task, x: Tensor, y: Tensor, progress: float) -> Tensor:
-    """Cross entropy of what is left of the dense net, with the recipe's label smoothing: a scalar."""
-    logits = search.net(x, search.own.arch).float()
-    return F.cross_entropy(logits, y, label_smoothing=task.recipe.smoothing)
+    """The task's criterion of what is left of the dense net: a scalar."""
+    return task.criterion(search.net(x, search.own.arch).float(), x, y)
 
 
 def score_batches(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
@@ -178,8 +176,7 @@ def after_step(search: Search, task: Task, progress: float, score: Score, compar
     own, config, net = search.own, task.config, search.net
     assert search.learner is not None
     if config.rewind:  # each cycle has the whole schedule of the learning rate
-        total = task.recipe.epochs * len(task.weight_batches(0.0))
-        search.learner.scheduler.step_update(int(progress * config.cuts % 1 * total))
+        search.learner.scheduler.step_update(int(progress * config.cuts % 1 * task.steps(0.0)))
     if int(progress * config.cuts) <= own.cuts:
         return {}
     own.cuts += 1

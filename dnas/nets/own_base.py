@@ -7,10 +7,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import NamedTuple
 
-from timm.models import load_state_dict
 from torch import nn
 
 from dnas.spec.checks import UserError
@@ -105,17 +103,6 @@ def given(model: nn.Module) -> Own:
         return copied
 
     return Own(create)
-
-
-def load_weights(model: nn.Module, path: str) -> None:
-    """Put the weights of a file (.safetensors, or of torch.save) into a network. UserError if they do not fit."""
-    if not Path(path).is_file():
-        raise UserError(f"--initial-checkpoint {path!r} is no file")
-    try:
-        model.load_state_dict(load_state_dict(path, weights_only=True))
-    except (RuntimeError, OSError, ValueError, KeyError, TypeError, UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--initial-checkpoint {path!r} cannot be used: {reason}") from None
 
 
 def _reason(error: Exception) -> str:

@@ -41,7 +41,7 @@ def search_figures(
         return figures
     gate_rows = [row for row in rows if "gate_ms" in row]
     both = [row["weight_ms"] + row.get("gate_ms", 0.0) for row in gate_rows or rows]
-    images = sum(recipe.batch_size + row.get("images", 0) for row in rows)
+    images = sum(recipe.batch_size * row.get("batches", 1) + row.get("images", 0) for row in rows)
     counted = both[1:] or both
     figures |= {
         "images": images,

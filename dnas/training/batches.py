@@ -84,6 +84,11 @@ class Data:
     _train: Fetch = field(repr=False, compare=False)
     _val: Fetch = field(repr=False, compare=False)
 
+    @property
+    def class_counts(self) -> Tensor:
+        """How many training images each class has, int64 [num_classes], on the CPU."""
+        return self._labels.bincount(minlength=self.num_classes)
+
     def split(self, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
         """Split the train images, class by class: sorted indices int64 of (the rest, ``fraction`` of them).
 

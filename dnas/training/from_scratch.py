@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 
@@ -17,7 +16,9 @@ from dnas.runtime.checkpoint import checkpoint_errors, load_module, module_data
 from dnas.runtime.distributed import from_first, rank
 from dnas.spec.recipe import Recipe
 from dnas.training.batches import Data
-from dnas.training.loop import cycle, evaluate, learner_data, load_learner, make_learner, train
+from dnas.training.criterion import Criterion, make_criterion
+from dnas.training.freeze import freeze
+from dnas.training.loop import cycle, evaluate, learner_data, load_learner, make_learner, steps_per_epoch, train
 from dnas.training.onednn_workaround import subsampled
 from dnas.training.optimizer import autocast, make_optimizer, to_channels_last
 
@@ -31,12 +32,14 @@ def train_from_scratch(
     on_step: Callable[[Callable[[], dict]], None] | None = None,
     saved: Mapping[str, Any] | None = None,
     first: int = 0,
+    criterion: Criterion | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train a plain timm model by the recipe. Returns (the trained model, or its EMA; what it reached: `evaluate`).
 
     The figure is the last epoch's: picking the best epoch would select on the data that is reported.
     ``on_step`` is called after every step with a function that gives the state of the training as plain data, and
-    ``saved`` is such a state, to go on from. ``first`` steps count as done: the schedule begins there.
+    ``saved`` is such a state, to go on from. ``first`` steps count as done: the schedule begins there. ``criterion`` is
+    the loss; by default that of the recipe on these data.
     """
     from_first(model.state_dict().values())
     if rank():  # what dropout drops here is not what it drops in the first process
@@ -44,17 +47,16 @@ def train_from_scratch(
     if recipe.channels_last:
         to_channels_last(model)
     ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=True) if recipe.model_ema_decay else None
-    criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
-    mixup = None
+    loss_of, mixup = criterion or make_criterion(recipe, data), None
     if recipe.mixup or recipe.cutmix:
         mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=data.num_classes)
-        criterion = SoftTargetCrossEntropy()
 
     started = time.perf_counter()
-    model.train()
+    freeze(model, recipe.freeze)
     batches = data.train_batches(recipe.batch_size, seed=seed)
-    learner = make_learner(model, model.parameters(), recipe, len(batches))
-    losses: deque[float] = deque(maxlen=len(batches))
+    per_epoch = steps_per_epoch(batches, recipe)
+    learner = make_learner(model, (p for p in model.parameters() if p.requires_grad), recipe, per_epoch)
+    losses: deque[float] = deque(maxlen=per_epoch)
     if first:
         learner.update = first
         learner.scheduler.step_update(first)
@@ -76,7 +78,7 @@ def train_from_scratch(
             "seconds": time.perf_counter() - started,
         }
 
-    for loss in train(lambda x, y: criterion(model(x).float(), y), learner, batches, recipe, mixup=mixup):
+    for loss in train(lambda x, y: loss_of(model(x).float(), x, y), learner, batches, recipe, mixup=mixup):
         losses.append(loss)
         if ema is not None:
             ema.update(model, step=learner.update - 1)
@@ -92,7 +94,7 @@ def train_from_scratch(
     return final, {**scores, **skipped, "epochs": recipe.epochs, "seconds": round(seconds, 2), "seed": seed}
 
 
-def time_step(model: nn.Module, data: Data, recipe: Recipe, repeats: int = 3) -> float:
+def time_step(model: nn.Module, data: Data, recipe: Recipe, criterion: Criterion, repeats: int = 3) -> float:
     """Milliseconds of one plain training step of ``model``, its batch included: the median, after one more."""
     device = next(model.parameters()).device
     if recipe.channels_last:
@@ -106,7 +108,7 @@ def time_step(model: nn.Module, data: Data, recipe: Recipe, repeats: int = 3) ->
         if recipe.channels_last:
             x = x.to(memory_format=torch.channels_last)
         with autocast(device, recipe), safe:
-            loss = nn.functional.cross_entropy(model(x).float(), y)
+            loss = criterion(model(x).float(), x, y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -70,6 +70,17 @@ def load_learner(learner: Learner, data: Mapping[str, Any]) -> None:
         setattr(learner, key, data[key])
 
 
+def steps_per_epoch(batches: Batches, recipe: Recipe) -> int:
+    """The optimizer steps of one epoch, each of ``grad_accum_steps`` batches; the last one may have fewer."""
+    return -(-len(batches) // recipe.grad_accum_steps)
+
+
+def batches_of_step(step: int, batches: Batches, recipe: Recipe) -> int:
+    """How many batches the optimizer step number ``step`` of a training takes."""
+    done = step % steps_per_epoch(batches, recipe) * recipe.grad_accum_steps
+    return min(recipe.grad_accum_steps, len(batches) - done)
+
+
 MAX_SKIPPED = 25  # steps in a row; float16 needs up to 16 to find its scale
 
 
@@ -89,7 +100,7 @@ def _step(learner: Learner, recipe: Recipe, loss: Tensor) -> float:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scaler.unscale_(optimizer)
     total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    value, norm = to_host(torch.stack([mean(loss.detach()).double(), total.double()])).tolist()
+    value, norm = to_host(torch.stack([mean(loss).double(), total.double()])).tolist()
     if math.isfinite(norm):
         if recipe.clip_grad:
             nn.utils.clip_grads_with_norm_(parameters, recipe.clip_grad, total)
@@ -119,28 +130,36 @@ def train(
 ) -> Iterator[float]:
     """Weight steps from ``learner.update`` to the end of the last epoch; each yields its loss.
 
-    ``loss_of(images, labels)`` is the loss, a scalar. What is to come between two steps is the caller's: the search's
-    gates, the EMA, the progress bar. A step whose gradients are not finite is skipped; UserError after `MAX_SKIPPED` in
-    a row.
+    ``loss_of(images, labels)`` is the loss, a scalar. As in timm's train.py, a step takes ``grad_accum_steps`` batches,
+    one after the other, and the means of their losses and gradients; a batch norm sees one batch at a time. What is to
+    come between two steps is the caller's: the search's gates, the EMA, the progress bar. A step whose gradients are
+    not finite is skipped; UserError after `MAX_SKIPPED` in a row.
     """
     optimizer, scaler = learner.optimizer, learner.scaler
-    safe = subsampled(learner.module, recipe)
-    while learner.update < recipe.epochs * len(batches):
-        epoch, taken = divmod(learner.update, len(batches))
+    safe, per_epoch = subsampled(learner.module, recipe), steps_per_epoch(batches, recipe)
+    while learner.update < recipe.epochs * per_epoch:
+        epoch, taken = divmod(learner.update, per_epoch)
         batches.set_epoch(epoch)
-        for x, y in batches.starting_at(taken):
+        losses: list[Tensor] = []
+        for x, y in batches.starting_at(taken * recipe.grad_accum_steps):
+            of_step = batches_of_step(learner.update, batches, recipe)
             if mixup is not None:
                 even = len(x) // 2 * 2  # timm mixes images in pairs
                 x, y = mixup(x[:even], y[:even])
             if recipe.channels_last:
                 x = x.to(memory_format=torch.channels_last)
             with autocast(x.device, recipe), shared_statistics(), safe:
-                loss = loss_of(x, y)
-            optimizer.zero_grad(set_to_none=True)
+                loss = loss_of(x, y) / of_step
+            if not losses:
+                optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
-            average_gradients(p for group in optimizer.param_groups for p in group["params"])
-            value = _step(learner, recipe, loss)
+            losses.append(loss.detach())
             del loss  # and its graph: what follows may change the shape of parameters
+            if len(losses) < of_step:
+                continue
+            average_gradients(p for group in optimizer.param_groups for p in group["params"])
+            value = _step(learner, recipe, torch.stack(losses).sum())
+            losses.clear()
             learner.update += 1
             learner.scheduler.step_update(learner.update)
             yield value

@@ -1,0 +1,29 @@
+"""A part of a run that is stopped by signals, and goes on from what is on disk."""
+
+import pytest
+import torch
+
+from dnas.runtime.checkpoint import Journal, Stopped
+
+CPU = torch.device("cpu")
+
+
+class Asked:
+    """A signal, once so many steps have been taken."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def __call__(self):
+        self.left -= 1
+        return 15 * (self.left < 0)
+
+
+def in_parts(folder, afters, part):
+    """``part(journal)``, stopped by a signal after so many steps of each of ``afters``, and begun again; its result."""
+    for after in afters:
+        journal = Journal(folder, CPU, 1e9, Asked(after))
+        with pytest.raises(Stopped) as stop:
+            part(journal)
+        assert stop.value.signal == 15
+    return part(Journal(folder, CPU, 1e9, int))
