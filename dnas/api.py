@@ -16,7 +16,7 @@ from typing import Any
 
 import safetensors.torch
 from timm.utils import random_seed
-from torch import nn
+from torch import Tensor, nn
 
 from dnas.cli.flags import HINT
 from dnas.cli.inputs import data_of, device_of, grid_of, outline_of, own_of
@@ -40,7 +40,7 @@ from dnas.runtime.signals import stop
 from dnas.spec.budget import parse_budget
 from dnas.spec.checks import UserError
 from dnas.spec.layer_space import EfficientNetSpace
-from dnas.training.batches import Data, Pair
+from dnas.training.batches import Data, OwnLoss, Pair
 from dnas.training.given_data import data_of_loaders, on_device
 
 Net = str | nn.Module | Callable[[], nn.Module] | EfficientNetSpace
@@ -118,6 +118,8 @@ def search(
     data: Images | None = None,
     output: str | Path | None = None,
     resume: str | Path | None = None,
+    loss: Callable[[Any, Tensor], Tensor] | None = None,
+    score: Callable[[Any, Tensor], Tensor | float] | None = None,
     **flags: Any,
 ) -> Result:
     """Search a network inside a budget, train it and the nets that cost nothing to choose, and write a run folder.
@@ -133,6 +135,9 @@ def search(
         output: the run folder (default: runs/ and a new name).
         resume: instead of everything but ``net`` and ``data``, which objects need again: the folder of a run that was
             stopped.
+        loss, score: for anything but classes: ``loss(outputs, targets)`` is a scalar to minimise, ``score(outputs,
+            targets)`` is what networks are compared by, a number in percent. Both are means over a batch. ``data`` is a
+            pair of iterables of batches, and a target may be any tensor [B, ...].
         flags: all others of ``dnas search``, with ``_`` for ``-``: ``epochs=30, search_epochs=10, seed=1, lr=1e-3``.
 
     Raises:
@@ -141,6 +146,7 @@ def search(
 
     torch's global random numbers are set by ``seed``.
     """
+    own_loss = _own_loss(loss, score, data)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("torchrun goes with the command dnas search, not with dnas.search")
     if resume is None and budget is None:
@@ -186,7 +192,7 @@ def search(
     listening = stop.listening() if threading.current_thread() is threading.main_thread() else nullcontext()
     try:
         with listening:
-            images = _images(data, args)
+            images = _images(data, args, own_loss)
             own = _supernet(net, args, images)
             if isinstance(own, OwnSupernet) and args.latency_table:
                 raise UserError("latency_table goes with spaces and with networks of timm's")
@@ -222,12 +228,25 @@ def _data_words(data: Images | None) -> list[str]:
     raise UserError(f"data is a {type(data).__name__}: {allowed} is expected")
 
 
-def _images(data: Images | None, args: argparse.Namespace) -> Data:
+def _own_loss(loss: Any, score: Any, data: Images | None) -> OwnLoss | None:
+    """The program's own loss, if there is one. Raises UserError if something is missing."""
+    if loss is None and score is None:
+        return None
+    if not (callable(loss) and callable(score)):
+        raise UserError("loss and score go together: both are functions of (outputs, targets)")
+    if not isinstance(data, (tuple, list)):
+        raise UserError("loss goes with data that is a pair of iterables of batches, (inputs, targets) each")
+    return OwnLoss(loss, score)
+
+
+def _images(data: Images | None, args: argparse.Namespace, own: OwnLoss | None) -> Data:
     """The data, with batches on the device of the search. Raises UserError if flags say another size."""
     device = device_of(args)
     if data is None or isinstance(data, (str, Path)):
         return data_of(args, device)
-    images = on_device(data, device) if isinstance(data, Data) else data_of_loaders(data[0], data[1], device)
+    images = on_device(data, device) if isinstance(data, Data) else data_of_loaders(data[0], data[1], device, own)
+    if own and args.num_classes:  # of a network of timm's, which is built for a number of outputs
+        images = replace(images, num_classes=args.num_classes)
     for name in ("img_size", "num_classes"):
         if getattr(args, name) not in (None, getattr(images, name)):
             raise UserError(f"{name} {getattr(args, name)} does not fit the data, which has {getattr(images, name)}")

@@ -32,7 +32,7 @@ from dnas.methods.rules import RULES, random_arch
 from dnas.nets.shrink import has_weights_of, plain_state
 from dnas.plan import BudgetRun, Plan, build, export_arch, save_model
 from dnas.report.diagnosis import as_good_as_one_answer, no_better_than_a_guess, over_budget, signs_of_collapse
-from dnas.report.metrics import arm_rows, decision_rows, effort, facts, layer_rows, search_figures
+from dnas.report.metrics import arm_rows, decision_rows, effort, facts, layer_rows, score_name, search_figures
 from dnas.runtime.checkpoint import Journal, checkpoint_errors
 from dnas.runtime.distributed import from_first, gathered, rank
 from dnas.runtime.progress import console, progress_bar
@@ -101,7 +101,7 @@ def train_arch(plan: Plan, arch: Arch, costs: Mapping[str, Any], journal: Journa
         from_first(model.state_dict().values())
         recalibrate(model, islice(data.train_batches(recipe.batch_size, seed=seed), CALIBRATION), recipe)
         from_first(model.state_dict().values())
-        scores = evaluate(model, data.val_batches(max(recipe.batch_size, 256)), recipe)
+        scores = evaluate(model, data.val_batches(max(recipe.batch_size, 256)), recipe, data.own_loss)
         before = {"inherited": True, "before": scores["top1"]}
     steps = recipe.epochs * steps_per_epoch(data.train_batches(recipe.batch_size, seed=seed), recipe)
     train = partial(train_from_scratch, model, data, recipe, seed=seed, criterion=plan.task.criterion)
@@ -310,10 +310,8 @@ def find(plan: Plan, goal: BudgetRun, journal: Journal, begun: Callable[[bool], 
         models = [build(plan, nets[what][0]) for what in compared]
         for what, ms in zip(compared, measured_ms(plan, models), strict=True):
             trained[what]["measured_ms"] = ms
-    largest = plan.data.summary["largest_class"]
-    said = as_good_as_one_answer(
-        {what: row["top1"] for what, row in trained.items()}, largest["share"], largest["name"]
-    )
+    largest, tops = plan.data.summary["largest_class"], {what: row["top1"] for what, row in trained.items()}
+    said = [] if plan.data.own_loss else as_good_as_one_answer(tops, largest["share"], largest["name"])
     for line in said:
         console.print(f"warning: {line}", soft_wrap=True)
     first["warnings"] = [*first["warnings"], *said]
@@ -323,6 +321,7 @@ def find(plan: Plan, goal: BudgetRun, journal: Journal, begun: Callable[[bool], 
     return {
         **first,
         "validation_images": plan.data.num_val,
+        **({"score": "score"} if plan.data.own_loss else {}),
         "found": found,
         **({"arms": compared_arms} if compared_arms else {}),
         **{rule: trained.pop(rule) for rule in goal.rules},
@@ -342,9 +341,9 @@ def print_table(folder: Path, name: str, metrics: dict) -> None:
     console.print(table)
     if metrics["random"]:
         tops = [row["top1"] for row in metrics["random"]]
-        console.print(f"random nets at the same cost, top-1: {', '.join(f'{t:.2f}' for t in tops)} %")
+        console.print(f"random nets at the same cost, {score_name(metrics)}: {', '.join(f'{t:.2f}' for t in tops)} %")
     for arm in arm_rows(metrics):
-        console.print("{}, {} epochs: top-1 {} (before: {})".format(*arm))
+        console.print("{}, {} epochs: {} (before: {})".format(*arm))
     model = f"model.py (import it, then timm.create_model({name!r}, pretrained=True))"
     again = [f"next: dnas retrain {folder} --epochs 100 --output {folder}-retrained"]
     if own := read_arch(folder / "arch.json")["net"].get("own"):

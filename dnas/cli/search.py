@@ -32,7 +32,7 @@ from dnas.export.model_file import check_name, read_arch, write_state
 from dnas.latency.measured_parts import parts_of
 from dnas.methods.catalog import METHODS
 from dnas.methods.loop import begin, steps_of
-from dnas.methods.method import Task
+from dnas.methods.method import Method, Task
 from dnas.methods.rules import RULES
 from dnas.nets.layer_supernet import MacroSupernet, size_to
 from dnas.nets.own_supernet import OwnSupernet
@@ -52,7 +52,7 @@ from dnas.spec.checks import MAX_BYTES, UserError, read_json
 from dnas.spec.cost import CostTable, resolve_budgets
 from dnas.spec.image_size import sides, size_text
 from dnas.spec.latency_table import LatencyTable
-from dnas.spec.recipe import parse_arms
+from dnas.spec.recipe import Recipe, parse_arms
 from dnas.training.batches import Data
 from dnas.training.criterion import class_weights
 from dnas.training.from_scratch import time_step
@@ -118,7 +118,9 @@ def make_plan(
     teacher = make_teacher(recipe, data, device)
     random_seed(args.seed)
     net = net or plan_supernet(args, data, max(asked, key=lambda budgets: budgets[0].limit))
-    if isinstance(net, OwnSupernet):
+    if data.own_loss:
+        check_own_loss(args, recipe, method)
+    elif isinstance(net, OwnSupernet):
         net.check_logits()
     for key in ("num_classes", "in_chans", "img_size"):
         if json.dumps(getattr(net.outline, key)) != json.dumps(getattr(data, key)):  # a list or a tuple of two sides
@@ -129,6 +131,16 @@ def make_plan(
     search_recipe = replace(recipe, epochs=args.search_epochs, mixup=0.0, cutmix=0.0, drop=0.0, drop_path=0.0)
     task = Task(tables, (), data, search_recipe, config, args.seed, args.keep_weights, teacher)
     return Plan(args, net, tables, data, recipe, method, task, device, provenance(device), latency, latency_device)
+
+
+def check_own_loss(args, recipe: Recipe, method: Method) -> None:
+    """Raise UserError for flags that are about classes, where a program has a loss of its own."""
+    if method.of_classes:
+        others = ", ".join(name for name, other in METHODS.items() if not other.of_classes)
+        raise UserError(f"--method {args.method!r} learns from classes: a loss of your own goes with one of {others}")
+    for name in ("mixup", "cutmix", "class_weights", "kd_model_name"):
+        if getattr(recipe, name):
+            raise UserError(f"--{name.replace('_', '-')} is about classes: it does not go with a loss of your own")
 
 
 def make_goals(plan: Plan, asked: list[tuple[Budget, ...]], folder: Path, name: str) -> list[BudgetRun]:

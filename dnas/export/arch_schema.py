@@ -111,7 +111,7 @@ def _check_own(net: Any) -> None:
             fail(f"net.own.{key}", own[key], "FILE.py" if key == "file" else "the name of a function")
     for path, sizes in net["modules"].items():
         check(f"net.modules[{path!r}]", sizes, dict)
-        if not re.fullmatch(r"[\w.]{0,512}", path, re.ASCII):
+        if not re.fullmatch(r"[\w.-]{0,512}", path, re.ASCII):
             fail("net.modules", path, "names of modules")
         for name, size in sizes.items():
             entries = size if type(size) is list else [size]

@@ -13,7 +13,7 @@ from dnas.methods.rank_and_cut import Scores, score_batches
 from dnas.nets.channels import ChannelAxis
 from dnas.nets.supernet import Supernet
 from dnas.runtime.distributed import mean
-from dnas.training.criterion import cross_entropy
+from dnas.training.criterion import plain_loss
 from dnas.training.onednn_workaround import subsampled
 
 Axes = Mapping[str, list[ChannelAxis]]  # width decision -> axes
@@ -58,7 +58,7 @@ def evaluating(net: Supernet) -> Iterator[None]:
 def batch_loss(search: Search, task: Task, x: Tensor, y: Tensor) -> Tensor:
     """Cross entropy of what is left of the dense net on a batch: a scalar with a graph."""
     with torch.enable_grad(), subsampled(search.net, task.recipe):
-        return cross_entropy(search.net(x, search.own.arch).float(), y, task.class_weights)
+        return plain_loss(search.net(x, search.own.arch), y, task.data, task.class_weights)
 
 
 def channels_of(tensor: Tensor, layer: nn.Module, axis: ChannelAxis) -> Tensor:
@@ -133,4 +133,4 @@ def gated_loss(search: Search, task: Task, axes: Axes, gates: Mapping[str, Tenso
         weights[name] = weight.detach() * factor.view(-1, *[1] * (weight.ndim - 1 - dim))
     with subsampled(search.net, task.recipe):
         logits = torch.func.functional_call(search.net, weights, (x, search.own.arch))
-        return cross_entropy(logits.float(), y, task.class_weights)
+        return plain_loss(logits, y, task.data, task.class_weights)

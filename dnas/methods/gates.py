@@ -367,6 +367,7 @@ def load_state_dict(search: Search, data: Mapping[str, Any]) -> None:
 
 
 GATES = Method(
+    of_classes=True,
     needs="labels, gradients; 30 % of the training images are held out",
     deviations="one search for both papers' decisions; see the algorithms",
     summary="widths, blocks and depth, by gates that learn with the weights; the supernet shrinks as it trains",

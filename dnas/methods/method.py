@@ -98,6 +98,7 @@ class Method:
         summary: what the method decides, and from what, in one line.
         source: the paper.
         needs: what it chooses from, beside the architecture.
+        of_classes: it works only with the logits of classes, not with a program's own loss.
         deviations: where it differs from the paper.
         choose: ``(search, task) -> Arch`` inside the budgets of the task. Most methods use
             `dnas.methods.derive.derive`.
@@ -120,6 +121,7 @@ class Method:
     source: str
     choose: Callable[[Search, Task], Arch]
     needs: str = "nothing"
+    of_classes: bool = False
     deviations: str = "none"
     config: type = NoConfig
     init: Callable[[Supernet, Task], Any] = nothing

@@ -62,7 +62,7 @@ def init(net: Supernet, task: Task) -> Ranked:
 
 def dense_loss(search: Search, task: Task, x: Tensor, y: Tensor, progress: float) -> Tensor:
     """The task's criterion of what is left of the dense net: a scalar."""
-    return task.criterion(search.net(x, search.own.arch).float(), x, y)
+    return task.criterion(search.net(x, search.own.arch), x, y)
 
 
 def score_batches(task: Task) -> Iterator[tuple[Tensor, Tensor]]:

@@ -238,7 +238,8 @@ def verdict(runs: Sequence[Run]) -> tuple[str, str]:
         more += ". The page of a run counts those beside it; tools/compare.py counts any."
         return "open", f"The found net is {' and '.join(sides)} net of the same budget, in one run.{more}"
     sides = [f"{m:+.2f} [{low:+.2f}, {high:+.2f}] against {rule}" for rule, (m, low, high) in found.items()]
-    text = f"Found net: {', '.join(sides)}, in points of top-1 over {len(runs)} seeds, with the 95 % interval."
+    score = score_name(runs[0].metrics)
+    text = f"Found net: {', '.join(sides)}, in points of {score} over {len(runs)} seeds, with the 95 % interval."
     worse = [rule for rule, (_, _, high) in found.items() if high < 0]
     same = [rule for rule, (_, low, high) in found.items() if low <= 0 <= high]
     if worse:
@@ -247,6 +248,11 @@ def verdict(runs: Sequence[Run]) -> tuple[str, str]:
         cheaper = f"--method {same[-1]} chooses a net of this quality without a search"
         return "open", f"{text} Against {same[-1]} that is within the noise: {cheaper}."
     return "better", text
+
+
+def score_name(metrics: Mapping[str, Any]) -> str:
+    """The name of what networks are compared by."""
+    return str(metrics.get("score", "top-1"))
 
 
 def arm_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
@@ -275,7 +281,7 @@ def facts(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     if "measured_ms" in metrics["found"]:
         rows.append(["measured", *(show("ms", metrics[kind]["measured_ms"]) for kind in nets), *rest])
     tops = (f"{metrics[kind]['top1']:.2f} %" if "top1" in metrics[kind] else "" for kind in nets)
-    rows.append(["top-1", *tops, *rest])
+    rows.append([score_name(metrics), *tops, *rest])
     fair = [metrics[kind].get("balanced_accuracy") for kind in nets]
     # Only where classes are of different sizes: elsewhere it is top-1 again.
     if all(f is not None for f in fair) and any(

@@ -22,6 +22,7 @@ from dnas.report.metrics import (
     grouped,
     paired_difference,
     read_run,
+    score_name,
     sibling_runs,
     top1s,
     verdict,
@@ -66,7 +67,7 @@ def write_report(folder: Path) -> None:
         kinds = [kind for kind in run.nets if kind != "random"]
         tables.append(("Runs that differ in the seed", ["run", "seed", *kinds], lines))
     if arms := arm_rows(metrics):
-        tables.append(("Trainings of the found net", ["arm", "epochs", "top-1", "before"], arms))
+        tables.append(("Trainings of the found net", ["arm", "epochs", score_name(metrics), "before"], arms))
     if by_class := accuracy_by_class(metrics, config.get("class_names", [])):
         tables.append(by_class)
     data, info = config.get("data", {}), config.get("provenance", {})
@@ -117,7 +118,7 @@ def _pictures(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> list[Pi
     note = "Every dot is a training; the bar is a standard deviation."
     if (difference := paired_difference(runs, "random")) and len(runs) > 1:
         note += " Found minus random nets: {:+.2f} [{:+.2f}, {:+.2f}].".format(*difference)
-    add("Accuracy", note, plots.top1(top1s(runs)))
+    add("Accuracy", note, plots.top1(top1s(runs), score_name(run.metrics)))
     if metrics.get("layers"):
         note = "Grey is the widest net of the space. Milliseconds, if any, are the latency table's as it was measured."
         add("What every layer costs", note, plots.layers(metrics["layers"]))

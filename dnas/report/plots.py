@@ -71,8 +71,8 @@ def _curve(steps: Sequence[int], values: Sequence[float | None]) -> tuple[np.nda
     return (np.array([np.median(part) for part in np.array_split(a, parts)]) for a in (x, y))  # type: ignore[return-value]
 
 
-def top1(nets: Mapping[str, Sequence[float]]) -> str:
-    """Top-1 of all trainings of each kind of net, with mean and standard deviation."""
+def top1(nets: Mapping[str, Sequence[float]], score: str = "top-1") -> str:
+    """Top-1, or another ``score``, of all trainings of each kind of net, with mean and standard deviation."""
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.6 + 0.42 * len(nets)))
         axes: Axes = figure.subplots()
@@ -86,9 +86,9 @@ def top1(nets: Mapping[str, Sequence[float]]) -> str:
         axes.set_yticks(range(len(nets)), [f"{name} ({len(values)})" for name, values in nets.items()])
         axes.set_ylim(len(nets) - 0.5, -0.6)
         axes.margins(x=0.1)
-        axes.set_xlabel("top-1 after training from scratch, %")
+        axes.set_xlabel(f"{score} after training from scratch, %")
         axes.grid(axis="y", visible=False)
-        return _svg(figure, "top1", "top-1 of the found net and of those that it is compared with")
+        return _svg(figure, "top1", f"{score} of the found net and of those that it is compared with")
 
 
 def course(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> str:

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,19 @@ from dnas.spec.image_size import ImgSize, as_size, sides
 from dnas.training.data_summary import digest_of, summarize
 
 Pair = tuple[Tensor, Tensor]  # images and labels
+
+
+class OwnLoss(NamedTuple):
+    """What a program trains a network for, in the place of cross entropy. Both are means over a batch.
+
+    ``loss(outputs, targets)`` is a scalar to minimise. ``score(outputs, targets)`` is what is reported: a number in
+    percent, the higher the better. ``outputs`` is whatever the network returns.
+    """
+
+    loss: Callable[[Any, Tensor], Tensor]
+    score: Callable[[Any, Tensor], Tensor | float]
+
+
 # One epoch of batches from (order [N], dice [N] or None to leave the images as they are, batch size).
 Fetch = Callable[[Tensor, Tensor | None, int], Iterator[Pair]]
 
@@ -83,6 +96,7 @@ class Data:
     _labels: Tensor = field(repr=False, compare=False)  # of the train images, int64 [num_train], on the CPU
     _train: Fetch = field(repr=False, compare=False)
     _val: Fetch = field(repr=False, compare=False)
+    own_loss: OwnLoss | None = field(default=None, repr=False, compare=False)  # then there are no classes
 
     @property
     def class_counts(self) -> Tensor:

@@ -1,6 +1,7 @@
 """The loss of a weight step: cross entropy with label smoothing and class weights, and distillation."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from dnas.spec.recipe import BALANCED, Recipe, parse_class_weights
 from dnas.training.batches import Data
 from dnas.training.teacher import Teacher, distillation_loss
 
-Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits, images, labels or soft targets) -> a scalar
+Criterion = Callable[[Any, Tensor, Tensor], Tensor]  # (logits, images, labels or soft targets) -> a scalar
 
 
 def class_weights(recipe: Recipe, data: Data) -> Tensor | None:
@@ -57,17 +58,28 @@ def cross_entropy(logits: Tensor, y: Tensor, weights: Tensor | None = None, smoo
     return total / mean((y.to(logits) @ weights if soft else weights[y]).sum())
 
 
+def plain_loss(outputs: Any, y: Tensor, data: Data, weights: Tensor | None) -> Tensor:
+    """What scores of channels are taken from: cross entropy without smoothing, or the program's own loss. A scalar."""
+    return data.own_loss.loss(outputs, y) if data.own_loss else cross_entropy(outputs.float(), y, weights)
+
+
 def make_criterion(recipe: Recipe, data: Data, teacher: Teacher | None = None) -> Criterion:
     """The loss of logits [B, classes] of these images: a scalar.
 
     It is the `cross_entropy` with the recipe's label smoothing and class weights. With a teacher it is w times that,
     plus 1 - w times the `distillation_loss`, where w is the ``task_loss_weight``.
 
+    Where a program has a loss of its own (`OwnLoss`), it is that, of whatever the network returns.
+
     Raises UserError for class weights that do not fit the data.
     """
+    if data.own_loss:
+        own = data.own_loss.loss
+        return lambda outputs, x, y: own(outputs, y)
     weights, w = class_weights(recipe, data), recipe.task_loss_weight
 
     def criterion(logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        logits = logits.float()
         loss = cross_entropy(logits, y, weights, recipe.smoothing)
         if teacher is None:
             return loss

@@ -135,6 +135,8 @@ def digest_of(parts: Iterable[bytes | str]) -> str:
 
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     """The summary in short lines, without its warnings."""
+    if not summary["classes"]:  # a program has a loss of its own
+        return [f"{summary['train']['images']} training inputs, {summary['validation']['images']} validation inputs"]
     parts = [
         f"{part['images']} {word} images"
         f" (by class: least {part['least']}, median {part['median']:g}, most {part['most']})"

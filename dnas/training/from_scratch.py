@@ -78,14 +78,14 @@ def train_from_scratch(
             "seconds": time.perf_counter() - started,
         }
 
-    for loss in train(lambda x, y: loss_of(model(x).float(), x, y), learner, batches, recipe, mixup=mixup):
+    for loss in train(lambda x, y: loss_of(model(x), x, y), learner, batches, recipe, mixup=mixup):
         losses.append(loss)
         if ema is not None:
             ema.update(model, step=learner.update - 1)
         if on_step:
             on_step(state)
     final = model if ema is None else ema.module
-    scores = evaluate(final, data.val_batches(max(recipe.batch_size, 256)), recipe)
+    scores = evaluate(final, data.val_batches(max(recipe.batch_size, 256)), recipe, data.own_loss)
     seconds = time.perf_counter() - started
     finite = [loss for loss in losses if math.isfinite(loss)]  # the loss of a step that was skipped may be none
     scores["train_loss"] = fmean(finite) if finite else None
@@ -108,7 +108,7 @@ def time_step(model: nn.Module, data: Data, recipe: Recipe, criterion: Criterion
         if recipe.channels_last:
             x = x.to(memory_format=torch.channels_last)
         with autocast(device, recipe), safe:
-            loss = criterion(model(x).float(), x, y)
+            loss = criterion(model(x), x, y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -17,7 +17,7 @@ from dnas.runtime.checkpoint import load_optimizer, optimizer_data
 from dnas.runtime.distributed import average_gradients, mean, shared_statistics, to_host
 from dnas.spec.checks import UserError
 from dnas.spec.recipe import Recipe
-from dnas.training.batches import Batches
+from dnas.training.batches import Batches, OwnLoss
 from dnas.training.onednn_workaround import subsampled
 from dnas.training.optimizer import amp_dtype, autocast, make_optimizer, make_scheduler
 
@@ -200,11 +200,14 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], reci
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe: Recipe) -> dict[str, Any]:
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe: Recipe, own: OwnLoss | None = None
+) -> dict[str, Any]:
     """What a network reaches on these images, in eval mode; its training mode is restored.
 
     Returns ``top1`` in percent, ``loss`` (mean cross entropy), ``class_top1`` (by class in percent; None for a class
-    without an image) and ``balanced_accuracy``, the mean of those (scikit-learn's name for it).
+    without an image) and ``balanced_accuracy``, the mean of those (scikit-learn's name for it). With a program's
+    ``own`` loss: ``top1`` is its score, ``loss`` its loss, and there are no others.
     """
     was_training = model.training
     sums: Tensor | float = 0.0  # the loss; then images, and right ones, by class
@@ -214,13 +217,21 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe:
             if recipe.channels_last:
                 x = x.to(memory_format=torch.channels_last)
             with autocast(x.device, recipe):
-                logits = model(x).float()
+                logits = model(x)
+            if own:
+                means = torch.tensor([float(own.score(logits, y)), float(own.loss(logits, y)), 1.0], dtype=torch.double)
+                sums = sums + len(x) * means
+                continue
+            logits = logits.float()
             loss = nn.functional.cross_entropy(logits, y, reduction="sum")
             counts = [part.bincount(minlength=logits.shape[1]) for part in (y, y[logits.argmax(1) == y])]
             sums = sums + torch.cat([loss[None], *counts]).cpu().double()
     finally:
         model.train(was_training)
     assert isinstance(sums, Tensor)  # there is at least one image
+    if own:
+        score, total, count = mean(sums).tolist()
+        return {"top1": score / count, "loss": total / count}
     total, *by_class = mean(sums).tolist()
     images, right = by_class[: len(by_class) // 2], by_class[len(by_class) // 2 :]
     class_top1 = [100 * hit / count if count else None for hit, count in zip(right, images, strict=True)]
