@@ -31,6 +31,7 @@ ROOMS = {
             "layer_choice",
             "channels",
             "channel_units",
+            "layer_rules",
             "tracing",
             "cut_tensors",
             "remove_options",

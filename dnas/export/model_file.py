@@ -239,8 +239,8 @@ def model_source(
     )
 
 
-def _pool_size(net: dict[str, Any], data: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of the last feature map."""
+def _pool_size(net: dict[str, Any], data: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the last feature map. None for tokens."""
     if "base" not in net:
         strides = [net["stem"]["stride"], *(rows[0]["stride"] for rows in net["stages"])]
         return sides(strided(data["img_size"], math.prod(strides)))  # every stride halves and rounds up

@@ -102,9 +102,10 @@ def safe_channels(model: nn.Module, image: Sequence[int]) -> Channels:
     """The channels of ``model``, without the groups that must keep their width for the network to work.
 
     One pass does not show everything that a network does with numbers of channels that it computes or keeps elsewhere.
-    So all groups are cut to a half, and the logits are compared with those of the masked network. The comparison uses
-    double precision, and random norms and biases that hide no channel. If the logits differ or the network fails, the
-    set of groups is split in halves and each half is tried. Groups that break the network keep their widths.
+    So all groups are cut, and the logits are compared with those of the masked network. Sizes are random, because two
+    numbers that must be equal can be equal by chance if all are halves. The comparison uses double precision, and
+    random norms and biases that hide no channel. If the logits differ or the network fails, the set of groups is split
+    in halves and each half is tried. Groups that break the network keep their widths.
     """
     channels = trace(model, image)
     model = copy.deepcopy(model).double().eval()
@@ -114,11 +115,13 @@ def safe_channels(model: nn.Module, image: Sequence[int]) -> Channels:
             low = 0.5 if "var" in name or "weight" in name or "gamma" in name else -0.5
             t.data.copy_(torch.rand(t.shape, generator=draws) + low)
     x = torch.randn(1, *image, generator=draws, dtype=torch.double)
+    spans = {g.name: (g.size // 4 + 1, g.size - g.size // 4) for g in channels.groups}  # about the middle half
+    tried = {name: int(torch.randint(*span, (), generator=draws)) for name, span in spans.items()}
 
     def fails(names: Sequence[str]) -> str:
-        """Why the network does not work with half of the channels of these groups; empty if it does."""
-        sizes = {g.name: (g.size + 1) // 2 for g in channels.groups if g.name in names}
-        factors = {g.name: (torch.arange(g.size) < sizes[g.name]).double() for g in channels.groups if g.name in names}
+        """Why the network does not work with fewer channels of these groups; empty if it does."""
+        sizes = {name: tried[name] for name in names}
+        factors = {g.name: (torch.arange(g.size) < sizes[g.name]).double() for g in channels.groups if g.name in sizes}
         masked, cut = gated(model, channels, read_by(model, channels), factors, x), copy.deepcopy(model)
         remove_channels(cut, channels.cut(sizes)[1])
         try:
@@ -253,7 +256,7 @@ def narrowed_net(base: TimmBase, goes: Mapping[Axis, np.ndarray]) -> dict[str, A
     # The numbers that timm reports, and those from which it builds a new head.
     heads = [(path, m) for path, m in plain.named_modules() if any(c is plain.get_classifier() for c in m.children())]
     for path, module in dict([("", plain), *heads]).items():
-        for name in ("num_features", "in_features", "head_hidden_size", "hidden_size"):
+        for name in ("num_features", "in_features", "head_hidden_size", "hidden_size", "embed_dim"):
             value = getattr(module, name, None)
             # In a network, num_features are the channels of the last map; in a head, those that its classifier reads.
             first = name == "in_features" or (module is plain and name == "num_features")
@@ -268,14 +271,16 @@ def measure(model: nn.Module, in_chans: int, img_size: ImgSize) -> dict[str, Any
     """The sizes of a network on the device ``meta``, measured in one pass.
 
     ``features``: the channels of all feature levels. ``num_features``: the channels of the last map. ``pool_size``: the
-    height and width of the last map. ``head_hidden_size``: the number of channels that the classifier reads.
+    height and width of the last map, None for tokens. ``head_hidden_size``: the number of channels that the classifier
+    reads.
     """
     x = torch.zeros(1, in_chans, *sides(img_size), device="meta")
     with torch.no_grad():
         levels = model.eval().forward_intermediates(x, intermediates_only=True)
         last = model.forward_features(x)
         hidden = model.forward_head(last, pre_logits=True)
-    if getattr(model, "output_fmt", "NCHW") != "NCHW":
+    if last.ndim == 3 or getattr(model, "output_fmt", "NCHW") != "NCHW":  # tokens, or a map with its channels last
         last = last.movedim(-1, 1)
-    sizes = {"num_features": last.shape[1], "head_hidden_size": hidden.shape[1], "pool_size": tuple(last.shape[2:])}
+    pool_size = tuple(last.shape[2:]) if last.ndim == 4 else None
+    sizes = {"num_features": last.shape[1], "head_hidden_size": hidden.shape[1], "pool_size": pool_size}
     return {"features": [level.shape[1] for level in levels], **sizes}
