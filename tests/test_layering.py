@@ -34,6 +34,7 @@ ROOMS = {
             "layer_rules",
             "tracing",
             "cut_tensors",
+            "weighted_norms",
             "remove_options",
         ),
         *("supernet", "layer_supernet", "timm_space", "timm_supernet", "shrink"),

@@ -85,13 +85,16 @@ def _one_image(model: nn.Module, in_chans: int, img_size: ImgSize) -> Iterator[t
     """A zero image (1, in_chans, height, width) for the model. Inside the context the model is in eval mode."""
     like = next(model.parameters())
     modes = {module: module.training for module in model.modules()}
+    trained = [p for p in model.parameters() if p.requires_grad]
     try:
-        model.eval()
+        model.eval().requires_grad_(False)  # torch's counter fails on a view of a parameter (an expanded class token)
         with torch.no_grad():
             yield torch.zeros(1, in_chans, *sides(img_size), device=like.device, dtype=like.dtype)
     finally:
         for module, mode in modes.items():  # one by one: a frozen batch norm in a training model stays frozen
             module.training = mode
+        for p in trained:
+            p.requires_grad_()
 
 
 LACKS = "aten::_convolution_mode"  # a convolution that fvcore leaves out
@@ -338,7 +341,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 torch.set_num_threads(1)
 weights, shape = os.path.isfile("model.safetensors"), json.loads(sys.argv[2])
-net = timm.create_model(sys.argv[1], pretrained=weights).eval()
+net = timm.create_model(sys.argv[1], pretrained=weights).eval().requires_grad_(False)
 x = torch.zeros(1, *shape)
 with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
     found = {"outputs": list(net(x).shape), "params": sum(p.numel() for p in net.parameters())}

@@ -4,7 +4,6 @@ Every element of every tensor in a forward pass belongs to a unit. A unit is a n
 second tensor of the same shape. `dnas.nets.tracing` runs the pass and decides which units are joined.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -67,22 +66,6 @@ class Units:
         own = self.roots(units)
         return bool((own != own.narrow(dim, 0, 1)).any())
 
-    def meet(self, a: Tensor, b: Tensor) -> Tensor:
-        """The units of the result of an element-wise operation on two tensors.
-
-        The units of elements that meet are joined. Exception: if one element of a tensor meets several units of the
-        other (a map of one channel, a single number), then only this tensor is fixed. A join would tie all units of the
-        other tensor.
-        """
-        rank = max(a.ndim, b.ndim)
-        a, b = (t.reshape([1] * (rank - t.ndim) + list(t.shape)) if t.ndim < rank else t for t in (a, b))
-        for t, other in ((a, b), (b, a)):
-            if any(t.shape[d] == 1 and self.varies(other, d) for d in range(rank)):
-                self.fix(t)
-                return other
-        self.join(a, b)
-        return torch.minimum(a, b)
-
 
 class Record:
     """The facts about a network that are collected while its forward pass runs."""
@@ -102,6 +85,7 @@ class Record:
         self.products: dict[Axis, tuple[str, int]] = {}  # a place in ``axes`` -> module, MACs of each part
         self.reasons: list[str] = []
         self.inside: list[str] = []  # the modules that run now, the innermost last
+        self.read: list[Tensor | None] = []  # the input of each, if a reshape to its width is to be tied to it
 
     def units_of(self, t: Tensor) -> Tensor:
         """The units of a tensor, in its shape.
@@ -118,6 +102,11 @@ class Record:
         if name not in self.loose:
             self.loose[name] = self.units.fresh(t.numel()).reshape(t.shape)
         return self.loose[name]
+
+    @property
+    def running(self) -> nn.Module:
+        """The innermost module that runs now."""
+        return self.model.get_submodule(self.inside[-1])
 
     def _is_weight(self, name: str) -> bool:
         module, _, own = name.rpartition(".")
@@ -143,25 +132,59 @@ class Record:
         if self.units.fix(units):
             self.reasons.append(f"{self.inside[-1]}: {why}")
 
+    def of_one_layer(self, units: Tensor) -> bool:
+        """Whether two of these units are different channels that one layer writes.
+
+        Otherwise they are those of one channel in several tensors, as in class tokens beside patches.
+        """
+        found = set(self.units.roots(units.flatten()).tolist()) - {FIXED}
+        written = [self.axes[op.writes] for op in self.ops.values()] if len(found) > 1 else []
+        return any(len(found & set(self.units.roots(made).tolist())) > 1 for made in written)
+
+    def meet(self, a: Tensor, b: Tensor) -> Tensor:
+        """The units of the result of an element-wise operation on two tensors.
+
+        The units of elements that meet are joined. Exception: if one element of a tensor meets several channels of the
+        other (a map of one channel, a single number, a weight for each channel inside of a head), then only this tensor
+        is fixed. A join would tie all these channels.
+        """
+        rank = max(a.ndim, b.ndim)
+        a, b = (t.reshape([1] * (rank - t.ndim) + list(t.shape)) if t.ndim < rank else t for t in (a, b))
+        for t, other in ((a, b), (b, a)):
+            met = [d for d in range(rank) if t.shape[d] == 1 and self.units.varies(other, d)]
+            alone = met and not any(self.units.varies(t, d) for d in range(rank))
+            if alone or any(self.of_one_layer(first_line(other, d)) for d in met):
+                self.units.fix(t)
+                return other
+        self.units.join(a, b)
+        return torch.minimum(a, b)
+
+    def join(self, units: Tensor, others: Tensor, why: str) -> None:
+        """Join two tensors of units. If one is fixed and the other could have been cut, note ``why``."""
+        if not bool((others != FIXED).any()):
+            self.fix(units, why)
+        else:
+            self.units.join(units, others)
+
     def add_axis(self, name: str, index: int, units: Tensor) -> None:
         """Store the units on an axis of the network. If the axis has units already, both are joined."""
         if (name, index) in self.axes:
             self.units.join(self.axes[name, index], units)
         self.axes[name, index] = units
 
-    def add_sizes(self, parts: Sequence[Tensor], dim: int) -> None:
-        """Note the numbers by which the running module may have split or reshaped a tensor into parts of these units.
+    def add_sizes(self, *parts: tuple[Tensor, int]) -> None:
+        """Note the numbers by which the running module may have split or reshaped a tensor: (units, dimension) of each.
 
-        An attribute of the module that equals the lengths of the parts along ``dim`` may be such a number (or list of
-        numbers). `channels_of` takes it if each position of these lengths has one unit: then the number must be cut
+        An attribute of the module that equals the lengths of these dimensions may be such a number (or list of
+        numbers). `channels_of` takes it if each position along the dimension has one unit: then the number must be cut
         together with the channels.
         """
-        wanted, running = [part.shape[dim] for part in parts], self.inside[-1]
-        if any(bool((part != FIXED).any()) for part in parts):
-            for attribute, value in vars(self.model.get_submodule(running)).items():
+        wanted, running = [units.shape[dim] for units, dim in parts], self.inside[-1]
+        if any(bool((units != FIXED).any()) for units, _ in parts):
+            for attribute, value in vars(self.running).items():
                 if _numbers(value) == wanted:
-                    for k, part in enumerate(parts):
-                        rows = _once(part.movedim(dim, 0))
+                    for k, (units, dim) in enumerate(parts):
+                        rows = _once(units.movedim(dim, 0))
                         self.sizes.append(((f"{running}.{attribute}", k), rows.reshape(wanted[k], -1)))
 
     def add_product(self, units: Tensor, macs: int) -> None:

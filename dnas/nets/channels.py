@@ -4,7 +4,7 @@ A *unit* is a set of channels that can only stay or go together: channels that a
 depthwise convolution and the channel that it reads; a whole group of a grouped convolution; a whole head of attention.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -119,6 +119,10 @@ class Channels:
             places = {a: at - np.searchsorted(goes[a], at) if a in goes else at for a, at in places.items()}
             groups.append(replace(group, size=size, places=places))
         return replace(self, groups=tuple(groups)), goes
+
+    def products_of(self, names: Collection[str]) -> frozenset[str]:
+        """The modules with products of which parts belong to the groups ``names``."""
+        return frozenset(p.module for p in self.products if any(name in names for name in p.own))
 
     def without(self, names: Sequence[str], why: str) -> "Channels":
         """The same without the groups ``names``, whose widths stay for the reason ``why``."""

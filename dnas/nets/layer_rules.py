@@ -7,7 +7,7 @@ import torch
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame
 from torch import Tensor
 
-from dnas.nets.channel_units import FIXED, Record
+from dnas.nets.channel_units import Record
 from dnas.nets.channels import Axis, Op
 
 MOST_WITHIN = 4  # a convolution with at most this many groups keeps all of them, and each group gets narrower
@@ -85,7 +85,7 @@ def batched_product(record: Record, call: Call) -> None:
         record.units.join(record.units_of(factor), units)
     record.add_product(units.flatten(), call.outs[0][0].numel() * a.shape[2])
     for term in added:
-        units = record.units.meet(units.expand(call.outs[0].shape), record.units_of(term))
+        units = record.meet(units.expand(call.outs[0].shape), record.units_of(term))
     record.set_units(call.outs[0], units)
 
 
@@ -115,12 +115,12 @@ def _layer(record: Record, out: Tensor, line: Tensor, weight: str, bias: Tensor 
         record.add_axis(f"{module}.{inputs}", 0, line)
         record.add_axis(f"{module}.{outputs}", 0, made)
     else:  # a module of timm's with numbers of its own (BlurPool2d)
-        record.add_sizes([line], 0)
-        record.add_sizes([made], 0)
+        record.add_sizes((line, 0))
+        record.add_sizes((made, 0))
     if bias is not None and id(bias) in record.names:
         record.add_axis(record.names[id(bias)], 0, made)
-    elif bias is not None:
-        record.fix(made, "a bias that is computed")
+    elif bias is not None:  # computed, as a concatenation of parameters
+        record.join(made, record.units_of(bias), "a bias that is computed")
     positions = out.shape[2:].numel() if conv else out.shape[0]
     before = record.ops[module].positions if module in record.ops else 0  # a layer may be used twice
     record.ops[module] = Op(module, before + positions, reads, (weight, 0))
@@ -140,15 +140,18 @@ def batch_norm(record: Record, call: Call) -> None:
 
 
 def group_norm(record: Record, call: Call) -> None:
-    """Channels that are normalised together stay or go together. One group of all channels is not understood."""
+    """Channels that are normalised together stay or go together. One group of all channels is a norm over channels."""
     x, weight, bias, _, _, _, groups, _ = call.args
-    if groups == 1 or id(weight) not in record.names:
+    if id(weight) not in record.names:
         not_understood(record, call)
         return
     line, module = record.units_along(x, 1), record.names[id(weight)].rpartition(".")[0]
-    rows = line.reshape(groups, -1)
-    record.units.join(rows, rows[:, :1])
-    record.add_axis(f"{module}.num_groups", 0, rows[:, 0])
+    if groups == 1:
+        record.norms.append(module)
+    else:
+        rows = line.reshape(groups, -1)
+        record.units.join(rows, rows[:, :1])
+        record.add_axis(f"{module}.num_groups", 0, rows[:, 0])
     record.add_axis(f"{module}.num_channels", 0, line)
     for t in (weight, bias):
         record.add_axis(record.names[id(t)], 0, line)
@@ -159,7 +162,7 @@ def layer_norm(record: Record, call: Call) -> None:
     """Weight and bias have the units of the last dimension. In a norm inside each head, a head stays or goes whole."""
     x, shape, *weights = call.args
     units = record.units_of(x)
-    if _are_rows(record, units):
+    if record.of_one_layer(units[..., 0]):  # the channels inside of a head are those of other heads, too
         record.units.join(units, units[..., :1])
         record.set_units(call.outs[0], units[..., :1])
         return
@@ -173,13 +176,3 @@ def layer_norm(record: Record, call: Call) -> None:
             record.add_axis(name, 0, line)
         record.norms.append(module)
     record.set_units(call.outs[0], line)
-
-
-def _are_rows(record: Record, units: Tensor) -> bool:
-    """Whether a layer wrote different channels to one position of the last dimension, as to the heads of attention.
-
-    Otherwise units that meet there are those of one channel in several tensors (class tokens and patches).
-    """
-    column = set(record.units.roots(units[..., 0].flatten()).tolist()) - {FIXED}
-    written = [record.axes[op.writes] for op in record.ops.values()] if len(column) > 1 else []
-    return any(len(column & set(record.units.roots(made).tolist())) > 1 for made in written)

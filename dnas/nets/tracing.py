@@ -2,16 +2,18 @@
 
 The pass keeps the units of every tensor (`dnas.nets.channel_units`). Each operation of torch has a rule that says how
 it changes units: a convolution makes new units, an addition joins the units of its terms, a view or a concatenation
-moves them. The rules know operations and no model classes, except timm's weight-standardised convolutions. If no rule
-understands an operation, then the units that enter it are fixed: in doubt a channel stays. The pass runs on the device
-``meta``, which needs no arithmetic and no memory.
+moves them. The rules know operations and no model classes, except norms and timm's weight-standardised convolutions.
+If no rule understands an operation, then the units that enter it are fixed: in doubt a channel stays. The pass runs on
+the device ``meta``, which needs no arithmetic and no memory.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
+from timm.layers import RmsNorm
+from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,17 +30,27 @@ from dnas.nets.layer_rules import (
     not_understood,
 )
 
+NORMS = (RmsNorm, nn.RMSNorm, GlobalResponseNorm)  # their means over channels are those of `weighted_norms`
 
-def trace(model: nn.Module, image: Sequence[int]) -> Channels:
-    """The channels of ``model`` (which is not changed) for images of (channels, height, width)."""
+
+def trace(model: nn.Module, image: Sequence[int], tied: Collection[str] = ()) -> Channels:
+    """The channels of ``model`` (which is not changed) for images of (channels, height, width).
+
+    Modules ``tied`` give a tensor the number of channels that they read: what they reshape to it shares its width.
+    """
     model = copy.deepcopy(model).to("meta").eval()
     record = Record(model)
 
     def entering(name: str) -> Callable[..., None]:
-        return lambda module, args: record.inside.append(name)
+        def enter(module: nn.Module, args: tuple) -> None:
+            record.inside.append(name)
+            record.read.append(args[0] if name in tied else None)
+
+        return enter
 
     def leave(*_: Any) -> None:
         record.inside.pop()
+        record.read.pop()
 
     for name, module in model.named_modules():
         module.register_forward_pre_hook(entering(name))
@@ -86,7 +98,7 @@ def element_wise(record: Record, call: Call) -> None:
     """The units of elements that meet are joined."""
     total = record.units_of(call.tensors[0])
     for t in call.tensors[1:]:
-        total = record.units.meet(total, record.units_of(t))
+        total = record.meet(total, record.units_of(t))
     record.set_units(call.outs[0], total)
 
 
@@ -120,6 +132,21 @@ def reduction(record: Record, call: Call) -> None:
     record.set_units(out, first.reshape(out.shape) if first.numel() == out.numel() else first)
 
 
+def mean(record: Record, call: Call) -> None:
+    """Norms over channels may have fewer channels, unless the channels are those inside of a head."""
+    x, *dims = call.args[:2]
+    over = dims[0][0] if dims and len(dims[0]) == 1 else None
+    if (
+        isinstance(record.running, NORMS)
+        and over is not None
+        and not record.of_one_layer(record.units_of(x).select(over, 0))
+    ):
+        record.units_along(x, over)
+        record.norms.append(record.inside[-1])
+    else:
+        reduction(record, call)
+
+
 # Operations that only move elements are applied to the units as well.
 
 
@@ -131,8 +158,12 @@ def rearrangement(record: Record, call: Call) -> None:
 def view(record: Record, call: Call) -> None:
     """A view is a reshape here: units may lie in memory in another order than the elements."""
     (units,) = _moved(record, call._replace(func=torch.ops.aten.reshape.default, args=call.args[:2]))
-    for dim in range(units.ndim):  # the module may keep the numbers of the new shape
-        record.add_sizes([units], dim)
+    dims = [(units, dim) for dim in range(units.ndim)]
+    for sizes in (*([dim] for dim in dims), dims):  # the module may keep numbers of the new shape, or all of them
+        record.add_sizes(*sizes)
+    read = record.read[-1]
+    if read is not None and read.shape[-1] == units.shape[-1]:
+        record.units.join(record.units_along(call.outs[0], -1), record.units_along(read, -1))
 
 
 def expansion(record: Record, call: Call) -> None:
@@ -176,7 +207,7 @@ def split(record: Record, call: Call) -> None:
         for part in parts[1:]:
             record.units.join(part, parts[0])
     for pieces in (parts, *([part] for part in parts), [torch.cat(parts, dim)]):
-        record.add_sizes(pieces, dim)
+        record.add_sizes(*((piece, dim) for piece in pieces))
 
 
 def slicing(record: Record, call: Call) -> None:
@@ -186,7 +217,7 @@ def slicing(record: Record, call: Call) -> None:
         units, dim = record.units_of(call.args[0]), call.args[1]
         for bound in call.args[2:4]:
             if bound is not None and 0 < bound < units.shape[dim]:
-                record.add_sizes([units.narrow(dim, 0, bound)], dim)
+                record.add_sizes((units.narrow(dim, 0, bound), dim))
 
 
 def _moved(record: Record, call: Call) -> list[Tensor]:
@@ -258,7 +289,7 @@ RULES: dict[str, Callable[[Record, Call], None]] = {
     "_upsample_bicubic2d_aa": spatial,
     "constant_pad_nd": padding,
     "reflection_pad2d": spatial,
-    "mean": reduction,
+    "mean": mean,
     "sum": reduction,
     "amax": reduction,
     "_softmax": reduction,
