@@ -10,7 +10,7 @@ from timm.utils import random_seed
 from torch import nn
 
 from dnas.export import narrowed
-from dnas.export.model_file import count_macs, count_macs_torch, count_params
+from dnas.export.model_file import build_net, count_macs, count_macs_torch, count_params
 from dnas.methods.catalog import METHODS
 from dnas.methods.loop import begin, search
 from dnas.methods.method import Task
@@ -123,6 +123,35 @@ def test_any_widths_masked_exported_and_counted_alike(name, kwargs):
             assert (whole - masked).abs().max() > 1e-3 * masked.abs().max()
         assert count_macs(found, 3, size) == count_macs_torch(found, 3, size) == tables["macs"].of(arch)
         assert count_params(found) == tables["params"].of(arch)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "cait_xxs24_224"])
+def test_what_timm_does_with_its_transformers(name):
+    """New classifiers, features and the numbers that timm reports, of the narrowest network."""
+    net, size = supernet(name, SMALL[name]), SMALL[name]["img_size"]
+    data = net.net_of({d.name: d.options[0] for d in net.space.decisions})
+    model, x = build_net(data, num_classes=CLASSES).eval(), torch.randn(2, 3, size, size)
+    last = model.forward_features(x)
+    assert last.shape[-1] == model.num_features < timm.create_model(name, **SMALL[name]).num_features
+    assert model.forward_head(last, pre_logits=True).shape[1] == model.head_hidden_size
+    channels = [level.shape[1] for level in model.forward_intermediates(x, intermediates_only=True)]
+    assert channels == [info["num_chs"] for info in model.feature_info]
+    features = narrowed.build(data, "dnas", features_only=True, pretrained_cfg={"input_size": (3, size, size)}).eval()
+    maps = features(x)
+    assert [m.shape[1] for m in maps] == features.feature_info.channels() == channels
+    for classes in (7, 0, 3):
+        model.reset_classifier(classes)
+        assert model(x).shape == (2, classes or model.head_hidden_size)
+
+
+def test_fresh_weights_have_the_spread_of_timms():
+    """timm draws linear weights of a ViT with 0.02 at any width, which at 768 is nearly the variance of torch's law."""
+    net = supernet("vit_tiny_patch16_224", VIT | {"embed_dim": 768, "num_heads": 12, "depth": 1})
+    arch = {d.name: d.options[len(d.options) // 3] for d in net.space.decisions}
+    block = build_net(net.net_of(arch), num_classes=CLASSES).blocks[0]
+    for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1):
+        assert layer.in_features < 768
+        assert float(layer.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
 
 
 TINY = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}

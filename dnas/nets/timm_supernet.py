@@ -1,4 +1,4 @@
-"""A supernet around any convolutional network of timm's: a width gate on every group of channels that may get narrower.
+"""A supernet around a network of timm's: a width gate on every group of channels that may get narrower.
 
 Nothing is added to the network. A gate acts where its channels are read: the factor f of a channel scales the weights w
 of the convolutions and linear layers that read it, ``conv(x * f, w) = conv(x, w * f)``. This is a product with weights
