@@ -45,6 +45,25 @@ CLASSES = 10
 # Image size in pixels where it is not 96: what the network is made for, or the least that it takes.
 SIZES = {"inception_v3": 128, "inception_v4": 128, "inception_resnet_v2": 128, "xception41": 128, "vgg11_bn": 224}
 SIZES |= {"fastvit_t8": 256, "nasnetalarge": 128, "pnasnet5large": 128}
+# Arguments of timm's for networks that are made for one size of images, or that are deep: see `--model-kwargs`.
+KWARGS = {
+    **{name: {"img_size": 96} for name in ("mixer_s32_224", "pit_ti_224", "deit_tiny_distilled_patch16_224")},
+    "vit_tiny_patch16_224": {"img_size": 96},
+    "swin_tiny_patch4_window7_224": {"img_size": 96, "depths": [2, 2, 2, 2]},
+    "swinv2_tiny_window8_256": {"img_size": 96, "depths": [2, 2, 2, 2]},
+    "cait_xxs24_224": {"img_size": 96, "depth": 4},
+    "xcit_nano_12_p16_224": {"img_size": 96, "depth": 4},
+    "beit_base_patch16_224": {"img_size": 96, "depth": 2},
+    "eva02_tiny_patch14_224": {"img_size": 98, "depth": 4},
+    "vit_relpos_small_patch16_224": {"img_size": 96, "depth": 4},
+    "resmlp_12_224": {"img_size": 96},
+    "convit_tiny": {"img_size": 96, "depth": 4},
+    "pvt_v2_b0": {},
+    "levit_128s": {"img_size": 96},
+    "twins_svt_small": {"img_size": 96, "depths": [1, 1, 2, 1]},
+    "davit_tiny": {"depths": [1, 1, 1, 1]},
+}
+SIZES |= {name: kwargs["img_size"] for name, kwargs in KWARGS.items() if "img_size" in kwargs}
 MODELS = """
 resnet18 resnet50 resnet26t resnet50d seresnet18 ecaresnet26t resnetv2_50 resnetv2_50x1_bit wide_resnet50_2
 resnext50_32x4d seresnext26d_32x4d skresnet18 res2net50_26w_4s res2next50 resnest50d regnetx_002 regnety_002
@@ -56,11 +75,13 @@ inception_v3 inception_v4 inception_resnet_v2 xception41 cspresnet50 cspdarknet5
 dpn48b dm_nfnet_f0 eca_nfnet_l0 nf_regnet_b0 edgenext_xx_small fastvit_t8 mobilevit_xxs repvit_m1 fasternet_t0
 starnet_s1 poolformer_s12 nasnetalarge pnasnet5large resnetblur18 tresnet_m
 """.split()  # noqa: SIM905
+MODELS += KWARGS
 
 
 def try_model(name: str) -> dict:
     """The row of one network; ``error`` holds the first line of what went wrong, where something did."""
     row: dict = {"model": name, "img_size": SIZES.get(name, 96)}
+    row |= {"kwargs": KWARGS[name]} if KWARGS.get(name) else {}
     random_seed(0)
     started = time.perf_counter()
     try:
@@ -75,10 +96,15 @@ def try_model(name: str) -> dict:
 _made: dict = {}  # of the network at hand: its supernet and tables
 
 
+def base_of(row: dict) -> TimmBase:
+    """The network of a row."""
+    return TimmBase(row["model"], CLASSES, 3, row["img_size"], kwargs=row.get("kwargs", {}))
+
+
 def measure_space(row: dict) -> dict:
     """Build the supernet: groups, and the share of the MACs that the narrowest network saves."""
     started = time.perf_counter()
-    net = TimmSupernet(TimmBase(row["model"], CLASSES, 3, row["img_size"]))
+    net = TimmSupernet(base_of(row))
     tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
     _made.update(net=net, tables=tables, budgets=())
     low, high = (tables["macs"].of(arch) for arch in tables["macs"].extremes())
@@ -90,17 +116,19 @@ def measure_space(row: dict) -> dict:
 
 def measure_logits(row: dict) -> dict:
     """Largest relative difference of logits, masked against exported, over five random width vectors."""
-    net, worst, changed = _made["net"].eval(), 0.0, []
-    for name, t in (*net.model.named_parameters(), *net.model.named_buffers()):
-        if t.ndim == 1 and t.is_floating_point():  # no branch is switched off
-            t.data.copy_(torch.rand(t.shape) + (-0.5 if name.endswith(("bias", "mean")) else 0.5))
-    x = torch.randn(2, 3, row["img_size"], row["img_size"])
+    net, worst, changed = _made["net"].eval().double(), 0.0, []
+    for name, t in net.model.state_dict().items():  # no branch is switched off
+        if t.ndim == 1 and t.is_floating_point():
+            t.copy_(torch.rand(t.shape) + (-0.5 if name.endswith(("bias", "mean")) else 0.5))
+        elif t.ndim > 1 and float(t.abs().max()) < 1e-3:
+            t.normal_(0, 0.1)
+    x = torch.randn(2, 3, row["img_size"], row["img_size"], dtype=torch.double)
     with torch.no_grad():
         whole = net.model(x)
         for _ in range(5):
             arch = net.draw(uniform=True)
             masked = net(x, arch)
-            plain = build_net(net.net_of(arch), num_classes=CLASSES).eval()
+            plain = build_net(net.net_of(arch), num_classes=CLASSES).eval().double()
             plain.load_state_dict(plain_state(net, arch))
             scale = float(masked.abs().max())
             worst = max(worst, float((plain(x) - masked).abs().max()) / scale)
@@ -112,7 +140,7 @@ def measure_logits(row: dict) -> dict:
 
 def measure_step(row: dict) -> dict:
     """One step of the weights on a drawn network and one of the gates on the soft one; all gates get a gradient."""
-    net = TimmSupernet(TimmBase(row["model"], CLASSES, 3, row["img_size"]))
+    net = TimmSupernet(base_of(row))
     x, y = torch.randn(4, 3, row["img_size"], row["img_size"]), torch.randint(0, CLASSES, (4,))
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     for answers in (net.draw(), net.soft()):
@@ -149,6 +177,12 @@ def measure_export(row: dict) -> dict:
     return {"reached": round(ratios[0], 4), "reached_random": round(ratios[1], 4), "features": True}
 
 
+def _named(row: dict) -> str:
+    """The name of a network, with its arguments but for the size of images."""
+    more = {key: value for key, value in row.get("kwargs", {}).items() if key != "img_size"}
+    return f"{row['model']} {json.dumps(more)}" if more else row["model"]
+
+
 def write_table(rows: list[dict]) -> None:
     """docs/timm-models.md."""
     good = [row for row in rows if "error" not in row]
@@ -159,7 +193,7 @@ def write_table(rows: list[dict]) -> None:
         f"{len(good)} of {len(rows)} tested networks pass all checks. "
         "`tools/search.py --model NAME --budget ...` takes any of them.",
         "",
-        "* Groups: the number of decisions on a width, in multiples of 8 channels.",
+        "* Groups: the number of decisions on a width, in multiples of 8 channels, or on a number of heads.",
         "* Can be cut: the share of MACs that the narrowest network saves.",
         "* Logits: the largest relative difference between the masked and the exported network, over five random width "
         "vectors.",
@@ -171,11 +205,11 @@ def write_table(rows: list[dict]) -> None:
     ]
     for row in sorted(good, key=lambda row: row["model"]):
         fixed = f"{len(row['fixed'])}: {row['fixed'][0].split(': ')[-1]}" if row["fixed"] else ""
-        shown = (row["model"], row["img_size"], row["groups"], f"{100 * row['cuttable']:.0f} %")
+        shown = (_named(row), row["img_size"], row["groups"], f"{100 * row['cuttable']:.0f} %")
         shown += (f"{row['logits_differ']:.0e}", f"{row['reached']:.3f}", fixed)
         lines.append(f"| {' | '.join(map(str, shown))} |")
     lines += ["", "Networks that do not pass:", "", "| network | pixels | why |", "| --- | --- | --- |"]
-    lines += [f"| {r['model']} | {r['img_size']} | {r['error']} |" for r in rows if "error" in r]
+    lines += [f"| {_named(r)} | {r['img_size']} | {r['error']} |" for r in rows if "error" in r]
     shown = "; ".join(f"{key} {', '.join(found)}" for key, found in versions.items())
     lines += ["", f"Made by `benchmarks/timm_models.py`: {shown}."]
     TABLE.write_text("\n".join(lines) + "\n")

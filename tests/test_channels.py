@@ -89,9 +89,9 @@ def test_a_chain_has_a_group_for_every_layer_but_the_last():
         ({"stem": (8, 1)}, lambda m, x: m.a(m.a(x)), {"a": conv(8, 8)}),
         ({"stem": (8, 1), "a": (4, 1)}, lambda m, x: m.a(x.flatten(1))[..., None, None], {"a": nn.Linear(512, 4)}),
         ({"stem": (8, 1)}, lambda m, x: m.n(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), {"n": nn.LayerNorm(8)}),
-        # Norms over four groups of channels: the groups stay or go whole. Over one group: no understanding.
+        # Norms over four groups of channels: the groups stay or go whole. Over one group: a norm over fewer channels.
         ({"stem": (4, 2)}, lambda m, x: m.n(x), {"n": nn.GroupNorm(4, 8)}),
-        ({}, lambda m, x: m.n(x), {"n": nn.GroupNorm(1, 8)}),
+        ({"stem": (8, 1)}, lambda m, x: m.n(x), {"n": nn.GroupNorm(1, 8)}),
     ],
 )  # fmt: skip
 def test_groups_that_can_be_told_by_hand(expected, body, modules):
@@ -131,17 +131,18 @@ def test_numbers_that_a_module_keeps_for_its_splits_are_cut():
     class Split(nn.Module):
         def __init__(self):
             super().__init__()
-            self.width, self.sizes = 4, [2, 6]
-            self.a, self.b = conv(2, 3), conv(6, 3)
+            self.width, self.sizes, self.shape = 4, [2, 6], (8, 1, 1)
+            self.a, self.b, self.scale = conv(2, 3), conv(6, 3), nn.Parameter(torch.ones(8))
 
         def forward(self, x):
+            x = x * self.scale.view(self.shape)
             first, last = torch.split(x, self.width, 1)
             small, large = torch.split(torch.cat([first, last], 1), self.sizes, 1)
             return self.a(small) + self.b(large)
 
     net = Net(lambda m, x: m.split(x), split=Split())
     axes = {axis for g in trace(net, IMAGE).groups for axis in g.places}
-    assert {("split.width", 0), ("split.sizes", 0), ("split.sizes", 1)} <= axes
+    assert {("split.width", 0), ("split.sizes", 0), ("split.sizes", 1), ("split.shape", 0)} <= axes
 
 
 def test_parts_of_a_layer_are_named_by_their_place():
@@ -150,7 +151,7 @@ def test_parts_of_a_layer_are_named_by_their_place():
 
 
 def test_what_is_not_understood_stays_and_the_rest_is_cut():
-    """A bias that is computed (Swin v2) and padding of what is no map (halo attention)."""
+    """A bias that is computed, and padding of tokens."""
 
     class Scores(nn.Module):
         def __init__(self):
@@ -159,7 +160,7 @@ def test_what_is_not_understood_stays_and_the_rest_is_cut():
 
         def forward(self, x):
             tokens = x.flatten(2).transpose(1, 2)
-            bias = torch.cat([self.q_bias, 0 * self.q_bias])
+            bias = torch.cat([self.q_bias, 0 * self.q_bias]).cumsum(0)
             tokens = F.linear(tokens.reshape(-1, 6), self.qk.weight, bias).reshape(tokens.shape)
             return F.pad(tokens, (0, 0, 0, 1))[:, :-1].transpose(1, 2).reshape(x.shape)
 

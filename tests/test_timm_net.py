@@ -6,7 +6,8 @@ import random
 import pytest
 import timm
 import torch
-from timm.layers import LayerNorm, LayerNorm2d
+from timm.layers import GroupNorm1, LayerNorm, LayerNorm2d, RmsNorm
+from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
 from dnas.export import narrowed
@@ -20,7 +21,8 @@ from dnas.methods.settings import GatesConfig
 from dnas.nets.shrink import cut_width, extract, plain_state
 from dnas.nets.timm_space import TimmBase, channel_grid
 from dnas.nets.timm_supernet import TimmSupernet
-from dnas.nets.traced_supernet import _WeightedNorms, safe_channels
+from dnas.nets.traced_supernet import safe_channels
+from dnas.nets.weighted_norms import weighted_norms
 from dnas.spec.budget import parse_budget
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets
@@ -171,19 +173,21 @@ def test_a_soft_factor_of_zeros_and_ones_is_a_mask_and_every_gate_has_a_gradient
     small.zero_grad()
 
 
-@pytest.mark.parametrize("kind", [LayerNorm, LayerNorm2d])
-def test_a_channel_that_counts_twice_is_in_a_layer_norm_twice(kind):
+@pytest.mark.parametrize("kind", [LayerNorm, LayerNorm2d, GroupNorm1, RmsNorm, GlobalResponseNorm])
+def test_a_channel_that_counts_twice_is_in_a_norm_over_channels_twice(kind):
     norm, counts = lively(kind(5)).double(), torch.tensor([1, 2, 3, 1, 2])
-    x = torch.randn(3, 5, 4, 4).double() if kind is LayerNorm2d else torch.randn(3, 4, 4, 5).double()
-    channels = 1 if kind is LayerNorm2d else -1
+    first = kind in (LayerNorm2d, GroupNorm1)
+    x = torch.randn(3, 5, 4, 4).double() if first else torch.randn(3, 4, 4, 5).double()
+    channels = 1 if first else -1
     repeated = kind(9).double()
-    for name in ("weight", "bias"):
-        getattr(repeated, name).data = getattr(norm, name).data.repeat_interleave(counts)
+    for name, own in norm.named_parameters():
+        getattr(repeated, name).data = own.data.repeat_interleave(counts)
     expected = repeated(x.repeat_interleave(counts, channels)).index_select(channels, counts.cumsum(0) - 1)
-    with _WeightedNorms({id(norm.weight): 0.3 * counts.double()}):
+    with weighted_norms(nn.Sequential(norm), {"0.weight": 0.3 * counts.double()}):
         given, other = norm(x), repeated(x.repeat_interleave(counts, channels))
     assert torch.allclose(given, expected, rtol=1e-12)
     assert torch.equal(other, repeated(x.repeat_interleave(counts, channels)))  # not one of those to be weighted
+    assert torch.equal(norm(x), norm.forward(x)) and not torch.allclose(norm(x), given)  # as before, outside
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

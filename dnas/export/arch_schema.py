@@ -71,7 +71,9 @@ def _check_narrowed(net: dict[str, Any]) -> None:
         raise UserError(f"net.kwargs: {error}") from None
     try:
         with torch.device("meta"):
-            model: Any = timm.create_model(base, **net["kwargs"])
+            model: Any = timm.create_model(
+                base, num_classes=1000, **net["kwargs"]
+            )  # some have no classifier by default
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, AssertionError) as error:
         fail("net.kwargs", net["kwargs"], f"arguments of {base} ({(str(error).splitlines() or ['none'])[0][:80]})")
     if len(net["features"]) != len(model.feature_info):

@@ -100,13 +100,16 @@ def _one_image(model: nn.Module, in_chans: int, img_size: ImgSize) -> Iterator[t
     """A zero image (1, in_chans, height, width) for the model. Inside the context the model is in eval mode."""
     like = next(model.parameters())
     modes = {module: module.training for module in model.modules()}
+    trained = [p for p in model.parameters() if p.requires_grad]
     try:
-        model.eval()
+        model.eval().requires_grad_(False)  # torch's counter fails on a view of a parameter (an expanded class token)
         with torch.no_grad():
             yield torch.zeros(1, in_chans, *sides(img_size), device=like.device, dtype=like.dtype)
     finally:
         for module, mode in modes.items():  # one by one: a frozen batch norm in a training model stays frozen
             module.training = mode
+        for p in trained:
+            p.requires_grad_()
 
 
 LACKS = "aten::_convolution_mode"  # a convolution that fvcore leaves out
@@ -257,8 +260,8 @@ def model_source(
     )
 
 
-def _pool_size(net: dict[str, Any], data: Mapping[str, Any]) -> tuple[int, ...]:
-    """Height and width of the last feature map."""
+def _pool_size(net: dict[str, Any], data: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Height and width of the last feature map. None for tokens."""
     if "base" not in net:
         strides = [net["stem"]["stride"], *(rows[0]["stride"] for rows in net["stages"])]
         return sides(strided(data["img_size"], math.prod(strides)))  # every stride halves and rounds up

@@ -72,6 +72,8 @@ def _scale(module: nn.Module, old: torch.Tensor, size: list[int | None]) -> floa
     (outs, ins), area, variance = old.shape[:2], old[0, 0].numel(), max(float(old.var()), 1e-24)
     narrower_out, narrower_in = outs / (size[0] or outs), ins / (size[1] or ins)
     laws = [(2 * groups / (outs * area), narrower_out) for groups in (1, getattr(module, "groups", 1))]
-    laws += [(k / (ins * area), narrower_in) for k in (2, 1, 1 / 3)]
+    laws += [(k / (ins * area), narrower_in) for k in (2, 1)]
+    if float(old.abs().max()) <= 1.001 / math.sqrt(ins * area):  # torch's weights are uniform: none is larger
+        laws.append((1 / (3 * ins * area), narrower_in))
     law, ratio = min(laws, key=lambda entry: abs(math.log(entry[0] / variance)))
     return math.sqrt(ratio) if 0.8 < law / variance < 1.25 else 1.0

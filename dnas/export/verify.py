@@ -25,10 +25,10 @@ name, shape, kind = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 weights = os.path.isfile("model.safetensors")
 if kind == "timm":
     import model, timm
-    net = timm.create_model(name, pretrained=weights).eval()
+    net = timm.create_model(name, pretrained=weights).eval().requires_grad_(False)
 elif kind == "own":
     import model
-    net = model.create(pretrained=weights).eval()
+    net = model.create(pretrained=weights).eval().requires_grad_(False)
 else:
     net = torch.export.load(kind).module()
 x = torch.zeros(1, *shape)

@@ -1,10 +1,10 @@
-"""Which channels of a network must share a width, as plain data. `dnas.nets.tracing` finds this for any CNN.
+"""Which channels of a network must share a width, as plain data. `dnas.nets.tracing` finds this.
 
 A *unit* is a set of channels that can only stay or go together: channels that an addition ties; a channel of a
-depthwise convolution and the channel that it reads; a whole group of a grouped convolution.
+depthwise convolution and the channel that it reads; a whole group of a grouped convolution; a whole head of attention.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -34,8 +34,8 @@ class ChannelAxis(NamedTuple):
     """A dimension of a parameter or buffer that holds the channels of one width decision.
 
     ``role`` is "out" for the weight of a convolution or linear layer that writes the channels (also of a depthwise
-    convolution), "in" for the weight of a layer that reads them, and "norm" for every tensor with one number for each
-    channel. ``places`` has the positions along ``dim``, [units, positions of a unit].
+    convolution), "in" for the weight of a layer that reads them, and "norm" for every other tensor: most have one
+    number for each channel. ``places`` has the positions along ``dim``, [units, positions of a unit].
     """
 
     module: nn.Module
@@ -73,21 +73,34 @@ class Op:
 
 
 @dataclass(frozen=True)
+class Product:
+    """Multiply-accumulates without a weight that gets narrower: a number of ``parts``, each of ``macs``.
+
+    A part is a matrix of a batch (a head of attention), or a row that a linear layer mixes (a channel of an MLP-Mixer).
+    ``own`` is {group: parts of one of its units}. All other parts stay.
+    """
+
+    module: str
+    macs: int
+    parts: int
+    own: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Channels:
     """The groups of channels in a network that can get narrower, and the layers that hold these channels.
 
     ``norms`` are the modules that normalise over channels (layer norms): in a narrower net they normalise over fewer
     channels. ``standardised`` are the convolutions that standardise their weights over the channels that they read
-    (timm's ScaledStdConv2d). ``products`` is the number of multiply-accumulates that stay the same for all widths:
-    those of matrix products without weights (attention), and of convolutions that the tracer does not understand.
-    ``fixed`` gives the reasons why channels stay, as "module: operation".
+    (timm's ScaledStdConv2d). ``products`` has the multiply-accumulates of the widest network that are not those of
+    ``ops``. ``fixed`` gives the reasons why channels stay, as "module: operation".
     """
 
     groups: tuple[Group, ...]
     ops: tuple[Op, ...]
     norms: tuple[str, ...]
     standardised: tuple[str, ...]
-    products: int
+    products: tuple[Product, ...]
     fixed: tuple[str, ...]
 
     def cut(self, sizes: Mapping[str, int]) -> tuple["Channels", dict[Axis, np.ndarray]]:
@@ -108,6 +121,10 @@ class Channels:
             places = {a: at - np.searchsorted(goes[a], at) if a in goes else at for a, at in places.items()}
             groups.append(replace(group, size=size, places=places))
         return replace(self, groups=tuple(groups)), goes
+
+    def products_of(self, names: Collection[str]) -> frozenset[str]:
+        """The modules with products of which parts belong to the groups ``names``."""
+        return frozenset(p.module for p in self.products if any(name in names for name in p.own))
 
     def without(self, names: Sequence[str], why: str) -> "Channels":
         """The same without the groups ``names``, whose widths stay for the reason ``why``."""

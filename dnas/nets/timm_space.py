@@ -215,6 +215,9 @@ def space_of_channels(
             other = math.prod(shape) // shape[axis[1]] if shape else 1
             for outs in parts(axis, shape[axis[1]] if shape else 1).items():
                 add(f"{name}:{outs[0]}", 0, other, (None, (1, 1)), outs)
-    if channels.products:
-        add("products", channels.products, 0, (None, (1, 1)), (None, (1, 1)))
+    for k, product in enumerate(channels.products):
+        own = {g.name: (product.own[g.name], g.step) for g in open_groups if g.name in product.own}
+        rest = product.parts - sum(n * g.size for g in open_groups for n in [product.own.get(g.name, 0)])
+        for outs in (own | ({None: (rest, 1)} if rest else {})).items():
+            add(f"{product.module}:product{k}:{outs[0]}", product.macs, 0, (None, (1, 1)), outs)
     return Space(decisions, tuple(sites)), decision_of

@@ -1,4 +1,4 @@
-"""A supernet around any convolutional network of timm's, and one network of it as the data of an export."""
+"""A supernet around a network of timm's, and one network of it as the data of an export."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -48,7 +48,7 @@ def narrowed_net(base: TimmBase, goes: Mapping[Axis, np.ndarray]) -> dict[str, A
     # The numbers that timm reports, and those from which it builds a new head.
     heads = [(path, m) for path, m in plain.named_modules() if any(c is plain.get_classifier() for c in m.children())]
     for path, module in dict([("", plain), *heads]).items():
-        for name in ("num_features", "in_features", "head_hidden_size", "hidden_size"):
+        for name in ("num_features", "in_features", "head_hidden_size", "hidden_size", "embed_dim"):
             value = getattr(module, name, None)
             # In a network, num_features are the channels of the last map; in a head, those that its classifier reads.
             first = name == "in_features" or (module is plain and name == "num_features")
@@ -63,14 +63,16 @@ def measure(model: nn.Module, in_chans: int, img_size: ImgSize) -> dict[str, Any
     """The sizes of a network on the device ``meta``, measured in one pass.
 
     ``features``: the channels of all feature levels. ``num_features``: the channels of the last map. ``pool_size``: the
-    height and width of the last map. ``head_hidden_size``: the number of channels that the classifier reads.
+    height and width of the last map, None for tokens. ``head_hidden_size``: the number of channels that the classifier
+    reads.
     """
     x = torch.zeros(1, in_chans, *sides(img_size), device="meta")
     with torch.no_grad():
         levels = model.eval().forward_intermediates(x, intermediates_only=True)
         last = model.forward_features(x)
         hidden = model.forward_head(last, pre_logits=True)
-    if getattr(model, "output_fmt", "NCHW") != "NCHW":
+    if last.ndim == 3 or getattr(model, "output_fmt", "NCHW") != "NCHW":  # tokens, or a map with its channels last
         last = last.movedim(-1, 1)
-    sizes = {"num_features": last.shape[1], "head_hidden_size": hidden.shape[1], "pool_size": tuple(last.shape[2:])}
+    pool_size = tuple(last.shape[2:]) if last.ndim == 4 else None
+    sizes = {"num_features": last.shape[1], "head_hidden_size": hidden.shape[1], "pool_size": pool_size}
     return {"features": [level.shape[1] for level in levels], **sizes}

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 from dnas.nets.bipath_block import prefix_mask
 from dnas.nets.channels import Axis, ChannelAxis, Channels
@@ -25,6 +24,7 @@ from dnas.nets.markov_gate import MarkovGate
 from dnas.nets.supernet import Gate, Supernet
 from dnas.nets.timm_space import Base, protected, space_of_channels
 from dnas.nets.tracing import leaves, trace
+from dnas.nets.weighted_norms import weighted_norms
 from dnas.spec.checks import UserError
 from dnas.spec.image_size import sides
 from dnas.spec.space import Option
@@ -75,50 +75,40 @@ def gated(model: nn.Module, channels: Channels, reads: Reads, factors: Factors, 
             else:
                 scaled[name] = weight * spread
         else:
-            norms[id(weight)] = factor
-    with _WeightedNorms(norms) if norms else nullcontext():
+            norms[name] = factor
+    with weighted_norms(model, norms) if norms else nullcontext():
         return functional_call(model, scaled, (x,))
 
 
-class _WeightedNorms(TorchFunctionMode):
-    """Inside this context, layer norms with these weights (by ``id``) weight channels by their factors in all means."""
-
-    def __init__(self, factors: Mapping[int, Tensor]) -> None:
-        super().__init__()
-        self.factors = factors
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        given = kwargs or {}  # torch's layer_norm passes all but the first two by name
-        factor = self.factors.get(id(given.get("weight"))) if func is nn.functional.layer_norm else None
-        if factor is None:
-            return func(*args, **given)
-        share = factor / factor.sum()  # means over channels as products with a vector: one pass each
-        x = args[0] - (args[0] @ share)[..., None]
-        x = x * torch.rsqrt(x.square() @ share + given["eps"])[..., None]
-        return torch.addcmul(given["bias"], x, given["weight"])
-
-
-def safe_channels(model: nn.Module, image: Sequence[int]) -> Channels:
+def safe_channels(model: nn.Module, image: Sequence[int], tied: frozenset[str] = frozenset()) -> Channels:
     """The channels of ``model``, without the groups that must keep their width for the network to work.
 
     One pass does not show everything that a network does with numbers of channels that it computes or keeps elsewhere.
-    So all groups are cut to a half, and the logits are compared with those of the masked network. The comparison uses
-    double precision, and random norms and biases that hide no channel. If the logits differ or the network fails, the
-    set of groups is split in halves and each half is tried. Groups that break the network keep their widths.
+    So all groups are cut, and the logits are compared with those of the masked network. Sizes are random and, if there
+    are more than 8 units, odd. So numbers that must be equal in the network (an embedding and all heads together) are
+    not equal by chance. The comparison uses double precision, and random weights that hide no channel. If the logits
+    differ or the network fails, the set of groups is split in halves and each half is tried. Groups that break the
+    network keep their widths. If heads of attention are among them, all is tried again with these modules ``tied``
+    (see `trace`), and the result with more channels counts.
     """
-    channels = trace(model, image)
-    model = copy.deepcopy(model).double().eval()
+    channels = trace(model, image, tied)
+    found, model = channels, copy.deepcopy(model).double().eval()
     draws = torch.Generator().manual_seed(0)
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if t.ndim == 1 and t.is_floating_point():  # many are 0 or 1 at first, and a branch times 0 shows nothing
             low = 0.5 if "var" in name or "weight" in name or "gamma" in name else -0.5
             t.data.copy_(torch.rand(t.shape, generator=draws) + low)
+        elif isinstance(t, nn.Parameter) and float(t.detach().abs().max()) < 1e-3:  # many tables, heads of classes
+            t.data.normal_(0, 0.1, generator=draws)
     x = torch.randn(1, *image, generator=draws, dtype=torch.double)
+    spans = {g.name: (g.size // 4 + 1, g.size - g.size // 4) for g in channels.groups}  # about the middle half
+    drawn = {name: int(torch.randint(*span, (), generator=draws)) for name, span in spans.items()}
+    tried = {g.name: drawn[g.name] | (g.size > 8) for g in channels.groups}
 
     def fails(names: Sequence[str]) -> str:
-        """Why the network does not work with half of the channels of these groups; empty if it does."""
-        sizes = {g.name: (g.size + 1) // 2 for g in channels.groups if g.name in names}
-        factors = {g.name: (torch.arange(g.size) < sizes[g.name]).double() for g in channels.groups if g.name in names}
+        """Why the network does not work with fewer channels of these groups; empty if it does."""
+        sizes = {name: tried[name] for name in names}
+        factors = {g.name: (torch.arange(g.size) < sizes[g.name]).double() for g in channels.groups if g.name in sizes}
         masked, cut = gated(model, channels, read_by(model, channels), factors, x), copy.deepcopy(model)
         remove_channels(cut, channels.cut(sizes)[1])
         try:
@@ -143,7 +133,9 @@ def safe_channels(model: nn.Module, image: Sequence[int]) -> Channels:
                 good.extend(names)
 
         sort_out([g.name for g in channels.groups])
-    return channels
+    broken = found.products_of({g.name for g in found.groups} - {*good}) - tied
+    other = safe_channels(model, image, tied | broken) if broken else channels
+    return max(channels, other, key=lambda c: sum(at.size for g in c.groups for at in g.places.values()))
 
 
 def sizes_on(model: nn.Module, axes: Iterable[Axis]) -> dict[str, dict[str, Any]]:

@@ -2,36 +2,55 @@
 
 The pass keeps the units of every tensor (`dnas.nets.channel_units`). Each operation of torch has a rule that says how
 it changes units: a convolution makes new units, an addition joins the units of its terms, a view or a concatenation
-moves them. The rules know operations and no model classes, except timm's weight-standardised convolutions. If no rule
-understands an operation, then the units that enter it are fixed: in doubt a channel stays. The pass runs on the device
-``meta``, which needs no arithmetic and no memory.
+moves them. The rules know operations and no model classes, except norms and timm's weight-standardised convolutions.
+If no rule understands an operation, then the units that enter it are fixed: in doubt a channel stays. The pass runs on
+the device ``meta``, which needs no arithmetic and no memory.
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
-from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame
+from timm.layers import RmsNorm
+from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dnas.nets.channel_units import Record, channels_of, first_line
-from dnas.nets.channels import Axis, Channels, Op
+from dnas.nets.channel_units import FIXED, Record, channels_of
+from dnas.nets.channels import Channels
+from dnas.nets.layer_rules import (
+    Call,
+    batch_norm,
+    batched_product,
+    convolution,
+    group_norm,
+    layer_norm,
+    matrix_product,
+    not_understood,
+)
 
-MOST_WITHIN = 4  # a convolution with at most this many groups keeps all of them, and each group gets narrower
+NORMS = (RmsNorm, nn.RMSNorm, GlobalResponseNorm)  # their means over channels are those of `weighted_norms`
 
 
-def trace(model: nn.Module, image: Sequence[int]) -> Channels:
-    """The channels of ``model`` (which is not changed) for images of (channels, height, width)."""
+def trace(model: nn.Module, image: Sequence[int], tied: Collection[str] = ()) -> Channels:
+    """The channels of ``model`` (which is not changed) for images of (channels, height, width).
+
+    Modules ``tied`` give a tensor the number of channels that they read: what they reshape to it shares its width.
+    """
     model = on_meta(model).eval()
     record = Record(model)
 
     def entering(name: str) -> Callable[..., None]:
-        return lambda module, args: record.inside.append(name)
+        def enter(module: nn.Module, args: tuple) -> None:
+            record.inside.append(name)
+            record.read.append(args[0] if name in tied else None)
+
+        return enter
 
     def leave(*_: Any) -> None:
         record.inside.pop()
+        record.read.pop()
 
     for name, module in model.named_modules():
         module.register_forward_pre_hook(entering(name))
@@ -55,17 +74,6 @@ def on_meta(model: nn.Module) -> nn.Module:
             path, _, own = name.rpartition(".")
             setattr(copied.get_submodule(path), own, copied.get_parameter(first))
     return copied
-
-
-class Call(NamedTuple):
-    """One operation of torch that has just run."""
-
-    func: Any
-    name: str
-    args: Sequence
-    kwargs: dict
-    tensors: list[Tensor]  # all tensors among the arguments
-    outs: list[Tensor]
 
 
 class _Tracer(TorchDispatchMode):
@@ -98,12 +106,6 @@ def leaves(value: Any) -> list[Any]:
 # The rules. A rule gives units to the results of an operation. A result that gets none is fixed.
 
 
-def not_understood(record: Record, call: Call) -> None:
-    """All units that enter are fixed."""
-    for t in call.tensors:
-        record.fix(record.units_of(t), call.name)
-
-
 def change_of_memory_format(record: Record, call: Call) -> None:
     """The tensor is changed in place, and each of its elements keeps its unit."""
 
@@ -112,32 +114,53 @@ def element_wise(record: Record, call: Call) -> None:
     """The units of elements that meet are joined."""
     total = record.units_of(call.tensors[0])
     for t in call.tensors[1:]:
-        total = record.units.meet(total, record.units_of(t))
+        total = record.meet(total, record.units_of(t))
     record.set_units(call.outs[0], total)
 
 
 def spatial(record: Record, call: Call) -> None:
-    """Pooling, padding and resizing of maps: each channel keeps its unit. Padding by channels fixes all of them."""
+    """Pooling and resizing of maps: each channel keeps its unit."""
     if call.args[0].ndim < 4:  # no map: a matrix of attention, say
         return not_understood(record, call)
     line = record.units_along(call.args[0], 1)
-    if len(line) != call.outs[0].shape[1]:  # padded by channels
-        record.fix(line, call.name)
     for o in call.outs:
-        if len(line) == o.shape[1]:
-            record.set_channels(o, line)
-        else:
-            record.set_units(o, torch.zeros((), dtype=torch.long))
+        record.set_channels(o, line)
+
+
+def padding(record: Record, call: Call) -> None:
+    """What is added along a dimension has the units of the other positions. If these differ, they are fixed."""
+    units, out = record.units_of(call.args[0]), call.outs[0]
+    for d in [d for d, length in enumerate(units.shape) if length != out.shape[d]]:
+        if record.units.varies(units, d):
+            return not_understood(record, call)
+        units = units.narrow(d, 0, 1)
+    record.set_units(out, units)
 
 
 def reduction(record: Record, call: Call) -> None:
     """Elements that are summed, averaged or compared stay or go together."""
-    out, dims = call.outs[0], call.args[1] if len(call.args) > 1 else None
+    at = 2 if call.name == "linalg_vector_norm" else 1
+    out, dims = call.outs[0], call.args[at] if len(call.args) > at else None
     units = first = record.units_of(call.args[0])
     for d in [dims] if isinstance(dims, int) else dims or range(units.ndim):
         first = first.narrow(d, 0, 1)
     record.units.join(units, first)
     record.set_units(out, first.reshape(out.shape) if first.numel() == out.numel() else first)
+
+
+def mean(record: Record, call: Call) -> None:
+    """Norms over channels may have fewer channels, unless the channels are those inside of a head."""
+    x, *dims = call.args[:2]
+    over = dims[0][0] if dims and len(dims[0]) == 1 else None
+    if (
+        isinstance(record.running, NORMS)
+        and over is not None
+        and not record.of_one_layer(record.units_of(x).select(over, 0))
+    ):
+        record.units_along(x, over)
+        record.norms.append(record.inside[-1])
+    else:
+        reduction(record, call)
 
 
 # Operations that only move elements are applied to the units as well.
@@ -150,7 +173,38 @@ def rearrangement(record: Record, call: Call) -> None:
 
 def view(record: Record, call: Call) -> None:
     """A view is a reshape here: units may lie in memory in another order than the elements."""
-    _moved(record, call._replace(func=torch.ops.aten.reshape.default, args=call.args[:2]))
+    (units,) = _moved(record, call._replace(func=torch.ops.aten.reshape.default, args=call.args[:2]))
+    dims = [(units, dim) for dim in range(units.ndim)]
+    for sizes in (*([dim] for dim in dims), dims):  # the module may keep numbers of the new shape, or all of them
+        record.add_sizes(*sizes)
+    read = record.read[-1]
+    if read is not None and read.shape[-1] == units.shape[-1]:
+        record.units.join(record.units_along(call.outs[0], -1), record.units_along(read, -1))
+
+
+def expansion(record: Record, call: Call) -> None:
+    """A constant that is repeated along one dimension, such as a mask for all heads, may be repeated less often."""
+    (units,) = _moved(record, call)
+    repeated = [d for d in range(units.ndim) if units.shape[d] > 1 and call.args[0].shape[d - units.ndim] == 1]
+    if len(repeated) == 1 and call.args[0].ndim == units.ndim and not bool((units != FIXED).any()):
+        made = record.units.fresh(units.shape[repeated[0]])
+        record.set_units(call.outs[0], made.reshape([-1 if d in repeated else 1 for d in range(units.ndim)]))
+
+
+def gathering(record: Record, call: Call) -> None:
+    """The indices are not known here. So all positions that they may take stay or go together."""
+    units, first = record.units_of(call.args[0]), [_zeros(arg) for arg in call.args[1:]]
+    dims = [d for d, i in enumerate(first[0]) if i is not None] if call.name == "index" else first[:1]
+    for d in dims:
+        record.units.join(units, units.narrow(d, 0, 1))
+    record.set_units(call.outs[0], call.func(units, *first))
+
+
+def _zeros(arg: Any) -> Any:
+    """An argument with zeros in the place of indices."""
+    if isinstance(arg, (list, tuple)):
+        return [_zeros(a) for a in arg]
+    return torch.zeros(arg.shape, dtype=torch.long) if isinstance(arg, Tensor) else arg
 
 
 def transposition(record: Record, call: Call) -> None:
@@ -164,22 +218,22 @@ def transposition(record: Record, call: Call) -> None:
 def split(record: Record, call: Call) -> None:
     """Parts of the same size are cut alike, because the module knows only this size."""
     parts = _moved(record, call)
-    lines = [first_line(part, call.args[2] if len(call.args) > 2 else 0) for part in parts]
-    if call.name == "split" and len({*map(len, lines)}) == 1:
+    dim = call.args[2] if len(call.args) > 2 else 0
+    if call.name == "split" and len({part.shape[dim] for part in parts}) == 1:
         for part in parts[1:]:
             record.units.join(part, parts[0])
-    for pieces in (lines, *([line] for line in lines), [torch.cat(lines)]):
-        record.add_sizes(pieces)
+    for pieces in (parts, *([part] for part in parts), [torch.cat(parts, dim)]):
+        record.add_sizes(*((piece, dim) for piece in pieces))
 
 
 def slicing(record: Record, call: Call) -> None:
     """The bounds of a slice may be numbers that the module keeps."""
     _moved(record, call)
     if len(call.args) > 2:
-        line = first_line(record.units_of(call.args[0]), call.args[1])
+        units, dim = record.units_of(call.args[0]), call.args[1]
         for bound in call.args[2:4]:
-            if bound is not None and 0 < bound < len(line):
-                record.add_sizes([line[:bound]])
+            if bound is not None and 0 < bound < units.shape[dim]:
+                record.add_sizes((units.narrow(dim, 0, bound), dim))
 
 
 def _moved(record: Record, call: Call) -> list[Tensor]:
@@ -200,139 +254,14 @@ def _units_for(record: Record, arg: Any) -> Any:
     return record.units_of(arg) if isinstance(arg, Tensor) else arg
 
 
-# Layers with weights say which units each axis of a weight holds.
-
-
-def convolution(record: Record, call: Call) -> None:
-    """A convolution by a parameter, or by a weight that timm standardises first. No other weight is understood."""
-    x, weight, bias, _, _, _, transposed, _, groups = call.args
-    out, line = call.outs[0], record.units_along(x, 1)
-    name, running = record.names.get(id(weight)), record.inside[-1]
-    module = record.model.get_submodule(running)
-    whole = groups == 1 or groups > MOST_WITHIN  # no group gets narrower
-    if name is None and isinstance(module, (ScaledStdConv2d, ScaledStdConv2dSame)) and whole:
-        name = f"{running}.weight"
-        _layer(record, out, line, name, bias, groups)
-        record.add_axis(f"{running}.gain", 0, record.axes[name, 0])
-        if groups == 1:
-            record.add_axis(f"{running}.scale", 0, line)
-            record.standardised.append(running)
-    elif name is not None and not (transposed and groups > 1):
-        _layer(record, out, line, name, bias, groups, x if transposed else None)
-    else:
-        record.units.fix(line)
-        what = "a transposed convolution in groups" if transposed else "a convolution whose weight is computed"
-        record.reasons.append(f"{running}: {what}")
-        record.products += (x if transposed else out).numel() * weight.shape[1:].numel()  # its cost counts, too
-
-
-def matrix_product(record: Record, call: Call) -> None:
-    """A linear layer if the last factor is a transposed weight. A product of two computed matrices is fixed."""
-    *before, x, weight = call.args
-    if id(weight) in record.transposed:
-        bias = before[0] if before else None
-        _layer(record, call.outs[0], record.units_along(x, 1), record.transposed[id(weight)], bias, 1)
-    else:
-        record.products += call.outs[0].numel() * x.shape[-1]
-        not_understood(record, call)
-
-
-def _layer(
-    record: Record, out: Tensor, line: Tensor, weight: str, bias: Tensor | None, groups: int, x: Tensor | None = None
-) -> None:
-    """A convolution or linear layer that reads the units ``line`` and writes dimension 1 of ``out``.
-
-    ``x`` is what a transposed convolution reads: dimension 0 of its weight has the channels that it reads, and the
-    weight is applied once for each position of ``x``.
-    """
-    writing, reading = ((weight, 0), (weight, 1)) if x is None else ((weight, 1), (weight, 0))
-    module, conv = weight.rpartition(".")[0], out.ndim > 2
-    inputs, outputs = ("in_channels", "out_channels") if conv else ("in_features", "out_features")
-    standard = hasattr(record.model.get_submodule(module), outputs)
-    made = record.axes[writing] if writing in record.axes else record.units.fresh(out.shape[1])
-    reads: Axis | None = reading
-    if groups == 1:
-        record.add_axis(*reading, line)
-    else:
-        ins, outs = line.reshape(groups, -1), made.reshape(groups, -1)
-        if groups <= MOST_WITHIN and groups < len(line):  # all groups are cut alike
-            record.units.join(ins, ins[:1])
-            record.units.join(outs, outs[:1])
-            record.add_axis(weight, 1, ins[0])
-        else:  # each group stays or goes whole
-            record.units.join(ins, ins[:, :1])
-            record.units.join(outs, ins[:, :1])
-            if standard:
-                record.add_axis(f"{module}.groups", 0, ins[:, 0])
-            reads = None
-    record.add_axis(*writing, made)
-    if standard:
-        record.add_axis(f"{module}.{inputs}", 0, line)
-        record.add_axis(f"{module}.{outputs}", 0, made)
-    else:  # a module of timm's with numbers of its own (BlurPool2d)
-        record.add_sizes([line])
-        record.add_sizes([made])
-    if bias is not None and id(bias) in record.names:
-        record.add_axis(record.names[id(bias)], 0, made)
-    elif bias is not None:
-        record.fix(made, "a bias that is computed")
-    positions = (out if x is None else x).shape[2:].numel() if conv else out.shape[0]
-    before = record.ops[module].positions if module in record.ops else 0  # a layer may be used twice
-    record.ops[module] = Op(module, before + positions, reads, writing)
-    record.set_channels(out, made)
-
-
-def batch_norm(record: Record, call: Call) -> None:
-    """Weights and statistics have the units of the channels."""
-    line = record.units_along(call.args[0], 1)
-    own = [record.names[id(t)] for t in call.args[1:5] if id(t) in record.names]
-    if len(own) < sum(isinstance(t, Tensor) for t in call.args[1:5]):
-        record.fix(line, "a batch norm whose weights are computed")
-    for name in own:
-        record.add_axis(name, 0, line)
-        record.add_axis(f"{name.rpartition('.')[0]}.num_features", 0, line)
-    record.set_channels(call.outs[0], line)
-
-
-def group_norm(record: Record, call: Call) -> None:
-    """Channels that are normalised together stay or go together. One group of all channels is not understood."""
-    x, weight, bias, _, _, _, groups, _ = call.args
-    if groups == 1 or id(weight) not in record.names:
-        not_understood(record, call)
-        return
-    line, module = record.units_along(x, 1), record.names[id(weight)].rpartition(".")[0]
-    rows = line.reshape(groups, -1)
-    record.units.join(rows, rows[:, :1])
-    record.add_axis(f"{module}.num_groups", 0, rows[:, 0])
-    record.add_axis(f"{module}.num_channels", 0, line)
-    for t in (weight, bias):
-        record.add_axis(record.names[id(t)], 0, line)
-    record.set_channels(call.outs[0], line)
-
-
-def layer_norm(record: Record, call: Call) -> None:
-    """Weight and bias have the units of the last dimension."""
-    x, shape, *weights = call.args
-    line, own = record.units_along(x, -1), [record.names[id(t)] for t in weights[:2] if id(t) in record.names]
-    if len(shape) > 1 or len(own) < 2:
-        record.fix(line, "a layer norm without weights of its own, or over several dimensions")
-    else:
-        module = own[0].rpartition(".")[0]
-        record.add_axis(f"{module}.normalized_shape", 0, line)
-        for name in own:
-            record.add_axis(name, 0, line)
-        record.norms.append(module)
-    record.set_units(call.outs[0], line)
-
-
 # The rule of each operation. An operation that is not here is `element_wise` if torch tags it as pointwise, otherwise
 # `not_understood`.
 RULES: dict[str, Callable[[Record, Call], None]] = {
     "convolution": convolution,
     "mm": matrix_product,
     "addmm": matrix_product,
-    "bmm": matrix_product,
-    "baddbmm": matrix_product,
+    "bmm": batched_product,
+    "baddbmm": batched_product,
     "native_batch_norm": batch_norm,
     "_native_batch_norm_legit": batch_norm,
     "_native_batch_norm_legit_no_training": batch_norm,
@@ -347,12 +276,11 @@ RULES: dict[str, Callable[[Record, Call], None]] = {
     "view": view,
     "_unsafe_view": view,
     "_reshape_alias": view,
-    "reshape": rearrangement,
     "permute": rearrangement,
     "transpose": rearrangement,
     "unsqueeze": rearrangement,
     "squeeze": rearrangement,
-    "expand": rearrangement,
+    "expand": expansion,
     "repeat": rearrangement,
     "select": rearrangement,
     "unbind": rearrangement,
@@ -377,12 +305,19 @@ RULES: dict[str, Callable[[Record, Call], None]] = {
     "upsample_nearest2d": spatial,
     "upsample_bilinear2d": spatial,
     "upsample_bicubic2d": spatial,
-    "constant_pad_nd": spatial,
+    "_upsample_bilinear2d_aa": spatial,
+    "_upsample_bicubic2d_aa": spatial,
+    "constant_pad_nd": padding,
     "reflection_pad2d": spatial,
-    "mean": reduction,
+    "mean": mean,
     "sum": reduction,
     "amax": reduction,
     "_softmax": reduction,
+    "_safe_softmax": reduction,
+    "linalg_vector_norm": reduction,
+    "index": gathering,
+    "index_select": gathering,
+    "gather": gathering,
     "hardswish": element_wise,  # torch does not tag these three
     "hardswish_": element_wise,
     "native_dropout": element_wise,
