@@ -35,9 +35,8 @@ def convolution(record: Record, call: Call) -> None:
     x, weight, bias, _, _, _, transposed, _, groups = call.args
     out, line = call.outs[0], record.units_along(x, 1)
     name, running = record.names.get(id(weight)), record.inside[-1]
-    module = record.model.get_submodule(running)
     whole = groups == 1 or groups > MOST_WITHIN  # no group gets narrower
-    if name is None and isinstance(module, (ScaledStdConv2d, ScaledStdConv2dSame)) and whole:
+    if name is None and isinstance(record.running, (ScaledStdConv2d, ScaledStdConv2dSame)) and whole:
         name = f"{running}.weight"
         _layer(record, out, line, name, bias, groups)
         record.add_axis(f"{running}.gain", 0, record.axes[name, 0])

@@ -151,13 +151,9 @@ def reduction(record: Record, call: Call) -> None:
 def mean(record: Record, call: Call) -> None:
     """Norms over channels may have fewer channels, unless the channels are those inside of a head."""
     x, *dims = call.args[:2]
-    over = dims[0][0] if dims and len(dims[0]) == 1 else None
-    if (
-        isinstance(record.running, NORMS)
-        and over is not None
-        and not record.of_one_layer(record.units_of(x).select(over, 0))
-    ):
-        record.units_along(x, over)
+    norm = isinstance(record.running, NORMS) and dims and len(dims[0]) == 1
+    if norm and not record.of_one_layer(record.units_of(x).select(dims[0][0], 0)):
+        record.units_along(x, dims[0][0])
         record.norms.append(record.inside[-1])
     else:
         reduction(record, call)
