@@ -19,7 +19,7 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 
 from dnas.cli.flags import HINT
-from dnas.cli.inputs import data_of, device_of, grid_of, outline_of, own_of
+from dnas.cli.inputs import GROUPS, data_of, device_of, grid_of, outline_of, own_of
 from dnas.cli.parsers import read
 from dnas.cli.parsers import search as search_parser
 from dnas.cli.process import keep_freed_memory
@@ -160,7 +160,8 @@ def search(
         flag = "model-file" if ".py:" in net else "supernet" if net in (known["supernet"].choices or ()) else "model"
         words.append(f"--{flag}={net}")
     elif isinstance(net, (EfficientNetSpace, Supernet)):
-        for name in ("width_mult", "divisor", "tie", "model_kwargs", "pretrained", "initial_checkpoint"):
+        settled = ("width_mult", "divisor", "model_kwargs", "pretrained", "initial_checkpoint", *GROUPS.values())
+        for name in settled:
             if name in flags:
                 raise UserError(f"{name} is no argument beside a space or supernet, which has its own")
     elif name := _timm_name(net):
@@ -265,8 +266,7 @@ def _supernet(net: Net | None, args: argparse.Namespace, data: Data) -> Supernet
     model = getattr(net, "_orig_mod", net)  # of torch.compile
     fixed = {key: getattr(data, key) for key in ("num_classes", "in_chans", "img_size")}
     if not _timm_name(model):
-        groups = {"ties": tuple(args.tie or ()), "keep": tuple(args.keep or ())}
-        outline = OwnBase(name=_own_name(model), **(fixed | grid_of(args) | groups))
+        outline = OwnBase(name=_own_name(model), **(fixed | grid_of(args)))
         if isinstance(model, nn.Module):
             return OwnSupernet(outline, given(model), copy.deepcopy(model).cpu())
         return OwnSupernet(outline, Own(made_by(model, "net")))

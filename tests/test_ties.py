@@ -125,3 +125,32 @@ def test_the_flag():
     assert outline_of(args, sizes).ties == ("layer1.*.conv1", "conv1,layer2.0.conv2")
     with pytest.raises(UserError, match="^tie goes with model"):
         outline_of(parser.parse_args(["--tie", "conv1"]), sizes)
+
+
+def grids_of(**more):
+    base = TimmBase("resnet18", CLASSES, 3, SIZE, divisor=4, kwargs=NARROW, **more)
+    return {d.name: d.options for d in TimmSupernet(base).space.decisions}
+
+
+def test_groups_have_divisors_and_least_widths_of_their_own():
+    free = grids_of()
+    assert free["layer4.0.conv1"] == (4, 8, 12, 16, 20, 24, 28, 32) and free["layer1.0.conv1"] == (4, 8, 12, 16)
+    ruled = grids_of(divisors=("layer4.*=16", "layer4.0.conv1=8"), min_widths=("*=8", "layer3.*=20"))
+    assert ruled["layer1.0.conv1"] == (8, 12, 16)
+    assert ruled["layer4.0.conv1"] == (8, 16, 24, 32)  # the last rule that matches counts
+    assert ruled["layer4.0.conv2"] == (16, 32)
+    assert ruled["layer3.0.conv1"] == (20, 24)
+    assert "layer3.0.conv1" not in grids_of(min_widths=("layer3.*=24",))  # one width is no decision
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        (("layer9.*=8",), "matches no group of channels; near: "),
+        (("layer4.*",), "NAME=NUMBER is expected"),
+        (("layer4.*=0",), "NAME=NUMBER is expected"),
+    ],
+)
+def test_rules_of_groups_that_are_none(rules, said):
+    with pytest.raises(UserError, match="min.width.*" + said):
+        grids_of(min_widths=rules)

@@ -86,18 +86,34 @@ def add_space_flags(parser: argparse.ArgumentParser) -> None:
         "? one letter)",
     )
     parser.add_argument(
-        "--keep",
-        action="append",
-        metavar="NAME",
-        help="with --model or --model-file: modules that match keep all channels that they write, as in 'layer1.*'",
-    )
-    parser.add_argument(
         "--width-mult",
         type=float,
         help="width multiplier of the widest net (default 1; search, for a budget in FLOPs or parameters without a "
         "latency table: so that the widest net costs twice the budget)",
     )
     parser.add_argument("--divisor", type=int, help="widths are multiples of this (default 8; 4 for toy)")
+
+
+def add_group_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags on single groups of channels of a network that a search narrows."""
+    parser.add_argument(
+        "--keep",
+        action="append",
+        metavar="NAME",
+        help="with --model or --model-file: modules that match keep all channels that they write, as in 'layer1.*'",
+    )
+    parser.add_argument(
+        "--divisor-of",
+        action="append",
+        metavar="NAME=N",
+        help="with --model or --model-file: another divisor for groups that match, as in 'layer4.*=32'",
+    )
+    parser.add_argument(
+        "--min-width",
+        action="append",
+        metavar="NAME=N",
+        help="with --model or --model-file: groups that match keep so many channels, as in '*=16'",
+    )
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:

@@ -29,9 +29,18 @@ from dnas.training.data_summary import difference, summary_lines
 from dnas.training.optimizer import make_optimizer
 from supernets import SUPERNETS
 
+# Field of an outline -> the flag that says it of groups of channels.
+GROUPS = {"ties": "tie", "keep": "keep", "divisors": "divisor_of", "min_widths": "min_width"}
+
 
 def grid_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say of the widths of any network, as fields of its outline. UserError for a wrong number."""
+    """What the flags say of the widths of a traced network, as fields of its outline. UserError for a wrong number."""
+    groups = {field: tuple(getattr(args, flag, None) or ()) for field, flag in GROUPS.items()}
+    return groups | divisor_of(args)
+
+
+def divisor_of(args: argparse.Namespace) -> dict[str, int]:
+    """``--divisor`` as a field of an outline, if it is given. Raises UserError for a wrong number."""
     if args.divisor is not None and not 1 <= args.divisor <= 64:
         raise UserError(f"--divisor {args.divisor} is not between 1 and 64")
     return {} if args.divisor is None else {"divisor": args.divisor}
@@ -44,8 +53,7 @@ def own_network(args: argparse.Namespace, fixed: dict[str, Any]) -> tuple[OwnBas
             instead = ": --initial-checkpoint has weights" if flag == "pretrained" else ""
             raise UserError(f"--{flag.replace('_', '-')} does not go with --model-file{instead}")
     own, about = read_function(args.model_file)
-    groups = {"ties": tuple(args.tie or ()), "keep": tuple(args.keep or ())}
-    return OwnBase(**(fixed | grid_of(args) | groups | about)), own
+    return OwnBase(**(fixed | grid_of(args) | about)), own
 
 
 def outline_of(args: argparse.Namespace, fixed: dict[str, Any]) -> TimmBase | Callable[..., EfficientNetSpace]:
@@ -53,19 +61,16 @@ def outline_of(args: argparse.Namespace, fixed: dict[str, Any]) -> TimmBase | Ca
 
     ``fixed`` are ``num_classes``, ``in_chans`` and ``img_size``. Raises UserError for flags that do not fit.
     """
-    fixed = fixed | grid_of(args)
     if args.width_mult is not None and not 0.05 <= args.width_mult <= 32:
         raise UserError(f"--width-mult {args.width_mult} is not between 0.05 and 32")
     if not args.model:
-        for flag in ("model_kwargs", "tie", "keep"):
-            if getattr(args, flag):
+        for flag in ("model_kwargs", *GROUPS.values()):
+            if getattr(args, flag, None):
                 raise UserError(f"--{flag.replace('_', '-')} goes with --model")
-        return partial(SUPERNETS[args.supernet or "prunet"], **fixed)
+        return partial(SUPERNETS[args.supernet or "prunet"], **fixed, **divisor_of(args))
     if args.supernet or args.width_mult is not None:
         raise UserError("--model is the search space: neither --supernet nor --width-mult goes with it")
-    base = TimmBase(
-        args.model, **fixed, kwargs=args.model_kwargs, ties=tuple(args.tie or ()), keep=tuple(args.keep or ())
-    )
+    base = TimmBase(args.model, kwargs=args.model_kwargs, **(fixed | grid_of(args)))
     if is_model(args.model) and not is_timms_own(args.model):
         raise UserError(
             f"--model {args.model!r} is registered with timm, but no network of timm's own, which is expected"

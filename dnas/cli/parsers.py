@@ -8,6 +8,7 @@ from dnas.cli.flags import (
     ModelKwargs,
     OneLineParser,
     add_data_flags,
+    add_group_flags,
     add_img_size,
     add_model_file,
     add_recipe_flags,
@@ -35,6 +36,7 @@ def search(argv: Sequence[str] = ()) -> OneLineParser:
     add_resume_flags(p, goal)
     p.add_argument("--method", choices=list(CONFIGS), default="gates", help="method of the search (default gates)")
     add_space_flags(p)
+    add_group_flags(p)
     add_model_file(p, "instead: a function without arguments in a file of yours, which returns any torch network")
     p.add_argument("--latency-table", help="for a budget in ms: latency table of dnas profile")
     p.add_argument(

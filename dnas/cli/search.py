@@ -170,7 +170,7 @@ def check_same(plan: Plan, goals: Sequence[BudgetRun]) -> None:
         if not path.exists():
             continue
         config = read_json(path, MAX_BYTES)
-        if config.get("space", here) != here:
+        if here | config.get("space", {}) != here:  # an older run lacks the newer fields
             raise UserError(f"{path} is of a space that its flags do not make: the program that gave it has to resume")
         check_same_data(config, plan.data, str(goal.folder))
         if rank() == 0:

@@ -37,6 +37,8 @@ class OwnBase:
     divisor: int = 8
     ties: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
+    divisors: tuple[str, ...] = ()
+    min_widths: tuple[str, ...] = ()
     most_widths: int = 32
     file: str = ""
     function: str = ""

@@ -63,6 +63,8 @@ class TimmBase:
     All widths of a grid below the widest are multiples of ``divisor``. A grid has at most ``most_widths`` widths. Each
     of ``ties`` is a text of shell patterns with commas between them: all groups of channels with a matching name share
     one width. Modules whose names match one of the patterns ``keep`` write as many channels as in the base.
+    Each of ``divisors`` and ``min_widths`` is "PATTERN=N": the divisor of groups with a matching name, and their least
+    width. Of several that match, the last one counts.
     """
 
     name: str
@@ -73,6 +75,8 @@ class TimmBase:
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # more arguments of timm.create_model
     ties: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
+    divisors: tuple[str, ...] = ()
+    min_widths: tuple[str, ...] = ()
     most_widths: int = 32
 
     def __str__(self) -> str:
@@ -131,14 +135,32 @@ def protected(channels: Channels, model: nn.Module, patterns: Sequence[str]) -> 
     return channels.without([g.name for g in channels.groups if g.name in kept], "--keep")
 
 
-def channel_grid(top: int, step: int, divisor: int, most: int) -> tuple[int, ...]:
-    """The ascending grid of widths up to ``top``: at most ``most`` widths, down to a tenth of ``top``.
+def channel_grid(top: int, step: int, divisor: int, most: int, least: int = 1) -> tuple[int, ...]:
+    """The ascending grid of widths up to ``top``: at most ``most`` widths, down to a tenth of ``top`` or to ``least``.
 
     All widths below ``top`` are multiples of ``divisor`` and ``step``.
     """
     unit = math.lcm(step, divisor)
     unit *= math.ceil(top / (unit * most))
-    return (*(w for w in range(unit, top, unit) if w >= top / 10), top)
+    return (*(w for w in range(unit, top, unit) if w >= max(least, top / 10)), top)
+
+
+def numbers_of(names: Sequence[str], rules: Sequence[str], flag: str, default: int) -> dict[str, int]:
+    """Group -> its number, by rules "PATTERN=N" of which the last that matches counts.
+
+    Raises UserError if a rule is none, or matches no group.
+    """
+    found = dict.fromkeys(names, default)
+    for rule in rules:
+        pattern, _, number = rule.rpartition("=")
+        if not (pattern and number.isdecimal() and 1 <= int(number) <= 16384):
+            raise UserError(f"{flag} {rule!r}: NAME=NUMBER is expected, with a number from 1 to 16384")
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            near = difflib.get_close_matches(pattern, names, 4, 0) or [*names][:4]
+            raise UserError(f"{flag} {rule!r} matches no group of channels; near: {', '.join(near)}")
+        found |= dict.fromkeys(matching, int(number))
+    return found
 
 
 def tied(groups: Mapping[str, tuple[int, ...]], ties: Sequence[str]) -> dict[str, str]:
@@ -176,7 +198,13 @@ def space_of_channels(
     buffers that convolve (BlurPool2d). The cost of a site is a product of widths. So a layer that reads several groups
     side by side (a concatenation) has one site for each pair of a group that it reads and a group that it writes.
     """
-    grids = {g.name: channel_grid(g.size * g.step, g.step, base.divisor, base.most_widths) for g in channels.groups}
+    names = [g.name for g in channels.groups]
+    divisors = numbers_of(names, base.divisors, "--divisor-of", base.divisor)
+    least = numbers_of(names, base.min_widths, "--min-width", 1)
+    grids = {
+        g.name: channel_grid(g.size * g.step, g.step, divisors[g.name], base.most_widths, least[g.name])
+        for g in channels.groups
+    }
     grids = {name: grid for name, grid in grids.items() if len(grid) > 1}
     decision_of = tied(grids, base.ties)
     decisions = tuple(Decision(n, grids[n], grids[n][-1]) for n in grids if decision_of[n] == n)
