@@ -165,14 +165,15 @@ def snapshot(net: Supernet, temperature: float) -> dict[str, float | list[float]
     return found
 
 
-def along_scale(logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+def along_scale(logits: Tensor, y: Tensor, weights: Tensor | None, total: float | Tensor) -> Tensor:
     """A scalar whose gradient is the part of the cross entropy's gradient along all ``logits`` [B, classes].
 
-    The logits of all processes count as one vector. The cross entropy is a sum over images with ``weights`` [B]. A loss
-    without this part gives a network nothing for being less confident.
+    The logits of all processes count as one vector. The cross entropy is a sum over images, with the ``weights`` of
+    their classes, divided by ``total``. A loss without this part gives a network nothing for being less confident.
     """
     z = logits.detach()
-    slope = (((z.softmax(1) * z).sum(1) - z.gather(1, y[:, None])[:, 0]) * weights).sum()
+    w = 1.0 if weights is None else weights[y][:, None]
+    slope = ((w * z.softmax(1) * z).sum() - (w * z.gather(1, y[:, None])).sum()) / total
     slope, square = mean(torch.stack([slope, z.square().sum()]))
     return slope / square.clamp(min=torch.finfo(z.dtype).tiny) * logits.square().sum() / 2
 
@@ -191,16 +192,17 @@ def image_loss(
     device, safe = x.device, subsampled(net, recipe)
     chosen = [(x[k::parts], y[k::parts]) for k in range(taken)]
     seen, losses = sum(len(labels) for _, labels in chosen), []
-    given, every = task.class_weights, torch.cat([labels for _, labels in chosen])
-    of_class = torch.ones(task.data.num_classes, device=device) if given is None else given.to(device)
-    of_class = of_class / mean(of_class[every].sum())  # so that all images together have 1
+    total: float | Tensor = seen
+    if (weights := task.class_weights) is not None:
+        weights = weights.to(device)
+        total = mean(weights[torch.cat([labels for _, labels in chosen])].sum())
     for images, labels in chosen:
         if recipe.channels_last:
             images = images.to(memory_format=torch.channels_last)
         with autocast(device, recipe), shared_statistics(), safe:
             logits = net(images, soft()).float()
-        losses.append(F.cross_entropy(logits, labels, of_class, reduction="sum"))
-        asked = losses[-1] if task.config.confidence else losses[-1] - along_scale(logits, labels, of_class[labels])
+        losses.append(F.cross_entropy(logits, labels, weights, reduction="sum") / total)
+        asked = losses[-1] if task.config.confidence else losses[-1] - along_scale(logits, labels, weights, total)
         scaled = own.scaler.scale(asked)
         if scaled.requires_grad:  # False if every gate is settled
             scaled.backward()
