@@ -50,18 +50,12 @@ KWARGS = {
     **{name: {"img_size": 96} for name in ("mixer_s32_224", "pit_ti_224", "deit_tiny_distilled_patch16_224")},
     "vit_tiny_patch16_224": {"img_size": 96},
     "swin_tiny_patch4_window7_224": {"img_size": 96, "depths": [2, 2, 2, 2]},
-    "swinv2_tiny_window8_256": {"img_size": 96, "depths": [2, 2, 1, 1]},
     "cait_xxs24_224": {"img_size": 96, "depth": 2},
     "xcit_nano_12_p16_224": {"img_size": 96, "depth": 2},
     "beit_base_patch16_224": {"img_size": 96, "depth": 2},
     "eva02_tiny_patch14_224": {"img_size": 98, "depth": 2},
     "vit_relpos_small_patch16_224": {"img_size": 96, "depth": 2},
-    "resmlp_12_224": {"img_size": 96},
-    "convit_tiny": {"img_size": 96, "depth": 2},
     "pvt_v2_b0": {},
-    "levit_128s": {"img_size": 96},
-    "twins_svt_small": {"img_size": 96, "depths": [1, 1, 2, 1]},
-    "davit_tiny": {"depths": [1, 1, 1, 1]},
 }
 SIZES |= {name: kwargs["img_size"] for name, kwargs in KWARGS.items() if "img_size" in kwargs}
 MODELS = """
