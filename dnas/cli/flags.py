@@ -70,7 +70,7 @@ def add_model_file(parser: argparse.ArgumentParser, text: str) -> None:
 def add_space_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the search space."""
     parser.add_argument("--supernet", choices=list(SUPERNETS), help="search space (default prunet)")
-    parser.add_argument("--model", help="instead: any convolutional network of timm's, to search its widths")
+    parser.add_argument("--model", help="instead: any network of timm's, to search its widths")
     parser.add_argument(
         "--model-kwargs",
         nargs="*",
