@@ -83,6 +83,15 @@ for percent in (20, 30, 50):
     }
 
 
+# ViT-Tiny, narrower and shallower: patches of 4 pixels, heads of 32 channels.
+SMALL_VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
+SLOWER = {"lr": 1e-3, "warmup_epochs": 3}  # transformers are trained with smaller rates
+SETUPS["timm_vit_50"] = Setup(
+    "vit_tiny_patch16_224", 1, 4, "50%", "cifar10", 5000, 32, replace(ADAMW, **SLOWER), replace(SEARCH, **SLOWER), 2,
+    kwargs=SMALL_VIT,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Lab:
     """A set-up made ready in one process. ``net`` is a supernet that nobody trains: it tells the space."""

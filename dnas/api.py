@@ -204,8 +204,7 @@ def search(
         if stopped.signal == signal.SIGINT:
             raise KeyboardInterrupt(f"stopped{stopped}".replace("--resume ", "resume=")) from None
         raise SystemExit(128 + stopped.signal) from None
-    made_by = own.own if own else own_of(args)
-    return Result(folder, made_by)
+    return Result(folder, own.own if own else own_of(args))
 
 
 def prune(model: Net, *, budget: str, method: str = "taylor", data: Images | None = None, **more: Any) -> Result:

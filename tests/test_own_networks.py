@@ -17,8 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import own_nets  # noqa: E402
 
 import dnas
-from dnas.export.model_file import build_net, count_macs, count_macs_torch, count_params, read_arch
-from dnas.nets.own_base import Own, OwnBase
+from dnas.export.model_file import (
+    arch_document,
+    build_net,
+    count_macs,
+    count_macs_torch,
+    count_params,
+    read_arch,
+    write_export,
+)
+from dnas.nets.own_base import Own, OwnBase, read_function
 from dnas.nets.own_supernet import OwnSupernet
 from dnas.nets.shrink import extract, plain_state
 from dnas.nets.traced_supernet import TracedSupernet, safe_channels
@@ -203,6 +211,20 @@ def test_a_file_that_cannot_be_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.py").write_text("import torch\nx = 1 / 0\n")
     code = call(search_tool, monkeypatch, "--model-file", f"{tmp_path / 'broken.py'}:build", *SHORT)
     check_refused(code, capsys, "cannot be run: ZeroDivisionError: division by zero")
+
+
+def test_a_file_that_changes_meanwhile(tmp_path):
+    """The export has the text that was run."""
+    file = tmp_path / "own_nets.py"
+    shutil.copy(FILE, file)
+    own, about = read_function(f"{file}:build")
+    file.write_text("raise SystemExit")
+    net = OwnSupernet(OwnBase(**{"num_classes": 10, "img_size": 16, **about}), own)
+    arch = net.space.check({d.name: d.options[0] for d in net.space.decisions})
+    data = {"num_classes": 10, "in_chans": 3, "img_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
+    document = arch_document("dnas_net", net.net_of(arch), data, supernet="build", answers=arch, own=own)
+    write_export(tmp_path / "run", document, own)
+    assert (tmp_path / "run" / "own_nets.py").read_bytes() == FILE.read_bytes()
 
 
 def test_flags_that_do_not_go_together(monkeypatch, capsys):

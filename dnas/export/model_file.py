@@ -324,7 +324,7 @@ def write_export(folder: str | Path, document: dict[str, Any], own: Own | None =
         source = own_source(document["name"], net, shape, lambda value: _pretty(value, repr).replace("'", '"'))
     Path(folder).mkdir(parents=True, exist_ok=True)
     if own and own.file:
-        write_whole(Path(folder) / net["own"]["file"], Path(own.file).read_bytes())
+        write_whole(Path(folder) / net["own"]["file"], own.text)
     if source:
         write_whole(Path(folder) / "model.py", source.encode())
     write_whole(Path(folder) / "arch.json", text)  # last: if it is there, the export is complete

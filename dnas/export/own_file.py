@@ -68,7 +68,7 @@ def needed(net: dict[str, Any], own: Own | None) -> Own:
         if "file" in made_by:
             raise UserError(f"--model-file {made_by['file']}:{made_by['function']} is needed: it makes this network")
         raise UserError(f"only the program that gave {made_by['name']} can make it again")
-    if own.file and hashlib.sha256(Path(own.file).read_bytes()).hexdigest() != made_by.get("sha256"):
+    if own.file and hashlib.sha256(own.text).hexdigest() != made_by.get("sha256"):
         raise UserError(f"{own.file} is another file than the one that made this network")
     return own
 

@@ -16,10 +16,15 @@ from dnas.spec.image_size import ImgSize
 
 
 class Own(NamedTuple):
-    """What makes a network of the user's own: a function, and the file that it is from ("": a program gave it)."""
+    """What makes a network of the user's own: a function, and the file that it is from.
+
+    ``text`` is the content of the file when it was run: the file itself may change while a search runs. Both are empty
+    if a program gave the network.
+    """
 
     create: Callable[[], nn.Module]  # makes the network anew, with fresh weights
     file: str = ""
+    text: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -61,19 +66,20 @@ def read_function(given: str) -> tuple[Own, dict[str, str]]:
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    text = path.read_bytes()
+    digest = hashlib.sha256(text).hexdigest()
     spec = importlib.util.spec_from_file_location(f"{path.stem}_{digest[:12]}", path)
-    assert spec and spec.loader  # it is a .py file
+    assert spec  # it is a .py file
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
+        exec(compile(text, path, "exec"), vars(module))
     except Exception as error:  # of the user's own code
         raise UserError(f"--model-file {given!r} cannot be run: {_reason(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"--model-file {given!r}: {file} has no function {name!r}")
     about = {"name": name, "file": file, "function": name, "digest": digest}
-    return Own(made_by(function, f"--model-file {given!r}"), file), about
+    return Own(made_by(function, f"--model-file {given!r}"), file, text), about
 
 
 def made_by(function: Callable[[], object], what: str) -> Callable[[], nn.Module]:
