@@ -79,7 +79,7 @@ def make_criterion(recipe: Recipe, data: Data, teacher: Teacher | None = None) -
     weights, w = class_weights(recipe, data), recipe.task_loss_weight
 
     def criterion(logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        logits = logits.float()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision is too coarse for a loss
         loss = cross_entropy(logits, y, weights, recipe.smoothing)
         if teacher is None:
             return loss
