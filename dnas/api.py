@@ -173,7 +173,7 @@ def search(
     if resume is not None:
         if budget is not None or output is not None or flags or method != "gates":
             raise UserError("with resume, only net and data are arguments: the run has all others")
-        words = [f"--resume={resume}"]
+        words = [f"--resume={resume}", *([f"--model-file={net}"] if isinstance(net, str) and ".py:" in net else [])]
     try:
         args, argv = read("search", words)
     except UserError as error:

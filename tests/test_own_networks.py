@@ -186,6 +186,18 @@ def test_another_command_needs_the_code_of_the_network(run_of_a_file, tmp_path, 
     assert {"model.py", "own_nets.py", "model.safetensors"} <= {p.name for p in (tmp_path / "again").iterdir()}
 
 
+def test_a_run_goes_on_only_with_its_code(run_of_a_file, tmp_path, monkeypatch, capsys):
+    """A config.json names a file, but a run folder alone executes nothing."""
+    out, file = run_of_a_file
+    check_refused(call(search_tool, monkeypatch, "--resume", out), capsys, "is needed again")
+    moved, changed = tmp_path / "moved.py", tmp_path / "changed.py"
+    shutil.copy(file, moved)
+    changed.write_text(FILE.read_text() + "\n# changed\n")
+    code = call(search_tool, monkeypatch, "--resume", out, "--model-file", f"{changed}:build")
+    check_refused(code, capsys, "its SHA-256 differs")
+    assert call(search_tool, monkeypatch, "--resume", out, "--model-file", f"{moved}:build") == 0
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -40,6 +40,6 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
         raise UserError(str(error)) from None
     console.print(
         f"{document['name']} in {folder}: {show('macs', figures['macs'])}, "
-        f"{show('params', document['params'])}, built by plain timm",
+        f"{show('params', document['params'])}, built without dnas",
         soft_wrap=True,
     )

@@ -112,7 +112,7 @@ def add_group_flags(parser: argparse.ArgumentParser) -> None:
         "--min-width",
         action="append",
         metavar="NAME=N",
-        help="with --model or --model-file: groups that match keep so many channels, as in '*=16'",
+        help="with --model or --model-file: groups that match keep at least N channels, as in '*=16'",
     )
 
 
@@ -181,11 +181,14 @@ def resumed(
     """The flags of the run that ``argv`` asks to resume, and the words that they are in.
 
     A run's config.json has the words, and the same parser reads them: nothing gets in that a user could not type.
-    ``output`` and ``resume`` are the run's folder; that of a sweep has one for each budget in it. Raises UserError for
-    a folder that is no such run.
+    ``output`` and ``resume`` are the run's folder; that of a sweep has one for each budget in it. A run whose network
+    is code of the user's own needs ``--model-file`` again: no file that a run folder names is executed.
+
+    Raises UserError for a folder that is no such run.
     """
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     own.add_argument("--resume")
+    own.add_argument("--model-file")
     if may_train_on:
         own.add_argument("--epochs", type=int)
     given, others = own.parse_known_args(argv)
@@ -209,6 +212,12 @@ def resumed(
         raise UserError(f"--resume {run!r}: {config} is of {what}: one that was stopped is expected")
     if (getattr(found, "sweep", None) is not None) != (config != configs[0]):
         raise UserError(f"--resume {run!r} is one budget of a sweep: --resume {str(folder.parent)!r} is expected")
+    if bool(getattr(found, "model_file", None)) != bool(given.model_file):
+        if given.model_file:
+            raise UserError(f"--model-file {given.model_file!r}: the run in {run!r} has no network of your own")
+        raise UserError(f"--resume {run!r} runs code: --model-file {found.model_file!r} is needed again")
+    if given.model_file:
+        found.model_file = given.model_file
     found.output = found.resume = run
     found.more_epochs = getattr(given, "epochs", None)
     return found, argv

@@ -66,7 +66,8 @@ def outline_of(args: argparse.Namespace, fixed: dict[str, Any]) -> TimmBase | Ca
     if not args.model:
         for flag in ("model_kwargs", *GROUPS.values()):
             if getattr(args, flag, None):
-                raise UserError(f"--{flag.replace('_', '-')} goes with --model")
+                own = " or --model-file" * (flag != "model_kwargs")
+                raise UserError(f"--{flag.replace('_', '-')} goes with --model{own}")
         return partial(SUPERNETS[args.supernet or "prunet"], **fixed, **divisor_of(args))
     if args.supernet or args.width_mult is not None:
         raise UserError("--model is the search space: neither --supernet nor --width-mult goes with it")

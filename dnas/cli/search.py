@@ -170,7 +170,11 @@ def check_same(plan: Plan, goals: Sequence[BudgetRun]) -> None:
         if not path.exists():
             continue
         config = read_json(path, MAX_BYTES)
-        if here | config.get("space", {}) != here:  # an older run lacks the newer fields
+        before = config.get("space", {})
+        if before.get("digest") and before["digest"] != here.get("digest"):
+            raise UserError(f"{path} is of another --model-file than {plan.args.model_file!r}: its SHA-256 differs")
+        moved = {"file": here["file"]} if "file" in here else {}  # the same file may be elsewhere
+        if here | before | moved != here:  # an older run lacks the newer fields
             raise UserError(f"{path} is of a space that its flags do not make: the program that gave it has to resume")
         check_same_data(config, plan.data, str(goal.folder))
         if rank() == 0:

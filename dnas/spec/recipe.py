@@ -86,10 +86,10 @@ class Recipe:
     drop: float = 0.0
     drop_path: float = 0.0
     model_ema_decay: float = 0.0
-    kd_model_name: str = told("", "network of timm's whose logits are learned, too: distillation (default: none)")
+    kd_model_name: str = told("", "timm network that is the teacher: distillation (default: none)")
     kd_checkpoint: str = told("", "weights of this network (default: timm's)")
     kd_temperature: float = told(4.0, "temperature of both softmaxes of the distillation")
-    task_loss_weight: float = told(0.5, "weight of the labels; the distillation has the rest of 1")
+    task_loss_weight: float = told(0.5, "weight w of the loss on labels; the distillation loss has 1 - w")
     freeze: str = told(
         "", "parts that do not learn: names of modules with * and ?, joined by commas; search: with --keep-weights"
     )
