@@ -104,7 +104,7 @@ LATER = {  # place: how often the rehearsal calls it
     "dnas.plan.write_export": 1,
     "dnas.workflow.train_from_scratch": 0,
     "dnas.training.from_scratch.evaluate": 1,
-    "dnas.workflow.save_weights": 0,
+    "dnas.workflow.save_model": 0,
     "dnas.workflow.as_good_as_one_answer": 0,
     "dnas.cli.search.write_report": 0,
 }
@@ -168,7 +168,7 @@ def test_the_data_of_a_run_that_goes_on_are_the_same(image_folder, tmp_path, tru
 def test_a_run_folder_of_another_name_keeps_the_name_of_its_network(tmp_path, trusted, monkeypatch, capsys):
     out, copy = tmp_path / "first", tmp_path / "second"
     with monkeypatch.context() as patch:
-        fails_from(patch, "dnas.workflow.save_weights", 0)
+        fails_from(patch, "dnas.workflow.save_model", 0)
         with pytest.raises(ArithmeticError):
             call(search_tool, patch, *SHORT, "--output", out)
     shutil.copytree(out, copy)
