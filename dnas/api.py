@@ -167,7 +167,7 @@ def search(
     elif name := _timm_name(net):
         words.append(f"--model={name}")
     elif net is not None:
-        for name in ("model_kwargs", "pretrained", "initial_checkpoint"):
+        for name in ("width_mult", "model_kwargs", "pretrained", "initial_checkpoint"):
             if name in flags:
                 raise UserError(f"{name} is no argument beside a network of your own, which has its own")
     if resume is not None:
@@ -199,12 +199,13 @@ def search(
                 raise UserError("latency_table goes with spaces and with networks of timm's")
             if isinstance(own, TimmSupernet) and resume is None:
                 argv = [*argv, f"--initial-checkpoint={Path(args.output) / INITIAL_WEIGHTS}"]
+            made = own.own if own else own_of(args)  # before the search: its file may change meanwhile
             (folder,) = run_search(args, argv, images, own)
     except Stopped as stopped:
         if stopped.signal == signal.SIGINT:
             raise KeyboardInterrupt(f"stopped{stopped}".replace("--resume ", "resume=")) from None
         raise SystemExit(128 + stopped.signal) from None
-    return Result(folder, own.own if own else own_of(args))
+    return Result(folder, made)
 
 
 def prune(model: Net, *, budget: str, method: str = "taylor", data: Images | None = None, **more: Any) -> Result:

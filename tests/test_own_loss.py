@@ -67,6 +67,13 @@ def test_loss_and_score_are_means_over_all_inputs():
         assert float(loss) == pytest.approx(float(absolute(outputs, y)))
 
 
+def test_a_score_that_is_no_number():
+    x, y = batches(4, 0)
+    data = data_of_loaders([(x, y)], [(x, y)], own=OwnLoss(absolute, lambda outputs, targets: float("inf")))
+    with pytest.raises(UserError, match="score is inf: a finite number is expected"):
+        evaluate(Maps(), data.val_batches(4), Recipe(), data.own_loss)
+
+
 @pytest.mark.parametrize("method", ["balanced", "taylor", "snip"])
 def test_a_network_of_maps_is_searched(method, tmp_path, trusted):
     train, val = [batches(32, 0)], [batches(16, 1)]

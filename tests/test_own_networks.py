@@ -1,6 +1,7 @@
 """Networks of the user's own: traced, cut, exported, from a file and from a program."""
 
 import copy
+import importlib.util
 import json
 import random
 import shutil
@@ -26,7 +27,7 @@ from dnas.export.model_file import (
     read_arch,
     write_export,
 )
-from dnas.nets.own_base import Own, OwnBase, read_function
+from dnas.nets.own_base import Own, OwnBase, given, made_by, read_function
 from dnas.nets.own_supernet import OwnSupernet
 from dnas.nets.shrink import extract, plain_state
 from dnas.nets.traced_supernet import TracedSupernet, safe_channels
@@ -237,6 +238,86 @@ def test_a_file_that_changes_meanwhile(tmp_path):
     document = arch_document("dnas_net", net.net_of(arch), data, supernet="build", answers=arch, own=own)
     write_export(tmp_path / "run", document, own)
     assert (tmp_path / "run" / "own_nets.py").read_bytes() == FILE.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["model.py", "my-net.py", "3d.py"])
+def test_files_of_any_name(name, tmp_path):
+    """The export's own file is model.py, and names in it are plain."""
+    shutil.copy(FILE, tmp_path / name)
+    own, about = read_function(f"{tmp_path / name}:build")
+    net = OwnSupernet(OwnBase(**{"num_classes": 10, "img_size": 16, **about}), own)
+    arch = net.space.check({d.name: d.options[0] for d in net.space.decisions})
+    data = {"num_classes": 10, "in_chans": 3, "img_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
+    document = arch_document("dnas_net", net.net_of(arch), data, supernet="build", answers=arch, own=own)
+    write_export(tmp_path / "run", document, own)
+    spec = importlib.util.spec_from_file_location("exported", tmp_path / "run" / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert count_params(module.create()) == document["params"]
+
+
+def test_a_network_that_is_made_once_is_refused():
+    """A supernet cuts its network: the next one has to be whole."""
+    one = own_nets.Plain()
+    create = made_by(lambda: one, "net")
+    assert create() is one
+    with pytest.raises(UserError, match="the same network twice"):
+        create()
+    again = made_by(own_nets.Plain, "net")
+    assert again() is not again()
+
+
+class Drawn(nn.Module):
+    """Draws its weights by rules of its own, after those of its parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.fc = nn.MultiheadAttention(8, 2), nn.Linear(8, 3)
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.fc.weight)
+
+
+def test_fresh_weights_are_those_of_the_networks_own_rules():
+    net = Drawn()
+    for p in net.parameters():
+        nn.init.constant_(p, 7.0)
+    fresh = given(net).create()
+    assert not fresh.fc.weight.any() and not (fresh.attention.in_proj_weight == 7).any()
+    assert (net.fc.weight == 7).all()
+
+
+class Breaks(nn.Module):
+    """The second result is no number once channels are gone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(x), self.b(x) * (1.0 if x.shape[1] == 16 else float("nan"))
+
+
+def test_all_results_are_proved():
+    channels = safe_channels(Breaks(), (3, 8, 8))
+    assert not channels.groups and "differ by nan" in channels.fixed[0]
+
+
+class NoBias(nn.Module):
+    """A group norm without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 16, 1), nn.GroupNorm(4, 16), nn.Conv2d(16, 4, 1)
+        self.norm.bias = None
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x)))
+
+
+def test_a_group_norm_without_bias():
+    assert [(g.name, g.size, g.step) for g in safe_channels(NoBias(), (3, 8, 8)).groups] == [("a", 4, 4)]
 
 
 def test_flags_that_do_not_go_together(monkeypatch, capsys):

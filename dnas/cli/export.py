@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dnas.cli.inputs import own_of
 from dnas.export.model_file import check_name, read_arch, write_export
+from dnas.export.own_file import PROGRAM
 from dnas.export.verify import verify_export
 from dnas.runtime.progress import console
 from dnas.runtime.run_folder import check_new_folder, run_folder
@@ -18,6 +19,8 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     path = Path(args.arch) / "arch.json" if Path(args.arch).is_dir() else Path(args.arch)
     own = own_of(args)
     document = read_arch(path, own)
+    if own and "own" not in document["net"]:
+        raise UserError(f"--model-file {args.model_file!r}: {args.arch} has no network of your own")
     if args.check == bool(args.output):
         raise UserError("exactly one of --output FOLDER and --check is needed")
     if args.check and path.name != "arch.json":
@@ -26,6 +29,8 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
         if args.check:
             folder = path.parent
             figures = verify_export(folder)
+            if not figures:
+                raise UserError(f"{folder} has no {PROGRAM}, which a network that a program gave is exported to")
         else:
             if args.name:
                 check_name(args.name)

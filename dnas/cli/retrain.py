@@ -17,6 +17,7 @@ from dnas.export.model_file import arch_document, build_net, check_name, read_ar
 from dnas.export.own_file import needed
 from dnas.export.verify import verify_export
 from dnas.nets.own_base import Own
+from dnas.nets.own_supernet import check_logits
 from dnas.report.metrics import read_run
 from dnas.runtime.checkpoint import BEFORE, LAST, WORTH_KEEPING
 from dnas.runtime.distributed import gathered, rank
@@ -25,7 +26,7 @@ from dnas.runtime.run_folder import provenance, run_folder, write_json
 from dnas.runtime.signals import stop
 from dnas.spec.budget import show
 from dnas.spec.checks import MAX_BYTES, UserError, read_json
-from dnas.spec.image_size import as_size
+from dnas.spec.image_size import as_size, sides
 from dnas.training.batches import Data
 from dnas.training.criterion import make_criterion
 from dnas.training.freeze import check_patterns
@@ -134,6 +135,8 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
     found = read_arch(source / "arch.json" if source.is_dir() else source, own)
     if "own" in found["net"]:
         needed(found["net"], own)
+    elif own:
+        raise UserError(f"--model-file {args.model_file!r}: {args.run} has no network of your own")
     inherit_data(args, source)
     args.img_size, args.in_chans = args.img_size or as_size(found["img_size"]), args.in_chans or found["in_chans"]
     check_name(args.name or found["name"])
@@ -164,6 +167,8 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
         drop_path_rate=recipe.drop_path,
         own=own,
     ).to(device)
+    if own:
+        check_logits(model, f"--model-file {args.model_file}", (data.in_chans, *sides(data.img_size)), data.num_classes)
     check_patterns(model, recipe.freeze)
     with tempfile.TemporaryDirectory() as aside:  # what comes after the training is tried before it
         write_export(aside, document, own)

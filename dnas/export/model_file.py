@@ -323,7 +323,7 @@ def write_export(folder: str | Path, document: dict[str, Any], own: Own | None =
         shape = document["in_chans"], *sides(document["img_size"])
         source = own_source(document["name"], net, shape, lambda value: _pretty(value, repr).replace("'", '"'))
     Path(folder).mkdir(parents=True, exist_ok=True)
-    if own and own.file:
+    if own and own.file and "own" in net:
         write_whole(Path(folder) / net["own"]["file"], own.text)
     if source:
         write_whole(Path(folder) / "model.py", source.encode())

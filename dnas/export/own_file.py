@@ -79,7 +79,9 @@ def build_own(net: dict[str, Any], own: Own | None) -> nn.Module:
     try:
         narrowed.narrow(model, net["modules"])
     except (AttributeError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"the network does not fit the sizes in arch.json: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"the network does not fit the sizes in arch.json: {' '.join(str(error).split())[:200]}"
+        ) from None
     return model
 
 

@@ -39,7 +39,7 @@ def shapes(out):
     return [shapes(o) for o in (out.values() if isinstance(out, dict) else out)]
 
 with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-    found = {"outputs": shapes(net(x)), "params": sum(p.numel() for p in net.parameters())}
+    found = {"outputs": shapes(net(x)), "params": sum({p.data_ptr(): p.numel() for p in net.parameters()}.values())}
 found.update(macs=counter.get_total_flops() // 2, counted_by="torch")
 counts = {op.__name__: flops // 2 for op, flops in counter.get_flop_counts().get("Global", {}).items()}
 products = sum(n for op, n in counts.items() if op not in ("convolution", "addmm", "mm"))

@@ -148,7 +148,7 @@ def batch_norm(record: Record, call: Call) -> None:
 def group_norm(record: Record, call: Call) -> None:
     """Channels that are normalised together stay or go together. One group of all channels is a norm over channels."""
     x, weight, bias, _, _, _, groups, _ = call.args
-    if id(weight) not in record.names:
+    if any(id(t) not in record.names for t in (weight, *([bias] if bias is not None else []))):
         not_understood(record, call)
         return
     line, module = record.units_along(x, 1), record.names[id(weight)].rpartition(".")[0]
@@ -159,7 +159,7 @@ def group_norm(record: Record, call: Call) -> None:
         record.units.join(rows, rows[:, :1])
         record.add_axis(f"{module}.num_groups", 0, rows[:, 0])
     record.add_axis(f"{module}.num_channels", 0, line)
-    for t in (weight, bias):
+    for t in (weight, *([bias] if bias is not None else [])):
         record.add_axis(record.names[id(t)], 0, line)
     record.set_channels(call.outs[0], line)
 

@@ -3,7 +3,9 @@
 import copy
 import hashlib
 import importlib.util
+import re
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,16 +58,13 @@ class OwnBase:
 def read_function(given: str) -> tuple[Own, dict[str, str]]:
     """The function that ``given``, "my_net.py:build", names, and the fields of `OwnBase` that say which it is.
 
-    The file is run, as ``import`` runs it: its folder is searched for what it imports. Raises UserError if there is no
-    such file or function, or the file fails.
+    The file is run. It may import packages, but no files beside it, which an export would lack. Raises UserError if
+    there is no such file or function, or the file fails.
     """
     file, _, name = given.rpartition(":")
     path = Path(file)
     if not (name.isidentifier() and path.suffix == ".py" and path.is_file()):
         raise UserError(f"--model-file {given!r}: FILE.py:FUNCTION is expected, with a file that is there")
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
     text = path.read_bytes()
     digest = hashlib.sha256(text).hexdigest()
     spec = importlib.util.spec_from_file_location(f"{path.stem}_{digest[:12]}", path)
@@ -82,8 +81,19 @@ def read_function(given: str) -> tuple[Own, dict[str, str]]:
     return Own(made_by(function, f"--model-file {given!r}"), file, text), about
 
 
+def name_of_copy(file: str) -> str:
+    """The name of the file in an export, where ``model.py`` is the export's own: letters, digits and _."""
+    stem = re.sub(r"\W", "_", Path(file).stem, flags=re.ASCII)[:48]
+    return f"{stem}.py" if stem != "model" and stem.isidentifier() else f"own_{stem}.py"
+
+
 def made_by(function: Callable[[], object], what: str) -> Callable[[], nn.Module]:
-    """``function``, checked at every call. Raises UserError, then, if it fails or makes no network with weights."""
+    """``function``, checked at every call.
+
+    A call raises UserError if the function fails, makes no network with weights, or returns the one of the call before:
+    a supernet cuts its network.
+    """
+    before: list[weakref.ref] = []
 
     def create() -> nn.Module:
         try:
@@ -92,6 +102,9 @@ def made_by(function: Callable[[], object], what: str) -> Callable[[], nn.Module
             raise UserError(f"{what} makes no network: {_reason(error)}") from error
         if not (isinstance(model, nn.Module) and any(True for _ in model.parameters())):
             raise UserError(f"{what} makes a {type(model).__name__}: an nn.Module with parameters is expected")
+        if before and before[0]() is model:
+            raise UserError(f"{what} returns the same network twice: a new one at each call is expected")
+        before[:] = [weakref.ref(model)]
         return model
 
     return create
@@ -100,13 +113,15 @@ def made_by(function: Callable[[], object], what: str) -> Callable[[], nn.Module
 def given(model: nn.Module) -> Own:
     """What makes a network anew that a program gave: copies of it, with fresh weights.
 
-    Every module with a function ``reset_parameters`` draws its weights anew, as torch's do. Other parameters stay.
+    Every module with a function ``reset_parameters`` (or ``_reset_parameters``, as torch's attention) draws its weights
+    anew, a module after its parts. Other parameters stay.
     """
 
     def create() -> nn.Module:
-        copied = copy.deepcopy(model)
-        for module in copied.modules():
-            if callable(reset := getattr(module, "reset_parameters", None)):
+        copied = copy.deepcopy(model).cpu()
+        for module in reversed([*copied.modules()]):
+            reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+            if callable(reset):
                 reset()
         return copied
 

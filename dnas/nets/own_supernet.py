@@ -2,19 +2,27 @@
 
 import copy
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from dnas.nets.cut_tensors import remove_channels
-from dnas.nets.own_base import Own, OwnBase
+from dnas.nets.own_base import Own, OwnBase, name_of_copy
 from dnas.nets.traced_supernet import TracedSupernet, sizes_on
 from dnas.nets.tracing import on_meta
 from dnas.spec.checks import UserError
 from dnas.spec.image_size import sides
 from dnas.spec.space import Option
+
+
+def check_logits(model: nn.Module, what: str, shape: tuple[int, ...], num_classes: int) -> None:
+    """Raise UserError unless a network gives one number for each class, by a pass on the device ``meta``."""
+    with torch.no_grad():
+        out = on_meta(model).eval()(torch.zeros(1, *shape, device="meta"))
+    found = list(out.shape) if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
+    if found != [1, num_classes]:
+        raise UserError(f"{what} gives {found} for one image; the data has classes for [1, {num_classes}]")
 
 
 class OwnSupernet(TracedSupernet):
@@ -38,12 +46,8 @@ class OwnSupernet(TracedSupernet):
 
     def check_logits(self) -> None:
         """Raise UserError unless the network gives one number for each class of the data."""
-        base, plain = self.outline, copy.deepcopy(self._plain[0]).eval()
-        with torch.no_grad():
-            out = plain(torch.zeros(1, base.in_chans, *sides(base.img_size), device="meta"))
-        shape = list(out.shape) if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
-        if shape != [1, base.num_classes]:
-            raise UserError(f"{base} gives {shape} for one image; the data has classes for [1, {base.num_classes}]")
+        base = self.outline
+        check_logits(self._plain[0], str(base), (base.in_chans, *sides(base.img_size)), base.num_classes)
 
     def net_of(self, arch: Mapping[str, Option]) -> dict[str, Any]:
         """The network as plain data: how it is made, and the smaller sizes of each module."""
@@ -52,5 +56,5 @@ class OwnSupernet(TracedSupernet):
         remove_channels(plain, goes)
         base, made_by = self.outline, {"name": self.name}
         if base.file:
-            made_by |= {"file": Path(base.file).name, "function": base.function, "sha256": base.digest}
+            made_by |= {"file": name_of_copy(base.file), "function": base.function, "sha256": base.digest}
         return {"own": made_by, "modules": sizes_on(plain, goes)}

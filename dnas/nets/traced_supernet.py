@@ -113,7 +113,8 @@ def safe_channels(model: nn.Module, image: Sequence[int], tied: frozenset[str] =
         remove_channels(cut, channels.cut(sizes)[1])
         try:
             pairs = zip(leaves(cut(x)), leaves(masked), strict=True)
-            error = max((a - b).abs().max() / b.abs().max() for a, b in pairs if isinstance(b, Tensor))
+            errors = [(a - b).abs().max() / b.abs().max().clamp(min=1e-30) for a, b in pairs if isinstance(b, Tensor)]
+            error = torch.stack(errors).max()  # NaN if one of them is
         except Exception as problem:  # any error of the network's own code
             return (str(problem).splitlines() or [type(problem).__name__])[0]
         return "" if float(error) < 1e-9 else f"the logits differ by {float(error):.1e}"

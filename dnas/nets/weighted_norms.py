@@ -46,7 +46,7 @@ class _WeightedNorms(TorchFunctionMode):
         if func is F.group_norm:
             x = x - (x.flatten(2).mean(2) @ share).view(-1, *[1] * (x.ndim - 1))
             square = (x.square().flatten(2).mean(2) @ share).view(-1, *[1] * (x.ndim - 1))
-            weight, bias = (t.view(-1, *[1] * (x.ndim - 2)) for t in (weight, given["bias"]))
+            weight, bias = (None if t is None else t.view(-1, *[1] * (x.ndim - 2)) for t in (weight, bias))
         else:
             x = x - (x @ share)[..., None] if func is F.layer_norm else x
             square = (x.square() @ share)[..., None]

@@ -207,7 +207,7 @@ def evaluate(
 
     Returns ``top1`` in percent, ``loss`` (mean cross entropy), ``class_top1`` (by class in percent; None for a class
     without an image) and ``balanced_accuracy``, the mean of those (scikit-learn's name for it). With a program's
-    ``own`` loss: ``top1`` is its score, ``loss`` its loss, and there are no others.
+    ``own`` loss: ``top1`` is its score, which has to be finite, ``loss`` is its loss, and there are no others.
     """
     was_training = model.training
     sums: Tensor | float = 0.0  # the loss; then images, and right ones, by class
@@ -231,6 +231,8 @@ def evaluate(
     assert isinstance(sums, Tensor)  # there is at least one image
     if own:
         score, total, count = mean(sums).tolist()
+        if not math.isfinite(score):  # nothing could be compared, and JSON has no such numbers
+            raise UserError(f"score is {score / count}: a finite number is expected")
         return {"top1": score / count, "loss": total / count}
     total, *by_class = mean(sums).tolist()
     images, right = by_class[: len(by_class) // 2], by_class[len(by_class) // 2 :]
