@@ -342,8 +342,8 @@ def print_table(folder: Path, name: str, metrics: dict) -> None:
     if metrics["random"]:
         tops = [row["top1"] for row in metrics["random"]]
         console.print(f"random nets at the same cost, {score_name(metrics)}: {', '.join(f'{t:.2f}' for t in tops)} %")
-    for arm in arm_rows(metrics):
-        console.print("{}, {} epochs: {} (before: {})".format(*arm))
+    for arm, epochs, reached, before in arm_rows(metrics):
+        console.print(f"{arm}, {epochs} epochs: {score_name(metrics)} {reached} (before: {before})")
     model = f"model.py (import it, then timm.create_model({name!r}, pretrained=True))"
     again = [f"next: dnas retrain {folder} --epochs 100 --output {folder}-retrained"]
     if own := read_arch(folder / "arch.json")["net"].get("own"):
