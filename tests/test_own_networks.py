@@ -27,6 +27,8 @@ from dnas.export.model_file import (
     read_arch,
     write_export,
 )
+from dnas.export.own_file import write_program
+from dnas.export.verify import verify_export
 from dnas.nets.own_base import Own, OwnBase, given, made_by, read_function
 from dnas.nets.own_supernet import OwnSupernet
 from dnas.nets.shrink import extract, plain_state
@@ -340,6 +342,18 @@ def test_a_network_of_a_program_is_pruned_and_exported(tmp_path):
         assert (program(x) - model(x)).abs().max() < 1e-5
     with pytest.raises(UserError, match="only the program that gave Plain can make it again"):
         build_net(read_arch(done.folder / "arch.json")["net"], num_classes=10)
+
+
+def test_a_program_whose_modules_share_a_weight(tmp_path):
+    """A loaded program has a parameter for each name of a shared weight: it counts once."""
+    own = given(own_nets.Recurrent())
+    net = OwnSupernet(OwnBase("Recurrent", 10, 3, 16, divisor=2), own)
+    arch = net.space.check({d.name: d.options[0] for d in net.space.decisions})
+    data = {"num_classes": 10, "in_chans": 3, "img_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
+    document = arch_document("dnas_net", net.net_of(arch), data, supernet="Recurrent", answers=arch, own=own)
+    write_export(tmp_path, document, own)
+    write_program(build_net(document["net"], num_classes=10, own=own), (3, 16, 16), tmp_path)
+    assert verify_export(tmp_path)["params"] == document["params"]
 
 
 def test_kept_weights_are_those_of_the_masked_network():
