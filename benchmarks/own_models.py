@@ -9,12 +9,9 @@ all its groups), and five random width vectors are masked and cut. fvcore and to
 net at 50 % of the MACs is exported with a copy of the file, and counted in a fresh process without dnas.
 """
 
-import argparse
-import json
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import own_nets  # noqa: E402
 import torch  # noqa: E402
 from timm.utils import random_seed  # noqa: E402
+from timm_models import try_all  # noqa: E402
 
 from dnas.export.model_file import arch_document, build_net, count_macs, count_macs_torch, write_export  # noqa: E402
 from dnas.export.verify import verify_export  # noqa: E402
@@ -31,7 +29,6 @@ from dnas.nets.own_base import OwnBase, read_function  # noqa: E402
 from dnas.nets.own_supernet import OwnSupernet  # noqa: E402
 from dnas.nets.shrink import plain_state  # noqa: E402
 from dnas.nets.tracing import leaves  # noqa: E402
-from dnas.runtime.run_folder import provenance  # noqa: E402
 from dnas.spec.budget import parse_budget  # noqa: E402
 from dnas.spec.cost import CostTable, resolve_budgets  # noqa: E402
 from dnas.spec.image_size import size_text  # noqa: E402
@@ -126,21 +123,5 @@ def write_table(rows: list[dict]) -> None:
     TABLE.write_text("\n".join(lines) + "\n")
 
 
-def main() -> None:
-    """Try what has not been tried; write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=[*own_nets.NETS], help="names in own_nets.NETS (default: all)")
-    parser.add_argument("--table", action="store_true", help="only write the table")
-    args = parser.parse_args()
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    info = {"date": date.today().isoformat()} | provenance(torch.device("cpu"))
-    for name in [] if args.table else [m for m in args.models if m not in {row["model"] for row in rows}]:
-        rows.append(tried(name) | info)
-        with open(ROWS, "a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-        print({k: v for k, v in rows[-1].items() if k not in info}, flush=True)
-    write_table(rows)
-
-
 if __name__ == "__main__":
-    main()
+    write_table(try_all(__doc__, ROWS, [*own_nets.NETS], tried))

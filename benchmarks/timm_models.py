@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -209,24 +210,24 @@ def write_table(rows: list[dict]) -> None:
     TABLE.write_text("\n".join(lines) + "\n")
 
 
-def main() -> None:
-    """Try what has not been tried; write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=MODELS, help="names of timm's (default: a list of families)")
+def try_all(about: str, path: Path, names: Sequence[str], tried: Callable[[str], dict]) -> list[dict]:
+    """The command line of a benchmark with a row for each name: the rows of ``path``, and those that it lacks.
+
+    ``about`` is the text of ``--help``. ``tried(name)`` gives the row of a name; it is appended when it is there.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=names, help="names of networks (default: a list)")
     parser.add_argument("--table", action="store_true", help="only write the table")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     info = {"date": date.today().isoformat()} | provenance(torch.device("cpu"))
     for name in [] if args.table else [m for m in args.models if m not in {row["model"] for row in rows}]:
-        if not timm.is_model(name):
-            print(f"{name}: not in this timm")
-            continue
-        rows.append(try_model(name) | info)
-        with open(ROWS, "a") as file:
+        rows.append(tried(name) | info)
+        with open(path, "a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         print({k: v for k, v in rows[-1].items() if k not in info}, flush=True)
-    write_table(rows)
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    write_table(try_all(__doc__, ROWS, [name for name in MODELS if timm.is_model(name)], try_model))

@@ -8,12 +8,10 @@ from functools import partial
 
 import pytest
 import torch
-from stopped import in_parts
+from stopped import in_parts, part_of_search
 from timm.utils import random_seed
 
 from dnas.export.model_file import build_net
-from dnas.methods.gates import GATES
-from dnas.methods.loop import begin, load_search, run, search_data
 from dnas.methods.method import Task
 from dnas.methods.settings import GatesConfig
 from dnas.nets.bipath_block import PairGate
@@ -66,26 +64,16 @@ def test_a_search_goes_on_to_the_bit(make, recipe, tmp_path):
     """Stopped in the warm-up, between and after cuts, each time with a net that is built anew."""
     data, config = load_data(img_size=8).take(360), GatesConfig(headroom=0.0)  # cuts that come one by one
 
-    def part(journal):
+    def start():
         torch.manual_seed(0)
         net = make().to(memory_format=torch.channels_last)
         tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
-        budgets, rows = resolve_budgets(tables, parse_budget("40%")), []
+        budgets = resolve_budgets(tables, parse_budget("40%"))
         task = Task(tables, budgets, data, recipe, config)
-        state = begin(GATES, net, task)
-        if saved := journal.under_way("search"):
-            load_search(GATES, state, saved["search"])
-            rows += saved["rows"]
+        return net, task
 
-        def on_row(row):
-            rows.append({key: value for key, value in row.items() if not key.endswith("_ms")})
-            journal.step("search", lambda: {"search": search_data(GATES, state), "rows": rows})
-
-        run(GATES, state, task, on_row=on_row)
-        return net, rows
-
-    net, rows = in_parts(tmp_path / "new", (), part)
-    other, seen = in_parts(tmp_path, (5, 40, 23, 15), part)
+    net, rows = in_parts(tmp_path / "new", (), part_of_search(start))
+    other, seen = in_parts(tmp_path, (5, 40, 23, 15), part_of_search(start))
     assert [row["step"] for row in seen] == [*range(len(rows))] and len(rows) >= 90
     assert sum(len(row.get("events", ())) for row in rows) > 5
     assert seen == rows

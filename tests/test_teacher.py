@@ -7,12 +7,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from stopped import in_parts
+from stopped import in_parts, part_of_search
 from timm.utils import random_seed
 from torch.nn import functional as F
 
-from dnas.methods.gates import GATES
-from dnas.methods.loop import begin, load_search, run, search_data
 from dnas.methods.method import Task
 from dnas.methods.settings import GatesConfig
 from dnas.nets.layer_supernet import MacroSupernet
@@ -161,27 +159,17 @@ def test_a_training_goes_on_to_the_bit(recipe, tmp_path):
 def test_a_search_goes_on_to_the_bit(recipe, tmp_path):
     data, teachers = load_data(img_size=8).take(300), []
 
-    def part(journal):
+    def start():
         torch.manual_seed(0)
-        net, rows = MacroSupernet(SUPERNETS["toy"](num_classes=10, img_size=8)), []
+        net = MacroSupernet(SUPERNETS["toy"](num_classes=10, img_size=8))
         tables = {"macs": CostTable.build(net.space, "macs")}
         budgets = (Budget("macs", 0.4 * tables["macs"].of(tables["macs"].extremes()[1])),)
         teachers.append(make_teacher(recipe, data, CPU))
         task = Task(tables, budgets, data, recipe, GatesConfig(), teacher=teachers[-1])
-        state = begin(GATES, net, task)
-        if saved := journal.under_way("search"):
-            load_search(GATES, state, saved["search"])
-            rows += saved["rows"]
+        return net, task
 
-        def on_row(row):
-            rows.append({key: value for key, value in row.items() if not key.endswith("_ms")})
-            journal.step("search", lambda: {"search": search_data(GATES, state), "rows": rows})
-
-        run(GATES, state, task, on_row=on_row)
-        return net, rows
-
-    net, rows = in_parts(tmp_path / "new", (), part)
-    other, seen = in_parts(tmp_path, (2, 6), part)
+    net, rows = in_parts(tmp_path / "new", (), part_of_search(start))
+    other, seen = in_parts(tmp_path, (2, 6), part_of_search(start))
     assert seen == rows and all(torch.equal(a, b) for a, b in zip(net.tensors(), other.tensors(), strict=True))
     assert all(map(frozen, teachers))
     saved = read_checkpoint(tmp_path)["under_way"]["state"]["search"]

@@ -303,7 +303,7 @@ def arch_document(
     document = {"schema": SCHEMA, "name": name, "supernet": supernet, **data, "answers": dict(answers), "net": net}
     document |= {**_counts(net, data, own), "budget": [*map(dict, budget)], "provenance": dict(provenance or {})}
     document = parse_json(_dump(document).encode(), "arch document", MAX_BYTES)  # a copy, of JSON's own types
-    check_document(document, own)
+    check_document(document)  # a network of the user's own has just been counted
     return document
 
 

@@ -75,20 +75,21 @@ def verify_export(folder: str | Path) -> dict[str, Any]:
     if kind == PROGRAM and not (folder / PROGRAM).is_file():
         return {}
     with tempfile.TemporaryDirectory() as copy:
-        for file in ("model.py", "model.safetensors", PROGRAM, own.get("file", "model.py")):
-            if (folder / file).is_file():
-                shutil.copy(folder / file, copy)
+        for name in ("model.py", "model.safetensors", PROGRAM, own.get("file", "model.py")):
+            if (folder / name).is_file():
+                shutil.copy(folder / name, copy)
         command = [sys.executable, "-I", "-B", "-W", "ignore", "-c", _CHILD]
         command += [document["name"], json.dumps([document["in_chans"], *sides(document["img_size"])]), kind]
         child = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=600)
+    file = folder / (PROGRAM if kind == PROGRAM else "model.py")
     if child.returncode != 0:
         reason = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"{folder / 'model.py'} does not work without dnas: {reason}")
+        raise RuntimeError(f"{file} does not work without dnas: {reason}")
     figures = json.loads(child.stdout.splitlines()[-1])
     expected = {"macs": document["macs"], "params": document["params"]}
     if not own:
         expected |= {"packages": ["timm", "torch"], "outputs": [1, document["num_classes"]]}
     for key, value in expected.items():
         if figures[key] != value:
-            raise RuntimeError(f"{folder / 'model.py'} has {key} {figures[key]}, not {value}")
+            raise RuntimeError(f"{file} has {key} {figures[key]}, not {value}")
     return figures
