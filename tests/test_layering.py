@@ -38,6 +38,7 @@ ROOMS = {
             "channel_units",
             "layer_rules",
             "tracing",
+            "residual_blocks",
             "cut_tensors",
             "weighted_norms",
             "remove_options",

@@ -95,7 +95,12 @@ def add_space_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_group_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags on single groups of channels of a network that a search narrows."""
+    """Flags on blocks and single groups of channels of a network that a search narrows."""
+    parser.add_argument(
+        "--depth",
+        action="store_true",
+        help="with --model or --model-file: residual blocks may be dropped, too",
+    )
     parser.add_argument(
         "--keep",
         action="append",

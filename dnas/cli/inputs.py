@@ -36,7 +36,7 @@ GROUPS = {"ties": "tie", "keep": "keep", "divisors": "divisor_of", "min_widths":
 def grid_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags say of the widths of a traced network, as fields of its outline. UserError for a wrong number."""
     groups = {field: tuple(getattr(args, flag, None) or ()) for field, flag in GROUPS.items()}
-    return groups | divisor_of(args)
+    return groups | {"depth": bool(getattr(args, "depth", False))} | divisor_of(args)
 
 
 def divisor_of(args: argparse.Namespace) -> dict[str, int]:
@@ -64,7 +64,7 @@ def outline_of(args: argparse.Namespace, fixed: dict[str, Any]) -> TimmBase | Ca
     if args.width_mult is not None and not 0.05 <= args.width_mult <= 32:
         raise UserError(f"--width-mult {args.width_mult} is not between 0.05 and 32")
     if not args.model:
-        for flag in ("model_kwargs", *GROUPS.values()):
+        for flag in ("model_kwargs", "depth", *GROUPS.values()):
             if getattr(args, flag, None):
                 own = " or --model-file" * (flag != "model_kwargs")
                 raise UserError(f"--{flag.replace('_', '-')} goes with --model{own}")

@@ -11,6 +11,7 @@ import torch
 from timm.models import is_model, model_entrypoint
 
 from dnas.export import narrowed, native
+from dnas.nets.channels import is_inside
 from dnas.nets.timm_space import check_kwargs, is_timms_own
 from dnas.spec.checks import UserError, check, fail
 from dnas.spec.image_size import check_sides
@@ -47,6 +48,11 @@ ARCH = {"schema": (SCHEMA,), "name": str, "supernet": str, **DATA, "answers": di
 ARCH |= {"macs": COUNT, "params": COUNT, "budget": BUDGET, "provenance": dict}
 
 
+def _rules(rules: dict[str, Any], net: Any) -> dict[str, Any]:
+    """The rules of a network in which residual blocks may be ``dropped``."""
+    return rules | ({"dropped": [str, range(1, 1025)]} if isinstance(net, dict) and "dropped" in net else {})
+
+
 def check_net(net: Any) -> None:
     """Raise UserError unless ``net`` follows `NATIVE` or `NARROWED` and can be built as it says, or is a user's own.
 
@@ -61,7 +67,7 @@ def check_net(net: Any) -> None:
 
 
 def _check_narrowed(net: dict[str, Any]) -> None:
-    check("net", net, NARROWED)
+    check("net", net, _rules(NARROWED, net))
     base = net["base"]
     if not is_timms_own(base):
         fail("net.base", base, "a model of timm's own")
@@ -79,9 +85,13 @@ def _check_narrowed(net: dict[str, Any]) -> None:
     if len(net["features"]) != len(model.feature_info):
         fail("net.features", net["features"], f"{len(model.feature_info)} widths, one a feature level of {base}")
     modules = dict(model.named_modules())
+    for path in net.get("dropped", []):
+        if not path or path not in modules:
+            fail("net.dropped", path, f"modules of {base}")
+        modules = {name: m for name, m in modules.items() if not is_inside(name, path)}
     for path, sizes in net["modules"].items():
         if path not in modules:
-            fail("net.modules", path, f"modules of {base}")
+            fail("net.modules", path, f"modules of {base}" + " that are not dropped" * ("dropped" in net))
         check(f"net.modules[{path!r}]", sizes, dict)
         for name, size in sizes.items():
             where = f"net.modules[{path!r}][{name!r}]"
@@ -107,14 +117,16 @@ def _check_own(net: Any) -> None:
     Only the code of the network can tell whether its sizes fit.
     """
     own = net["own"]
-    check("net", net, {"own": OF_FILE if isinstance(own, dict) and "file" in own else GIVEN, "modules": dict})
+    made_by = OF_FILE if isinstance(own, dict) and "file" in own else GIVEN
+    check("net", net, _rules({"own": made_by, "modules": dict}, net))
     for key, pattern in (("file", r"[A-Za-z_]\w{0,63}\.py"), ("function", r"[A-Za-z_]\w{0,63}")):
         if key in own and not re.fullmatch(pattern, own[key], re.ASCII):
             fail(f"net.own.{key}", own[key], "FILE.py" if key == "file" else "the name of a function")
+    for key, path in [*(("modules", p) for p in net["modules"]), *(("dropped", p) for p in net.get("dropped", []))]:
+        if not re.fullmatch(r"[\w.-]{0,512}", path, re.ASCII):
+            fail(f"net.{key}", path, "names of modules")
     for path, sizes in net["modules"].items():
         check(f"net.modules[{path!r}]", sizes, dict)
-        if not re.fullmatch(r"[\w.-]{0,512}", path, re.ASCII):
-            fail("net.modules", path, "names of modules")
         for name, size in sizes.items():
             entries = size if type(size) is list else [size]
             if not (

@@ -27,13 +27,23 @@ def build(net: dict[str, Any], variant: str, pretrained: bool = False, **kwargs:
 def network(net: dict[str, Any], **kwargs: Any) -> nn.Module:
     """The network ``net["base"]`` of timm's with the sizes of ``net["modules"]``, freshly initialised.
 
+    The blocks ``net["dropped"]`` are left out.
+
     ``kwargs`` go to `timm.create_model` and override ``net["kwargs"]``.
     """
     model = timm.create_model(net["base"], pretrained=False, **{**net["kwargs"], **kwargs})
+    drop(model, net.get("dropped", []))
     narrow(model, net["modules"])
     for level, width in zip(model.feature_info, net["features"], strict=True):
         level["num_chs"] = width
     return model
+
+
+def drop(model: nn.Module, blocks: list[str]) -> None:
+    """Put ``nn.Identity`` in the place of residual blocks of ``model``."""
+    for path in blocks:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, nn.Identity())
 
 
 def narrow(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:

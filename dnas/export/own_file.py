@@ -45,6 +45,8 @@ from torch import nn
 # module keeps.
 MODULES = {modules}
 
+DROPPED = {dropped}  # blocks that are left out
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -54,6 +56,7 @@ def create(pretrained: bool = False) -> nn.Module:
     source = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(source)
     model = source.{function}()
+    drop(model, DROPPED)
     narrow(model, MODULES)
     if pretrained:
         model.load_state_dict(safetensors.torch.load_file(HERE / "model.safetensors"))
@@ -77,6 +80,7 @@ def build_own(net: dict[str, Any], own: Own | None) -> nn.Module:
     """The network, freshly initialised. Raises UserError if nothing makes it, or if its sizes do not fit."""
     model = needed(net, own).create()
     try:
+        narrowed.drop(model, net.get("dropped", []))
         narrowed.narrow(model, net["modules"])
     except (AttributeError, TypeError, ValueError, IndexError) as error:
         raise UserError(
@@ -87,7 +91,7 @@ def build_own(net: dict[str, Any], own: Own | None) -> nn.Module:
 
 def own_source(name: str, net: dict[str, Any], shape: tuple[int, ...], pretty: Callable[[Any], str]) -> str:
     """The text of ``model.py``."""
-    parts = (narrowed.narrow, narrowed._narrow, narrowed._scale)
+    parts = (narrowed.drop, narrowed.narrow, narrowed._narrow, narrowed._scale)
     own = net["own"]
     return _SOURCE.format(
         name=name,
@@ -96,6 +100,7 @@ def own_source(name: str, net: dict[str, Any], shape: tuple[int, ...], pretty: C
         shape=" x ".join(map(str, shape)),
         body="\n\n".join(inspect.getsource(part) for part in parts).strip(),
         modules=pretty(net["modules"]),
+        dropped=pretty(net.get("dropped", [])),
     )
 
 

@@ -22,6 +22,7 @@ from dnas.export import native
 from dnas.nets.channels import Group, Op
 from dnas.nets.cut_tensors import remove_channels
 from dnas.nets.layer_supernet import space_of, squeeze_width
+from dnas.nets.residual_blocks import when_inside
 from dnas.nets.supernet import Supernet
 from dnas.nets.timm_supernet import TimmSupernet
 from dnas.spec.checks import UserError
@@ -150,7 +151,8 @@ def _timm_parts(net: TimmSupernet) -> tuple[Part, ...]:
         key = (_ways(net, op, [*slots.values()]), *(call.signature() for call in calls[op.module]))
         first, widths = found.setdefault(key, (op.module, slots))
         unit, build = f"{prefix} {first}", partial(_slice, net, plain, first, widths)
-        parts.append(Part(Site(op.module, unit, slots, {}), build, {}))
+        when = when_inside(op.module, net.droppable)
+        parts.append(Part(Site(op.module, unit, slots, {}, when), build, {}))
     return tuple(parts)
 
 

@@ -284,10 +284,14 @@ def narrow(search: Search, task: Task) -> list[dict]:
     """Cut off widths that no network inside the budgets needs. Returns one record for each event.
 
     A reference net is the balanced net with the cheapest blocks and the fewest layers. Each Markov gate in it keeps its
-    widths up to the first one that is at least ``headroom`` times the width in the reference net.
+    widths up to the first one that is at least ``headroom`` times the width in the reference net. Without a reference
+    net in the band, nothing is cut off.
     """
     net, cheapest = search.net, task.tables[task.budgets[0].metric].extremes()[0]
-    balanced = balanced_arch(net.space, task.tables, task.budgets, cheapest)
+    try:
+        balanced = balanced_arch(net.space, task.tables, task.budgets, cheapest)
+    except UserError:  # the grids are too coarse for a reference net in the band, which says nothing about the search
+        return []
     optimizers = (*([search.learner.optimizer] if search.learner else []), search.own.optimizer)
     events = []
     for name, gate in net.gates().items():

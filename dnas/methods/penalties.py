@@ -59,9 +59,8 @@ def group_norms(search: Search) -> dict[str, Tensor]:
 
 def layer_norms(search: Search) -> dict[str, Tensor]:
     """The L2 norm of all weights of each layer that may be dropped: its decision -> [1], with a graph."""
-    layers: list[Any] = [layer for layer in search.net.layers if getattr(layer, "skip", None) is not None]
-    weights = {f"{layer.name}/keep": [p for p in layer.blocks.parameters() if p.ndim > 1] for layer in layers}
-    squares = {name: torch.stack([p.square().sum() for p in own]).sum() for name, own in weights.items() if own}
+    weights = search.net.layer_weights().items()
+    squares = {name: torch.stack([p.square().sum() for p in own]).sum() for name, own in weights if own}
     return {name: (s + 1e-24).sqrt()[None] for name, s in squares.items()}
 
 

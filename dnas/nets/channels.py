@@ -15,6 +15,11 @@ from torch import Tensor, nn
 Axis = tuple[str, int]  # full name of a parameter, buffer or number of a module; a dimension (or index) of it
 
 
+def is_inside(name: str, module: str) -> bool:
+    """Whether a module, or what a full name names in one, is ``module`` or a part of it."""
+    return name == module or name.startswith(f"{module}.")
+
+
 @dataclass(frozen=True)
 class Group:
     """Channels that share a width: ``size`` units. A narrower network keeps the first units.
@@ -121,6 +126,22 @@ class Channels:
             places = {a: at - np.searchsorted(goes[a], at) if a in goes else at for a, at in places.items()}
             groups.append(replace(group, size=size, places=places))
         return replace(self, groups=tuple(groups)), goes
+
+    def without_blocks(self, blocks: Collection[str]) -> "Channels":
+        """The channels of the network without these modules: without their layers and the axes in them."""
+
+        def stays(name: str) -> bool:
+            return not any(is_inside(name, block) for block in blocks)
+
+        groups = [replace(g, places={axis: at for axis, at in g.places.items() if stays(axis[0])}) for g in self.groups]
+        return replace(
+            self,
+            groups=tuple(g for g in groups if g.places),
+            ops=tuple(op for op in self.ops if stays(op.module)),
+            norms=tuple(filter(stays, self.norms)),
+            standardised=tuple(filter(stays, self.standardised)),
+            products=tuple(p for p in self.products if stays(p.module)),
+        )
 
     def products_of(self, names: Collection[str]) -> frozenset[str]:
         """The modules with products of which parts belong to the groups ``names``."""

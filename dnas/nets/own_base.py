@@ -47,6 +47,7 @@ class OwnBase:
     divisors: tuple[str, ...] = ()
     min_widths: tuple[str, ...] = ()
     most_widths: int = 32
+    depth: bool = False
     file: str = ""
     function: str = ""
     digest: str = ""

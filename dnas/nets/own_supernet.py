@@ -9,6 +9,7 @@ from torch import nn
 
 from dnas.nets.cut_tensors import remove_channels
 from dnas.nets.own_base import Own, OwnBase, name_of_copy
+from dnas.nets.residual_blocks import remove_block
 from dnas.nets.traced_supernet import TracedSupernet, sizes_on
 from dnas.nets.tracing import on_meta
 from dnas.spec.checks import UserError
@@ -51,10 +52,12 @@ class OwnSupernet(TracedSupernet):
 
     def net_of(self, arch: Mapping[str, Option]) -> dict[str, Any]:
         """The network as plain data: how it is made, and the smaller sizes of each module."""
-        goes = self.whole.cut(self.sizes(arch))[1]
-        plain = copy.deepcopy(self._plain[0])
+        plain, dropped = copy.deepcopy(self._plain[0]), self.dropped(arch)
+        for block in dropped:
+            remove_block(plain, block)
+        goes = self.whole.without_blocks(dropped).cut(self.sizes(arch))[1]
         remove_channels(plain, goes)
         base, made_by = self.outline, {"name": self.name}
         if base.file:
             made_by |= {"file": name_of_copy(base.file), "function": base.function, "sha256": base.digest}
-        return {"own": made_by, "modules": sizes_on(plain, goes)}
+        return {"own": made_by, "modules": sizes_on(plain, goes)} | ({"dropped": dropped} if dropped else {})

@@ -40,7 +40,7 @@ class Supernet(nn.Module):
     outline: Any  # the plain data (a dataclass) that it was built from
     own: Own | None = None  # what makes the network, if it is a user's own
     space: Space
-    layers: nn.ModuleList  # each a `StochasticLayer` with searched blocks and skip; empty for a network of timm's
+    layers: nn.ModuleList  # `StochasticLayer` of a macro; of a traced network the `ResidualBlock`s that may be dropped
 
     @property
     def name(self) -> str:
@@ -73,6 +73,11 @@ class Supernet(nn.Module):
     def channel_axes(self) -> dict[str, list[ChannelAxis]]:
         """Width decision -> the tensor axes that hold its channels, in every layer that writes or reads them."""
         raise NotImplementedError
+
+    def layer_weights(self) -> dict[str, list[nn.Parameter]]:
+        """Decision on whether a layer stays -> the weights of this layer; none if it is gone."""
+        layers = [layer for layer in self.layers if layer.skip is not None]
+        return {f"{layer.name}/keep": [p for p in layer.blocks.parameters() if p.ndim > 1] for layer in layers}
 
     @torch.no_grad()
     def reorder(self, orders: Mapping[str, Tensor], optimizers: Sequence[Optimizer] = ()) -> None:

@@ -17,9 +17,10 @@ from torch import nn
 
 from dnas.nets.channels import Channels
 from dnas.nets.own_base import OwnBase
+from dnas.nets.residual_blocks import when_inside
 from dnas.spec.checks import UserError
 from dnas.spec.image_size import ImgSize
-from dnas.spec.space import Decision, Site, Space
+from dnas.spec.space import DROP, KEEP, Decision, Site, Space, When
 
 # Arguments that dnas itself passes to timm, or that would load or download something when an arch file is read.
 RESERVED = {
@@ -64,7 +65,8 @@ class TimmBase:
     of ``ties`` is a text of shell patterns with commas between them: all groups of channels with a matching name share
     one width. Modules whose names match one of the patterns ``keep`` write as many channels as in the base.
     Each of ``divisors`` and ``min_widths`` is "PATTERN=N": the divisor of groups with a matching name, and their least
-    width. Of several that match, the last one counts.
+    width. Of several that match, the last one counts. If ``depth``, residual blocks may be dropped
+    (`dnas.nets.residual_blocks`), but for those with a module that ``keep`` protects.
     """
 
     name: str
@@ -78,6 +80,7 @@ class TimmBase:
     divisors: tuple[str, ...] = ()
     min_widths: tuple[str, ...] = ()
     most_widths: int = 32
+    depth: bool = False
 
     def __str__(self) -> str:
         return f"--model {self.name}" + (f" --model-kwargs {dict(self.kwargs)}" if self.kwargs else "")
@@ -190,9 +193,15 @@ def _shown(widths: Sequence[int]) -> str:
 
 
 def space_of_channels(
-    channels: Channels, shapes: Mapping[str, torch.Size], filters: Mapping[str, torch.Size], base: Base
+    channels: Channels,
+    shapes: Mapping[str, torch.Size],
+    filters: Mapping[str, torch.Size],
+    base: Base,
+    blocks: Sequence[str] = (),
 ) -> tuple[Space, dict[str, str]]:
     """A width decision for every group (or tie of groups) with more than one width, and the sites of all layers.
+
+    There is a decision on each of the ``blocks``, too: whether it stays.
 
     Returns the space and {group: its decision}. ``shapes`` has the shapes of all parameters, ``filters`` those of
     buffers that convolve (BlurPool2d). The cost of a site is a product of widths. So a layer that reads several groups
@@ -207,8 +216,14 @@ def space_of_channels(
     }
     grids = {name: grid for name, grid in grids.items() if len(grid) > 1}
     decision_of = tied(grids, base.ties)
-    decisions = tuple(Decision(n, grids[n], grids[n][-1]) for n in grids if decision_of[n] == n)
     open_groups = [g for g in channels.groups if g.name in grids]
+    around: dict[str, set[When]] = {}  # decision -> the blocks around its channels
+    for g in open_groups:
+        around.setdefault(decision_of[g.name], set()).update(when_inside(axis[0], blocks) for axis in g.places)
+    decisions = [Decision(f"{block}/keep", (DROP, KEEP), KEEP, layer=block) for block in blocks]
+    for n in (n for n in grids if decision_of[n] == n):
+        when = next(iter(around[n])) if len(around[n]) == 1 else ()
+        decisions.append(Decision(n, grids[n], grids[n][-1], when))
 
     def parts(axis: tuple[str, int] | None, length: int) -> dict[str | None, tuple[int, int]]:
         """Group -> (channels of a unit, its step) on an axis. None -> (number of channels that stay, 1)."""
@@ -224,7 +239,7 @@ def space_of_channels(
         fixed = {"macs": macs * n_in * n_out, "params": params * n_in * n_out, "step_in": step_in, "step_out": step_out}
         layer = name.partition(":")[0]
         widths = {"in": decision_of.get(group_in, 1), "out": decision_of.get(group_out, 1)}
-        sites.append(Site(name, "channels", widths, fixed, (), layer))
+        sites.append(Site(name, "channels", widths, fixed, when_inside(layer, blocks), layer))
 
     counted = set()
     for op in channels.ops:
@@ -248,4 +263,4 @@ def space_of_channels(
         rest = product.parts - sum(n * g.size for g in open_groups for n in [product.own.get(g.name, 0)])
         for outs in (own | ({None: (rest, 1)} if rest else {})).items():
             add(f"{product.module}:product{k}:{outs[0]}", product.macs, 0, (None, (1, 1)), outs)
-    return Space(decisions, tuple(sites)), decision_of
+    return Space(tuple(decisions), tuple(sites)), decision_of

@@ -1,6 +1,6 @@
 """A supernet around a network of timm's, and one network of it as the data of an export."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from torch import nn
 
 from dnas.nets.channels import Axis
 from dnas.nets.cut_tensors import remove_channels
+from dnas.nets.residual_blocks import remove_block
 from dnas.nets.timm_space import TimmBase
 from dnas.nets.traced_supernet import TracedSupernet, sizes_on
 from dnas.spec.image_size import ImgSize, sides
@@ -30,18 +31,21 @@ class TimmSupernet(TracedSupernet):
 
     def net_of(self, arch: Mapping[str, Option]) -> dict[str, Any]:
         """The network as `dnas.export.narrowed.build` reads it: the base, and the smaller sizes of each module."""
-        goes = self.whole.cut(self.sizes(arch))[1]
-        return narrowed_net(self.outline, goes)
+        dropped = self.dropped(arch)
+        goes = self.whole.without_blocks(dropped).cut(self.sizes(arch))[1]
+        return narrowed_net(self.outline, goes, dropped)
 
 
-def narrowed_net(base: TimmBase, goes: Mapping[Axis, np.ndarray]) -> dict[str, Any]:
+def narrowed_net(base: TimmBase, goes: Mapping[Axis, np.ndarray], dropped: Sequence[str] = ()) -> dict[str, Any]:
     """The data of a narrower network, as `dnas.export.narrowed.build` reads it.
 
     It has the new sizes of each module and the channels of the feature levels. They are measured on a copy on ``meta``,
-    from which the positions ``goes`` are removed.
+    from which the blocks ``dropped`` and the positions ``goes`` are removed.
     """
     plain = base.create(device="meta")
     before = measure(plain, base.in_chans, base.img_size)
+    for block in dropped:
+        remove_block(plain, block)
     remove_channels(plain, goes)
     after = measure(plain, base.in_chans, base.img_size)
     modules = sizes_on(plain, goes)
@@ -56,7 +60,8 @@ def narrowed_net(base: TimmBase, goes: Mapping[Axis, np.ndarray]) -> dict[str, A
             key = next((k for k in keys if type(value) is int and value == before[k]), None)
             if key and name not in modules.get(path, {}):
                 modules.setdefault(path, {})[name] = after[key]
-    return {"base": base.name, "kwargs": dict(base.kwargs), "features": after["features"], "modules": modules}
+    net = {"base": base.name, "kwargs": dict(base.kwargs), "features": after["features"], "modules": modules}
+    return net | ({"dropped": [*dropped]} if dropped else {})
 
 
 def measure(model: nn.Module, in_chans: int, img_size: ImgSize) -> dict[str, Any]:

@@ -8,6 +8,8 @@ and not with feature maps. Each gate is applied exactly once on every path, and 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -17,17 +19,18 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from dnas.nets.bipath_block import prefix_mask
-from dnas.nets.channels import Axis, ChannelAxis, Channels
+from dnas.nets.channels import Axis, ChannelAxis, Channels, is_inside
 from dnas.nets.cut_tensors import remove_channels
 from dnas.nets.layer_choice import Answers
 from dnas.nets.markov_gate import MarkovGate
+from dnas.nets.residual_blocks import ResidualBlock, remove_block, residual_blocks, scaled_blocks
 from dnas.nets.supernet import Gate, Supernet
 from dnas.nets.timm_space import Base, protected, space_of_channels
 from dnas.nets.tracing import leaves, trace
 from dnas.nets.weighted_norms import weighted_norms
 from dnas.spec.checks import UserError
 from dnas.spec.image_size import sides
-from dnas.spec.space import Option
+from dnas.spec.space import DROP, KEEP, Option
 
 Factors = Mapping[str, Tensor]  # group -> the factor of each of its units
 Reads = Mapping[Axis, tuple[frozenset[str], Tensor]]  # axis that reads -> its groups; place of each channel's factor
@@ -169,48 +172,85 @@ class TracedSupernet(Supernet):
 
     def __init__(self, base: Base, model: nn.Module) -> None:
         super().__init__()
-        self.outline, self.layers = base, nn.ModuleList()
-        self.model = model
+        self.outline, self.model = base, model
         image = (base.in_chans, *sides(base.img_size))
         try:
-            self.channels = self.whole = protected(safe_channels(self.model, image), self.model, base.keep)
+            channels = protected(safe_channels(self.model, image), self.model, base.keep)
+            blocks, why = self._blocks(channels, image) if base.depth else ([], [])
         except UserError:
             raise
         except Exception as error:  # of the network's own code, or of an operation that no rule knows
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{base} cannot be run on an image of {' x '.join(map(str, image))}: {why}") from None
-        if not self.channels.groups:
-            why = "; ".join(self.channels.fixed[:2]) or "it has no convolutions one after the other"
-            raise UserError(f"{base} has no channels that can be cut: {why}")
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{base} cannot be run on an image of {' x '.join(map(str, image))}: {reason}") from None
+        if not channels.groups:
+            reason = "; ".join(channels.fixed[:2]) or "it has no convolutions one after the other"
+            raise UserError(f"{base} has no channels that can be cut: {reason}")
+        if base.depth and not blocks:
+            raise UserError(f"--depth: {base} has no residual block that can be dropped{'; '.join(['', *why[:2]])}")
+        self.channels = self.whole = replace(channels, fixed=(*channels.fixed, *why))
+        self.droppable, self.layers = blocks, nn.ModuleList(map(ResidualBlock, blocks))
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         filters = {name: b.shape for name, b in self.model.named_buffers() if b.ndim == 4}
-        self.space, self.decision_of = space_of_channels(self.channels, shapes, filters, base)
-        self.widths = nn.ModuleList(MarkovGate(d.options) for d in self.space.decisions)
+        self.space, self.decision_of = space_of_channels(self.channels, shapes, filters, base, blocks)
+        self.widths = nn.ModuleList(MarkovGate(d.options) for d in self.space.decisions if d.is_width)
         self.steps = {g.name: g.step for g in self.channels.groups if g.name in self.decision_of}
         self.reads: Reads = {}
+
+    def _blocks(self, channels: Channels, image: Sequence[int]) -> tuple[list[str], list[str]]:
+        """The residual blocks that may be dropped, and why others stay. A block with a protected module stays."""
+        blocks, why = residual_blocks(self.model, image, [op.module for op in channels.ops])
+        modules = [name for name, _ in self.model.named_modules()]
+        kept = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in self.outline.keep)]
+        stay = [block for block in blocks if any(is_inside(name, block) for name in kept)]
+        return [b for b in blocks if b not in stay], [*why, *(f"{block}: --keep" for block in stay)]
+
+    def dropped(self, answers: Answers) -> list[str]:
+        """The blocks that these answers drop."""
+        found = {name: answers[f"{name}/keep"] for name in self.droppable}
+        return [name for name, answer in found.items() if isinstance(answer, str) and answer == DROP]
 
     def forward(self, x: Tensor, answers: Answers) -> Tensor:
         """[B, in_chans, H, W] -> [B, num_classes]."""
         like, factors = next(self.model.parameters()), {}
+        dropped = self.dropped(answers)
+        learnt = {name: s for name in self.droppable if isinstance(s := answers[f"{name}/keep"], Tensor)}
         if not self.reads or next(iter(self.reads.values()))[1].device != like.device:
             self.reads = read_by(self.model, self.channels)
         gates = self.gates()
         for group, name in self.decision_of.items():
+            if name not in gates or self._block_of(name) in dropped:
+                continue
             answer, step, widest = answers[name], self.steps[group], gates[name].widest()
             if isinstance(answer, Tensor):
                 factors[group] = answer[::step]
             elif answer < widest:
                 factors[group] = prefix_mask(widest // step, answer // step, like)
-        return gated(self.model, self.channels, self.reads, factors, x)
+        with scaled_blocks(self.model, learnt, dropped):
+            return gated(self.model, self.channels, self.reads, factors, x)
+
+    def _block_of(self, decision: str) -> str:
+        """The block that may be dropped and that all channels of a width are in; empty if there is none."""
+        return "".join(name.removesuffix("/keep") for name, _ in self.space.by_name[decision].when)
 
     def gates(self) -> dict[str, Gate]:
-        """Decision -> its gate."""
-        gates: Iterable[Any] = self.widths
-        return {d.name: gate for d, gate in zip(self.space.decisions, gates, strict=True)}
+        """Decision -> its gate, for every decision that is still part of the net."""
+        found: dict[str, Any] = {f"{layer.name}/keep": layer.skip for layer in self.layers}
+        gone = {(f"{layer.name}/keep", KEEP) for layer in self.layers if layer.skip.is_removed}
+        widths = [d for d in self.space.decisions if d.is_width]
+        pairs = zip(widths, self.widths, strict=True)
+        return found | {d.name: gate for d, gate in pairs if gone.isdisjoint(d.when)}
 
     def fit(self, optimizers: Sequence[Optimizer] = ()) -> None:
-        """Cut every module to what the live gates need."""
-        self.channels, goes = self.channels.cut(self.sizes({n: gate.widest() for n, gate in self.gates().items()}))
+        """Cut every module to what the live gates need, and remove the blocks that were dropped for good."""
+        for name, layer in zip(self.droppable, self.layers, strict=True):
+            if layer.skip.is_removed and not isinstance(self.model.get_submodule(name), nn.Identity):
+                remove_block(self.model, name)
+                self.channels = self.channels.without_blocks([name])
+        left = self.gates()
+        for k, d in enumerate(d for d in self.space.decisions if d.is_width):
+            if d.name not in left:
+                self.widths[k] = nn.Identity()
+        self.channels, goes = self.channels.cut(self.sizes({n: gate.widest() for n, gate in left.items()}))
         remove_channels(self.model, goes, optimizers)
         self.reads = {}  # computed again in the next step
 
@@ -234,6 +274,11 @@ class TracedSupernet(Supernet):
                     role = "out" if (full, dim) in writes else "in" if (full, dim) in reads else "norm"
                     own.append(ChannelAxis(module, name, dim, role, index))
         return axes
+
+    def layer_weights(self) -> dict[str, list[nn.Parameter]]:
+        """Decision on whether a block stays -> the weights of this block."""
+        blocks = {name: self.model.get_submodule(name) for name in self.droppable}
+        return {f"{name}/keep": [p for p in m.parameters() if p.ndim > 1] for name, m in blocks.items()}
 
     def plain_state(self) -> dict[str, Tensor]:
         """The weights under the names of the plain network."""
