@@ -30,6 +30,7 @@ from dnas.nets.own_supernet import OwnSupernet  # noqa: E402
 from dnas.nets.shrink import plain_state  # noqa: E402
 from dnas.nets.tracing import leaves  # noqa: E402
 from dnas.spec.budget import parse_budget  # noqa: E402
+from dnas.spec.checks import first_line  # noqa: E402
 from dnas.spec.cost import CostTable, resolve_budgets  # noqa: E402
 from dnas.spec.image_size import size_text  # noqa: E402
 
@@ -87,7 +88,7 @@ def tried(name: str) -> dict:
     try:
         measure(name, row)
     except Exception as error:  # a row of a failure is a result, too
-        row["error"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        row["error"] = first_line(error)[:200]
     return row | {"seconds": round(time.perf_counter() - started, 1)}
 
 

@@ -38,6 +38,7 @@ from dnas.nets.timm_space import TimmBase  # noqa: E402
 from dnas.nets.timm_supernet import TimmSupernet  # noqa: E402
 from dnas.runtime.run_folder import provenance  # noqa: E402
 from dnas.spec.budget import parse_budget  # noqa: E402
+from dnas.spec.checks import first_line  # noqa: E402
 from dnas.spec.cost import CostTable, resolve_budgets  # noqa: E402
 
 ROWS = Path(__file__).parent / "results" / "timm_models.jsonl"
@@ -57,6 +58,11 @@ KWARGS = {
     "eva02_tiny_patch14_224": {"img_size": 98, "depth": 2},
     "vit_relpos_small_patch16_224": {"img_size": 96, "depth": 2},
     "pvt_v2_b0": {},
+    "swinv2_tiny_window8_256": {"img_size": 96, "depths": [2, 2, 2, 2]},
+    "twins_svt_small": {"img_size": 96, "depths": [1, 1, 2, 1]},
+    "davit_tiny": {"depths": [1, 1, 2, 1]},
+    **{name: {"img_size": 96} for name in ("resmlp_12_224", "levit_128s", "visformer_tiny", "gmixer_24_224")},
+    "convit_tiny": {"img_size": 96, "depth": 4},
 }
 SIZES |= {name: kwargs["img_size"] for name, kwargs in KWARGS.items() if "img_size" in kwargs}
 MODELS = """
@@ -83,7 +89,7 @@ def try_model(name: str) -> dict:
         for part in (measure_space, measure_logits, measure_step, measure_export):
             row |= part(row)
     except Exception as error:  # a row of a failure is a result, too
-        row["error"] = f"{part.__name__}: {str(error).splitlines()[0][:200]}"
+        row["error"] = f"{part.__name__}: {first_line(error)[:200]}"
     _made.clear()
     return row | {"seconds": round(time.perf_counter() - started, 1)}
 

@@ -207,7 +207,7 @@ def test_a_space_of_ones_own(tmp_path, trusted):
     ({"budget": "50%", "data": "no/where"}, "^data folder 'no/where' does not exist"),
     ({"budget": "5", "data": "no/where"}, "'5'"),  # the budget is read before the data is
     ({"budget": "50%", "sweep": "1M"}, "^sweep is no argument here"),
-    ({"budget": "50%", "net": "resnet19"}, "^model 'resnet19' is no model of timm's; near are resnet"),
+    ({"budget": "50%", "net": "resnet19"}, "^model 'resnet19' is no model of timm's; near: resnet"),
     ({"budget": "50%", "net": torch.nn.Linear(2, 2)}, "^Linear cannot be run on an image of 3 x 32 x 32"),
     ({"resume": "no/run"}, "^resume 'no/run': expected a run folder"),
     ({"resume": "no/run", "epochs": 3}, "^with resume, only net and data are arguments"),

@@ -43,9 +43,9 @@ def test_what_a_pattern_matches(patterns, frozen):
 
 
 @pytest.mark.parametrize("patterns, said", [
-    ("layer5", "^freeze 'layer5' matches no module with weights; near are layer"),
+    ("layer5", "^freeze 'layer5' matches no module with weights; near: layer"),
     ("conv1,", "^freeze '' matches no module"), ("maxpool", "^freeze 'maxpool' matches no module with weights"),
-    ("zzz", "^freeze 'zzz' matches no module with weights; near are conv1, "),
+    ("zzz", "^freeze 'zzz' matches no module with weights; near: conv1, "),
     ("*", "^freeze '\\*' matches every module: nothing is left to learn$"),
 ])  # fmt: skip
 def test_patterns_that_are_none(patterns, said):
@@ -93,7 +93,7 @@ def test_a_search_fine_tunes_what_is_not_frozen(tmp_path, trusted, monkeypatch):
 
 @pytest.mark.parametrize("flags, said", [
     (("--freeze", "conv1"), "--freeze 'conv1' goes with --keep-weights"),
-    (("--keep-weights", "--freeze", "layr1"), "--freeze 'layr1' matches no module with weights; near are layer1"),
+    (("--keep-weights", "--freeze", "layr1"), "--freeze 'layr1' matches no module with weights; near: layer1"),
 ])  # fmt: skip
 def test_a_search_refuses_before_it_begins(flags, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dnas.cli.search.time_step", lambda *_: pytest.fail("the search has begun"))

@@ -159,7 +159,7 @@ def test_files_and_parts_that_do_not_fit(toy_run, tmp_path, trusted, monkeypatch
         (["--initial-checkpoint", tmp_path / "code.pth"], "cannot be read as weights"),
         (["--freeze", "conv_stem"], "--freeze 'conv_stem' goes with --initial-checkpoint"),
         (["--initial-checkpoint", good, "--freeze", "conv_stem,conv_haed"], "--freeze 'conv_haed' matches no module"),
-        (["--initial-checkpoint", good, "--freeze", "conv_haed"], "near are conv_head"),
+        (["--initial-checkpoint", good, "--freeze", "conv_haed"], "near: conv_head"),
         (["--initial-checkpoint", good, "--freeze", "*"], "nothing is left to learn"),
     ]:
         out = tmp_path / "out"

@@ -177,7 +177,7 @@ def test_a_search_goes_on_to_the_bit(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("given, said", [
-    ({"kd_model_name": "resnet51"}, "^kd_model_name 'resnet51' is no model of timm's; near are resnet"),
+    ({"kd_model_name": "resnet51"}, "^kd_model_name 'resnet51' is no model of timm's; near: resnet"),
     ({"kd_model_name": "test_resnet"}, "weights are for 1000 classes: kd_checkpoint with weights for 10 c"),
     ({"kd_model_name": "test_resnet", "kd_checkpoint": "no/file"}, "kd_checkpoint 'no/file' is no file"),
     ({"kd_model_name": "test_efficientnet", "kd_checkpoint": "FILE"}, "does not fit the network: "),

@@ -274,5 +274,5 @@ def test_a_model_that_does_not_run(base, said):
 
 
 def test_a_model_that_timm_has_not():
-    with pytest.raises(UserError, match="'resnet51' is no model of timm's; near are .*resnet50"):
+    with pytest.raises(UserError, match="'resnet51' is no model of timm's; near: .*resnet50"):
         TimmSupernet(TimmBase("resnet51", CLASSES))

@@ -12,7 +12,7 @@ from dnas.runtime.checkpoint import Stopped
 from dnas.runtime.distributed import processes, rank
 from dnas.runtime.progress import console
 from dnas.runtime.signals import stop
-from dnas.spec.checks import UserError
+from dnas.spec.checks import UserError, first_line
 
 # fvcore scripts its helpers when it is imported, which newer torch deprecates: nothing that a user could mend.
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
@@ -32,7 +32,7 @@ def keep_freed_memory(most: int = 2**30) -> None:
 
 def what_failed(error: Exception) -> str:
     """One line on a machine that fails, and what to do; empty for any other error."""
-    text = (str(error).splitlines() or [""])[0]
+    text = first_line(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
         return "out of memory: a smaller --batch-size, --img-size or --width-mult, or fewer --paths are needed"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -25,7 +25,7 @@ from dnas.runtime.progress import console
 from dnas.runtime.run_folder import provenance, run_folder, write_json
 from dnas.runtime.signals import stop
 from dnas.spec.budget import show
-from dnas.spec.checks import MAX_BYTES, UserError, read_json
+from dnas.spec.checks import MAX_BYTES, UserError, first_line, read_json
 from dnas.spec.image_size import as_size, sides
 from dnas.training.batches import Data
 from dnas.training.criterion import make_criterion
@@ -108,7 +108,7 @@ def load_trained(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(safetensors.torch.load_file(path))
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise UserError(f"{str(path)!r} does not hold the weights of this network: {reason}") from None
 
 

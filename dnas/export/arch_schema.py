@@ -13,7 +13,7 @@ from timm.models import is_model, model_entrypoint
 from dnas.export import narrowed, native
 from dnas.nets.channels import is_inside
 from dnas.nets.timm_space import check_kwargs, is_timms_own
-from dnas.spec.checks import UserError, check, fail
+from dnas.spec.checks import UserError, check, fail, first_line
 from dnas.spec.image_size import check_sides
 
 Floats = Sequence[float]
@@ -81,7 +81,7 @@ def _check_narrowed(net: dict[str, Any]) -> None:
                 base, num_classes=1000, **net["kwargs"]
             )  # some have no classifier by default
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, AssertionError) as error:
-        fail("net.kwargs", net["kwargs"], f"arguments of {base} ({(str(error).splitlines() or ['none'])[0][:80]})")
+        fail("net.kwargs", net["kwargs"], f"arguments of {base} ({first_line(error)[:80]})")
     if len(net["features"]) != len(model.feature_info):
         fail("net.features", net["features"], f"{len(model.feature_info)} widths, one a feature level of {base}")
     modules = dict(model.named_modules())

@@ -31,7 +31,7 @@ from dnas.nets.own_base import Own
 from dnas.nets.timm_supernet import measure
 from dnas.nets.tracing import on_meta
 from dnas.runtime.run_folder import write_whole
-from dnas.spec.checks import UserError, check, fail, parse_json, read_json
+from dnas.spec.checks import UserError, check, fail, first_line, parse_json, read_json
 from dnas.spec.image_size import ImgSize, sides, strided
 
 
@@ -167,7 +167,7 @@ def _counts(net: dict[str, Any], data: Mapping[str, Any], own: Own | None) -> di
         macs = count_macs_torch(model, data["in_chans"], data["img_size"])
         features = measure(model, data["in_chans"], data["img_size"])["features"] if "base" in net else []
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the network cannot be run: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the network cannot be run: {first_line(error)}") from None
     if features != net.get("features", []):
         fail("net.features", net["features"], f"the channels of its feature levels: {features}")
     modules = dict(model.named_modules())

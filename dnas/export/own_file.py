@@ -16,7 +16,7 @@ from torch import nn
 
 from dnas.export import narrowed
 from dnas.nets.own_base import Own
-from dnas.spec.checks import UserError
+from dnas.spec.checks import UserError, first_line
 
 PROGRAM = "model.pt2"
 
@@ -115,7 +115,7 @@ def write_program(model: nn.Module, shape: tuple[int, ...], folder: Path) -> Non
             program = torch.export.export(model, (torch.zeros(2, *shape),), dynamic_shapes=({0: batch},))
             torch.export.save(program, folder / f"part-{PROGRAM}")
     except Exception as error:  # whatever the network's code does that cannot be exported
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"torch.export fails ({reason}): the file of the network is needed, as net='my_net.py:build'"
         ) from error

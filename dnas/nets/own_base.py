@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from dnas.spec.checks import UserError
+from dnas.spec.checks import UserError, first_line
 from dnas.spec.image_size import ImgSize
 
 
@@ -130,4 +130,4 @@ def given(model: nn.Module) -> Own:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dnas.nets.channels import is_inside
 from dnas.nets.layer_choice import SkipGate
 from dnas.nets.tracing import RULES, leaves, on_meta, rearrangement, view
+from dnas.spec.checks import first_line
 from dnas.spec.space import KEEP, When
 
 MOVES = {name for name, rule in RULES.items() if rule in (rearrangement, view)}
@@ -137,7 +138,7 @@ def _fails_without(model: nn.Module, block: str, x: Tensor, shapes: Sequence[tor
         with torch.no_grad():
             found = [t.shape for t in leaves(model(x)) if isinstance(t, Tensor)]
     except Exception as problem:  # any error of the network's own code
-        return (str(problem).splitlines() or [type(problem).__name__])[0]
+        return first_line(problem)
     finally:
         _put(model, block, module)
     return "" if found == list(shapes) else "its results have other shapes"

@@ -1,6 +1,5 @@
 """A network of timm's as a search space: its description, the widths of its groups of channels, and their costs."""
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import nn
 from dnas.nets.channels import Channels
 from dnas.nets.own_base import OwnBase
 from dnas.nets.residual_blocks import when_inside
-from dnas.spec.checks import UserError
+from dnas.spec.checks import UserError, first_line, near_names
 from dnas.spec.image_size import ImgSize
 from dnas.spec.space import DROP, KEEP, Decision, Site, Space, When
 
@@ -92,8 +91,7 @@ class TimmBase:
         loaded or do not fit.
         """
         if not timm.is_model(self.name):
-            near = difflib.get_close_matches(self.name, timm.list_models(), 4, 0.4)
-            raise UserError(f"--model {self.name!r} is no model of timm's; near are {', '.join(near) or 'none'}")
+            raise UserError(f"--model {self.name!r} is no model of timm's; {near_names(self.name, timm.list_models())}")
         check_kwargs(self.kwargs)
         if checkpoint and not Path(checkpoint).is_file():
             raise UserError(f"--initial-checkpoint {checkpoint!r} is no file")
@@ -113,7 +111,7 @@ class TimmBase:
         except UserError:
             raise
         except (RuntimeError, OSError, ValueError, KeyError, TypeError, UnpicklingError) as error:
-            raise UserError(f"{given} cannot be used: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{given} cannot be used: {first_line(error)}") from None
 
 
 Base = TimmBase | OwnBase
@@ -129,8 +127,7 @@ def protected(channels: Channels, model: nn.Module, patterns: Sequence[str]) -> 
     for pattern in patterns:
         names = {name for name in modules if fnmatchcase(name, pattern)}
         if not names:
-            near = difflib.get_close_matches(pattern, modules, 4, 0) or modules[:4]
-            raise UserError(f"--keep {pattern!r} matches no module; near: {', '.join(near)}")
+            raise UserError(f"--keep {pattern!r} matches no module; {near_names(pattern, modules)}")
         for group in channels.groups:
             writers = (op.module for op in channels.ops if op.writes in group.places)
             if any(fnmatchcase(own, pattern) for own in writers):
@@ -160,8 +157,7 @@ def numbers_of(names: Sequence[str], rules: Sequence[str], flag: str, default: i
             raise UserError(f"{flag} {rule!r}: NAME=NUMBER is expected, with a number from 1 to 16384")
         matching = [name for name in names if fnmatchcase(name, pattern)]
         if not matching:
-            near = difflib.get_close_matches(pattern, names, 4, 0) or [*names][:4]
-            raise UserError(f"{flag} {rule!r} matches no group of channels; near: {', '.join(near)}")
+            raise UserError(f"{flag} {rule!r} matches no group of channels; {near_names(pattern, names)}")
         found |= dict.fromkeys(matching, int(number))
     return found
 
@@ -176,8 +172,8 @@ def tied(groups: Mapping[str, tuple[int, ...]], ties: Sequence[str]) -> dict[str
         patterns = tie.split(",")
         names = [name for name in groups if any(fnmatchcase(name, pattern) for pattern in patterns)]
         if len(names) < 2:
-            near = difflib.get_close_matches(patterns[0], groups, 4, 0) or [*groups][:4]
-            raise UserError(f"--tie {tie!r} matches {len(names)} groups of channels, not two or more; near: {near}")
+            count = f"{len(names)} groups of channels, not two or more"
+            raise UserError(f"--tie {tie!r} matches {count}; {near_names(patterns[0], groups)}")
         for name in names:
             if groups[name] != groups[names[0]]:
                 a, b = (f"{n} has the widths {_shown(groups[n])}" for n in (names[0], name))

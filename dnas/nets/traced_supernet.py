@@ -28,7 +28,7 @@ from dnas.nets.supernet import Gate, Supernet
 from dnas.nets.timm_space import Base, protected, space_of_channels
 from dnas.nets.tracing import leaves, trace
 from dnas.nets.weighted_norms import weighted_norms
-from dnas.spec.checks import UserError
+from dnas.spec.checks import UserError, first_line
 from dnas.spec.image_size import sides
 from dnas.spec.space import DROP, KEEP, Option
 
@@ -119,7 +119,7 @@ def safe_channels(model: nn.Module, image: Sequence[int], tied: frozenset[str] =
             errors = [(a - b).abs().max() / b.abs().max().clamp(min=1e-30) for a, b in pairs if isinstance(b, Tensor)]
             error = torch.stack(errors).max()  # NaN if one of them is
         except Exception as problem:  # any error of the network's own code
-            return (str(problem).splitlines() or [type(problem).__name__])[0]
+            return first_line(problem)
         return "" if float(error) < 1e-9 else f"the logits differ by {float(error):.1e}"
 
     with torch.no_grad():
@@ -180,7 +180,7 @@ class TracedSupernet(Supernet):
         except UserError:
             raise
         except Exception as error:  # of the network's own code, or of an operation that no rule knows
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(f"{base} cannot be run on an image of {' x '.join(map(str, image))}: {reason}") from None
         if not channels.groups:
             reason = "; ".join(channels.fixed[:2]) or "it has no convolutions one after the other"

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from dnas.runtime.distributed import gathered, rank
 from dnas.runtime.run_folder import write_whole
-from dnas.spec.checks import UserError
+from dnas.spec.checks import UserError, first_line
 
 LAST, BEFORE = "checkpoint.pt", "checkpoint.before.pt"
 WORTH_KEEPING = (LAST, BEFORE, "metrics.json")  # a run folder with one of these can go on, or is complete
@@ -59,7 +59,7 @@ def _read(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         return found
     except Exception as error:  # on damaged files torch raises almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{str(path)!r} is no checkpoint, or a damaged one: {reason}") from None
 
 

@@ -1,8 +1,10 @@
 """Checks of data from a file, entry by entry. An error is one line that names the wrong entry."""
 
+import difflib
 import json
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NoReturn
@@ -27,6 +29,17 @@ class UserError(ValueError):
     def with_flags(self) -> str:
         """The message for the command line."""
         return str(self.args[0]) if self.args else ""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text; the name of its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def near_names(name: str, known: Collection[str], least: float = 0.3) -> str:
+    """Up to four names that are like ``name``: ``near: a, b``. Of no more than this likeness, the first four."""
+    near = difflib.get_close_matches(name, known, 4, least) or [*known][:4]
+    return f"near: {', '.join(near) or 'none'}"
 
 
 def fail(where: str, value: object, allowed: str) -> NoReturn:
@@ -107,7 +120,7 @@ def parse_json(content: bytes, what: str, most: int) -> Any:
         value = json.loads(content, object_pairs_hook=entries)
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} is not strict JSON: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{what} is not strict JSON: {first_line(error)}") from None
     return value
 
 

@@ -1,11 +1,10 @@
 """Parts of a network that do not learn."""
 
-import difflib
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from dnas.spec.checks import UserError
+from dnas.spec.checks import UserError, near_names
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # of every dimension, and timm's with an activation
 
@@ -39,7 +38,6 @@ def check_patterns(model: nn.Module, patterns: str) -> None:
     for pattern in patterns.split(",") if patterns else ():
         if not any(_matches(name, pattern) for name in parameters):
             names = [name for name, _ in model.named_modules() if name]
-            near = difflib.get_close_matches(pattern, names, 4, 0.3) or names[:4]
-            raise UserError(f"--freeze {pattern!r} matches no module with weights; near are {', '.join(near)}")
+            raise UserError(f"--freeze {pattern!r} matches no module with weights; {near_names(pattern, names)}")
     if all(_matches(name, patterns) for name in parameters):
         raise UserError(f"--freeze {patterns!r} matches every module: nothing is left to learn")

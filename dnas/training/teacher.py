@@ -1,6 +1,5 @@
 """A trained network of timm's whose logits another network learns to give: knowledge distillation."""
 
-import difflib
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -11,7 +10,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dnas.spec.checks import UserError
+from dnas.spec.checks import UserError, first_line, near_names
 from dnas.spec.image_size import sides, size_text
 from dnas.spec.recipe import Recipe
 from dnas.training.batches import Data
@@ -68,8 +67,7 @@ def make_teacher(recipe: Recipe, data: Data, device: torch.device) -> Teacher | 
         return None
     given = f"--kd-model-name {name!r}"
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), 4, 0.4)
-        raise UserError(f"{given} is no model of timm's; near are {', '.join(near) or 'none'}")
+        raise UserError(f"{given} is no model of timm's; {near_names(name, timm.list_models())}")
     cfg = get_pretrained_cfg(name)
     classes = cfg.num_classes if cfg and cfg.has_weights else None
     if not file and classes != data.num_classes:
@@ -85,7 +83,7 @@ def make_teacher(recipe: Recipe, data: Data, device: torch.device) -> Teacher | 
     except UserError:
         raise
     except (RuntimeError, OSError, ValueError, LookupError, TypeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{given} cannot be used on images of {size_text(data.img_size)} px: {reason[:200]}") from None
     if logits.shape != (1, data.num_classes):
         raise UserError(f"{given} gives {list(logits.shape)} for an image: {data.num_classes} logits are expected")

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from dnas.spec.checks import UserError
+from dnas.spec.checks import UserError, first_line
 
 
 def read_weights(path: str, flag: str) -> dict[str, Tensor]:
@@ -24,7 +24,7 @@ def read_weights(path: str, flag: str) -> dict[str, Tensor]:
         found = load_state_dict(path, weights_only=True)
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, UnpicklingError,
             SafetensorError) as error:  # fmt: skip
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{given} cannot be read as weights of safetensors or torch: {reason[:200]}") from None
     if not found or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise UserError(f"{given} holds no weights: names and tensors are expected")
