@@ -83,7 +83,7 @@ def results_table(tables: Sequence[Table]) -> str:
     for table in tables:
         if row := judge_method(table, "default"):
             setup, scores = SETUPS[table.path.stem], stats.scores_of(table.rows)
-            net = f"`{setup.supernet}`" + (" (narrower)" if setup.kwargs.get("channels") else "")
+            net = f"`{setup.supernet}`" + (" (narrower)" if {"channels", "embed_dim"} & {*setup.kwargs} else "")
             data = f"{'digits' if setup.data == 'digits' else 'CIFAR-10'}, {setup.num_train}, {setup.img_size} px"
             tops = [fmean(scores[rule].values()) if rule in scores else None for rule in RULES]
             tops += [summarise(table)["random_mean"], widest_top1(setup, tables)]
