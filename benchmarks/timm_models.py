@@ -89,7 +89,7 @@ def try_model(name: str) -> dict:
         for part in (measure_space, measure_logits, measure_step, measure_export):
             row |= part(row)
     except Exception as error:  # a row of a failure is a result, too
-        row["error"] = f"{part.__name__}: {first_line(error)[:200]}"
+        row["error"] = f"{part.__name__}: {first_line(error).replace(tempfile.gettempdir(), '')[:200]}"
     _made.clear()
     return row | {"seconds": round(time.perf_counter() - started, 1)}
 

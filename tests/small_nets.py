@@ -40,7 +40,10 @@ def batch(net, seed, size=16):
 
 
 def weight_step(net, optimizer, answers, seed):
-    x, y = batch(net, seed)
+    return step_on(net, optimizer, answers, *batch(net, seed))
+
+
+def step_on(net, optimizer, answers, x, y):
     logits = net.train()(x, answers)
     loss = F.cross_entropy(logits, y)
     optimizer.zero_grad()

@@ -8,17 +8,29 @@ import pytest
 import timm
 import torch
 from commands import call, check_refused, trust
+from small_nets import step_on
 from torch import nn
 from torch.nn import functional as F
 
 import dnas
-from dnas.export.model_file import build_net, count_macs, count_macs_torch, count_params
+from dnas.export.arch_schema import check_net
+from dnas.export.model_file import (
+    arch_document,
+    build_net,
+    count_macs,
+    count_macs_torch,
+    count_params,
+    read_arch,
+    write_export,
+)
+from dnas.export.verify import verify_export
 from dnas.latency.measured_parts import parts_of
 from dnas.methods.catalog import METHODS
 from dnas.methods.loop import begin, search
 from dnas.methods.method import Task
 from dnas.methods.penalties import layer_norms
-from dnas.nets.own_base import OwnBase
+from dnas.nets.own_base import OwnBase, read_function
+from dnas.nets.own_supernet import OwnSupernet
 from dnas.nets.remove_options import forget, remove_layer
 from dnas.nets.shrink import extract, plain_state
 from dnas.nets.timm_space import TimmBase
@@ -122,7 +134,7 @@ def test_blocks_that_add_to_their_input_are_found():
     net = space_of(Chain(*map(Block, kinds), nn.Sequential(Block(), Block()), Nested(), *shared))
     expected = ["blocks.0", "blocks.1", "blocks.2", "blocks.7.0", "blocks.7.1", "blocks.8"]
     assert net.droppable == expected
-    assert [r for r in net.channels.fixed if "shares" in r] == [
+    assert [r for r in net.blocks_fixed if "shares" in r] == [
         f"blocks.{k}: it shares a parameter with the rest of the network" for k in (9, 10)
     ]
     assert all(d.options == (DROP, KEEP) and d.base == KEEP for d in net.space.decisions if not d.is_width)
@@ -130,12 +142,12 @@ def test_blocks_that_add_to_their_input_are_found():
 
 def test_blocks_that_the_network_needs_stay_and_are_named():
     net = space_of(Chain(Block(), Block(), calls=[0, 1, 1]))
-    assert net.droppable == ["blocks.0"] and "blocks.1: it runs 2 times" in net.channels.fixed
+    assert net.droppable == ["blocks.0"] and "blocks.1: it runs 2 times" in net.blocks_fixed
     net = space_of(Asks(Block(), Block(), Block()))
     assert net.droppable == ["blocks.1"]
-    assert any(r.startswith("blocks.0: without it the network fails: 'Identity'") for r in net.channels.fixed)
+    assert any(r.startswith("blocks.0: without it the network fails: 'Identity'") for r in net.blocks_fixed)
     net = space_of(Chain(Block(), Block()), keep=("blocks.1.conv.0",))
-    assert net.droppable == ["blocks.0"] and "blocks.1: --keep" in net.channels.fixed
+    assert net.droppable == ["blocks.0"] and "blocks.1: --keep" in net.blocks_fixed
     with pytest.raises(UserError, match="own has no residual block that can be dropped"):
         space_of(Chain(Block("gate")))
 
@@ -226,11 +238,7 @@ def test_steps_after_a_drop_are_those_of_the_masked_network(name):
     x, y = torch.randn(8, 3, 32, 32, dtype=torch.double), torch.randint(0, 10, (8,))
 
     def step(k, answers):
-        loss = F.cross_entropy(nets[k](x, answers), y)
-        optimizers[k].zero_grad()
-        loss.backward()
-        optimizers[k].step()
-        return float(loss.detach())
+        return step_on(nets[k], optimizers[k], answers, x, y)[1]
 
     for _ in range(2):
         assert step(0, nets[0].widest()) == step(1, nets[1].widest())
@@ -243,6 +251,76 @@ def test_steps_after_a_drop_are_those_of_the_masked_network(name):
     assert not any(d.startswith(f"{block}.") for d in nets[1].gates())
     for _ in range(3):
         assert step(0, nets[0].widest() | {f"{block}/keep": DROP}) == pytest.approx(step(1, nets[1].widest()), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_a_state_dict_restores_a_supernet_without_a_block(name):
+    torch.manual_seed(0)
+    base = TimmBase(name, 10, 3, 32, divisor=4, kwargs=SMALL[name], depth=True)
+    net, other = TimmSupernet(base), TimmSupernet(base)
+    net.layers[0].skip.open(0.7)
+    remove_layer(net.layers[1])
+    net.fit()
+    other.load_state_dict(net.state_dict())
+    assert other.structure() == net.structure() and [*other.gates()] == [*net.gates()]
+    assert other.layers[0].skip.is_open and not other.layers[2].skip.is_open
+    assert count_params(other.model) == count_params(net.model) < count_params(TimmSupernet(base).model)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(other.eval()(x, other.widest()), net.eval()(x, net.widest()))
+
+
+FILE = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        return x + self.b(self.a(x).relu())
+
+def build():
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+    return nn.Sequential(nn.Conv2d(3, 16, 1), Block(), Block(), *head)
+"""
+
+
+def test_a_network_from_a_file_is_exported_without_a_block(tmp_path):
+    (tmp_path / "net.py").write_text(FILE)
+    own, about = read_function(f"{tmp_path / 'net.py'}:build")
+    net = OwnSupernet(OwnBase(**{"num_classes": 10, "img_size": 8, "depth": True, **about}), own)
+    assert net.droppable == ["1", "2"]
+    arch = net.space.complete({d.name: d.options[0] for d in net.space.decisions} | {"1/keep": DROP, "2/keep": KEEP})
+    data = {"num_classes": 10, "in_chans": 3, "img_size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
+    document = arch_document("dnas_net", net.net_of(arch), data, supernet="build", answers=arch, own=own)
+    write_export(tmp_path / "run", document, own)
+    counted = verify_export(tmp_path / "run")
+    tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
+    assert {metric: counted[metric] for metric in tables} == {metric: t.of(arch) for metric, t in tables.items()}
+
+
+@pytest.mark.parametrize(
+    ("dropped", "said"),
+    [
+        (["layer9.0"], r"^net.dropped is 'layer9.0': it must be modules of resnet18$"),
+        ([""], r"net.dropped\[0\]"),
+        ("layer1.1", "net.dropped is 'layer1.1'"),
+        (["layer1.1", "layer1.1"], "^net.dropped is 'layer1.1'"),
+        (["layer1.0"], "^net.modules is 'layer1.0.conv1': it must be modules of resnet18 that are not dropped$"),
+    ],
+)
+def test_dropped_blocks_that_are_none_are_refused(dropped, said):
+    net = TimmSupernet(TimmBase("resnet18", 10, 3, 32, kwargs=RESNET, depth=True))
+    narrowest = {d.name: d.options[0] if d.is_width else KEEP for d in net.space.decisions}
+    plain = net.net_of(net.space.complete(narrowest))
+    check_net(
+        plain | {"dropped": ["layer4.1"], "modules": {n: s for n, s in plain["modules"].items() if "4.1" not in n}}
+    )
+    with pytest.raises(UserError, match=said):
+        check_net(plain | {"dropped": dropped})
 
 
 def task_of(net, data, method, budget, epochs, **config):
@@ -308,10 +386,11 @@ def shallow_run(tmp_path_factory):
     return folder
 
 
-def test_a_run_with_depth_is_exported_anew_and_goes_on(shallow_run, tmp_path, monkeypatch):
+def test_a_run_that_drops_a_block_works_without_dnas_and_is_exported_anew(shallow_run, tmp_path, monkeypatch):
+    assert read_arch(shallow_run / "arch.json")["net"]["dropped"]
+    assert verify_export(shallow_run)["weights"]
     trust(monkeypatch)
-    config = (shallow_run / "config.json").read_text()
-    assert '"depth": true' in config
+    assert '"depth": true' in (shallow_run / "config.json").read_text()
     assert call(export_tool, monkeypatch, shallow_run, "--output", tmp_path / "again") == 0
     for name in ("arch.json", "model.py"):
         assert (tmp_path / "again" / name).read_bytes() == (shallow_run / name).read_bytes()

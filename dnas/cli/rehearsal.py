@@ -23,7 +23,7 @@ from dnas.runtime.distributed import rank, world_size
 from dnas.runtime.progress import console
 from dnas.runtime.run_folder import write_json
 from dnas.spec.budget import show
-from dnas.spec.checks import UserError, first_line
+from dnas.spec.checks import UserError, told
 from dnas.training.batches import Data
 from dnas.training.freeze import check_patterns
 from dnas.training.from_scratch import train_from_scratch
@@ -120,8 +120,7 @@ def _done(what: str, do: Callable[[], Any]) -> Any:
     except Exception as error:
         if what_failed(error):
             raise
-        reason = first_line(error)
-        raise UserError(f"{what} with the uniform net, before the search: {type(error).__name__}: {reason}") from error
+        raise UserError(f"{what} with the uniform net, before the search: {told(error)}") from error
 
 
 def rehearse_aside(plan: Plan, goal: BudgetRun) -> None:

@@ -186,10 +186,11 @@ def check_same(plan: Plan, goals: Sequence[BudgetRun]) -> None:
 def introduce(plan: Plan) -> None:
     """What is searched."""
     net, table = plan.net, plan.tables["macs"]
-    stays = net.channels.fixed if isinstance(net, TracedSupernet) else ()
-    if stays:
-        more = f" and {len(stays) - 3} more" if len(stays) > 3 else ""
-        console.print(f"channels that stay: {', '.join(stays[:3])}{more}", soft_wrap=True)
+    fixed = {"channels": net.channels.fixed, "blocks": net.blocks_fixed} if isinstance(net, TracedSupernet) else {}
+    for what, stays in fixed.items():
+        if stays:
+            more = f" and {len(stays) - 3} more" if len(stays) > 3 else ""
+            console.print(f"{what} that stay: {', '.join(stays[:3])}{more}", soft_wrap=True)
     reach = " to ".join(show("macs", table.of(arch)) for arch in table.extremes())
     images = f"{plan.data.num_train} images of {size_text(plan.data.img_size)} px"
     count = net.space.num_archs()  # too large for a float where there are hundreds of widths

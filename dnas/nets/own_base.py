@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from dnas.spec.checks import UserError, first_line
+from dnas.spec.checks import UserError, told
 from dnas.spec.image_size import ImgSize
 
 
@@ -74,7 +74,7 @@ def read_function(given: str) -> tuple[Own, dict[str, str]]:
     try:
         exec(compile(text, path, "exec"), vars(module))
     except Exception as error:  # of the user's own code
-        raise UserError(f"--model-file {given!r} cannot be run: {_reason(error)}") from error
+        raise UserError(f"--model-file {given!r} cannot be run: {told(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"--model-file {given!r}: {file} has no function {name!r}")
@@ -100,7 +100,7 @@ def made_by(function: Callable[[], object], what: str) -> Callable[[], nn.Module
         try:
             model = function()
         except Exception as error:  # of the user's own code
-            raise UserError(f"{what} makes no network: {_reason(error)}") from error
+            raise UserError(f"{what} makes no network: {told(error)}") from error
         if not (isinstance(model, nn.Module) and any(True for _ in model.parameters())):
             raise UserError(f"{what} makes a {type(model).__name__}: an nn.Module with parameters is expected")
         if before and before[0]() is model:
@@ -127,7 +127,3 @@ def given(model: nn.Module) -> Own:
         return copied
 
     return Own(create)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"

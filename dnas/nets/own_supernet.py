@@ -9,7 +9,6 @@ from torch import nn
 
 from dnas.nets.cut_tensors import remove_channels
 from dnas.nets.own_base import Own, OwnBase, name_of_copy
-from dnas.nets.residual_blocks import remove_block
 from dnas.nets.traced_supernet import TracedSupernet, sizes_on
 from dnas.nets.tracing import on_meta
 from dnas.spec.checks import UserError
@@ -54,7 +53,7 @@ class OwnSupernet(TracedSupernet):
         """The network as plain data: how it is made, and the smaller sizes of each module."""
         plain, dropped = copy.deepcopy(self._plain[0]), self.dropped(arch)
         for block in dropped:
-            remove_block(plain, block)
+            plain.set_submodule(block, nn.Identity())
         goes = self.whole.without_blocks(dropped).cut(self.sizes(arch))[1]
         remove_channels(plain, goes)
         base, made_by = self.outline, {"name": self.name}

@@ -85,7 +85,7 @@ def residual_blocks(model: nn.Module, image: Sequence[int], layers: Collection[s
     the device ``meta`` on an image of (channels, height, width).
     """
     model = on_meta(model).eval()
-    follower, found, calls = _Follower(), list[str](), dict[str, int]()
+    follower, found, calls = _Follower(), set[str](), dict[str, int]()
 
     def enter(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
@@ -94,10 +94,11 @@ def residual_blocks(model: nn.Module, image: Sequence[int], layers: Collection[s
 
     def leave(module: nn.Module, args: tuple, out: Any) -> None:
         call = follower.running.pop()
-        same = isinstance(out, Tensor) and call.x is not None and out.shape == call.x.shape
+        if call.x is None or not (call.adds and isinstance(out, Tensor) and id(out) in call.carried):
+            return
         # A module that changes its input in place leaves nothing that could be its output without it.
-        if same and call.adds and id(out) in call.carried and call.x is not None and call.x._version == call.version:
-            found.append(call.name)
+        if out.shape == call.x.shape and call.x._version == call.version:
+            found.add(call.name)
 
     handles = []
     for name, module in model.named_modules():
@@ -113,7 +114,7 @@ def residual_blocks(model: nn.Module, image: Sequence[int], layers: Collection[s
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
     blocks, reasons = list[str](), list[str]()
-    for block in sorted(found, key=lambda name: name.count(".")):
+    for block in [name for name, _ in model.named_modules() if name in found]:  # a block before those inside
         if not block or any(is_inside(block, other) for other in blocks):
             continue
         if not any(is_inside(layer, block) for layer in layers):
@@ -126,32 +127,21 @@ def residual_blocks(model: nn.Module, image: Sequence[int], layers: Collection[s
             reasons.append(f"{block}: without it the network fails: {why}")
         else:
             blocks.append(block)
-    order = {name: k for k, (name, _) in enumerate(model.named_modules())}
-    return sorted(blocks, key=order.__getitem__), reasons
+    return blocks, reasons
 
 
 def _fails_without(model: nn.Module, block: str, x: Tensor, shapes: Sequence[torch.Size]) -> str:
     """Why the network does not run with `nn.Identity` in the place of a block. Empty if it does."""
     module = model.get_submodule(block)
-    remove_block(model, block)
+    model.set_submodule(block, nn.Identity())
     try:
         with torch.no_grad():
             found = [t.shape for t in leaves(model(x)) if isinstance(t, Tensor)]
     except Exception as problem:  # any error of the network's own code
         return first_line(problem)
     finally:
-        _put(model, block, module)
+        model.set_submodule(block, module)
     return "" if found == list(shapes) else "its results have other shapes"
-
-
-def remove_block(model: nn.Module, block: str) -> None:
-    """Put ``nn.Identity`` in the place of a block."""
-    _put(model, block, nn.Identity())
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)
 
 
 @contextmanager

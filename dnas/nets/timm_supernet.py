@@ -9,7 +9,6 @@ from torch import nn
 
 from dnas.nets.channels import Axis
 from dnas.nets.cut_tensors import remove_channels
-from dnas.nets.residual_blocks import remove_block
 from dnas.nets.timm_space import TimmBase
 from dnas.nets.traced_supernet import TracedSupernet, sizes_on
 from dnas.spec.image_size import ImgSize, sides
@@ -45,7 +44,7 @@ def narrowed_net(base: TimmBase, goes: Mapping[Axis, np.ndarray], dropped: Seque
     plain = base.create(device="meta")
     before = measure(plain, base.in_chans, base.img_size)
     for block in dropped:
-        remove_block(plain, block)
+        plain.set_submodule(block, nn.Identity())
     remove_channels(plain, goes)
     after = measure(plain, base.in_chans, base.img_size)
     modules = sizes_on(plain, goes)

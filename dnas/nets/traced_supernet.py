@@ -8,7 +8,6 @@ and not with feature maps. Each gate is applied exactly once on every path, and 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -23,7 +22,7 @@ from dnas.nets.channels import Axis, ChannelAxis, Channels, is_inside
 from dnas.nets.cut_tensors import remove_channels
 from dnas.nets.layer_choice import Answers
 from dnas.nets.markov_gate import MarkovGate
-from dnas.nets.residual_blocks import ResidualBlock, remove_block, residual_blocks, scaled_blocks
+from dnas.nets.residual_blocks import ResidualBlock, residual_blocks, scaled_blocks
 from dnas.nets.supernet import Gate, Supernet
 from dnas.nets.timm_space import Base, protected, space_of_channels
 from dnas.nets.tracing import leaves, trace
@@ -176,7 +175,7 @@ class TracedSupernet(Supernet):
         image = (base.in_chans, *sides(base.img_size))
         try:
             channels = protected(safe_channels(self.model, image), self.model, base.keep)
-            blocks, why = self._blocks(channels, image) if base.depth else ([], [])
+            blocks, self.blocks_fixed = self._blocks(channels, image) if base.depth else ([], [])
         except UserError:
             raise
         except Exception as error:  # of the network's own code, or of an operation that no rule knows
@@ -186,8 +185,9 @@ class TracedSupernet(Supernet):
             reason = "; ".join(channels.fixed[:2]) or "it has no convolutions one after the other"
             raise UserError(f"{base} has no channels that can be cut: {reason}")
         if base.depth and not blocks:
-            raise UserError(f"--depth: {base} has no residual block that can be dropped{'; '.join(['', *why[:2]])}")
-        self.channels = self.whole = replace(channels, fixed=(*channels.fixed, *why))
+            reason = "; ".join(["", *self.blocks_fixed[:2]])
+            raise UserError(f"--depth: {base} has no residual block that can be dropped{reason}")
+        self.channels = self.whole = channels
         self.droppable, self.layers = blocks, nn.ModuleList(map(ResidualBlock, blocks))
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         filters = {name: b.shape for name, b in self.model.named_buffers() if b.ndim == 4}
@@ -244,7 +244,7 @@ class TracedSupernet(Supernet):
         """Cut every module to what the live gates need, and remove the blocks that were dropped for good."""
         for name, layer in zip(self.droppable, self.layers, strict=True):
             if layer.skip.is_removed and not isinstance(self.model.get_submodule(name), nn.Identity):
-                remove_block(self.model, name)
+                self.model.set_submodule(name, nn.Identity())
                 self.channels = self.channels.without_blocks([name])
         left = self.gates()
         for k, d in enumerate(d for d in self.space.decisions if d.is_width):

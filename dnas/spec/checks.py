@@ -36,8 +36,13 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def told(error: Exception) -> str:
+    """The type of an error and the first line of its text, as ``TypeError: text``."""
+    return ": ".join(dict.fromkeys([type(error).__name__, first_line(error)]))
+
+
 def near_names(name: str, known: Collection[str], least: float = 0.3) -> str:
-    """Up to four names that are like ``name``: ``near: a, b``. Of no more than this likeness, the first four."""
+    """Up to four names that are at least so like ``name``, as ``near: a, b``; the first four if there are none."""
     near = difflib.get_close_matches(name, known, 4, least) or [*known][:4]
     return f"near: {', '.join(near) or 'none'}"
 
