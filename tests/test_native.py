@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import random
+from functools import partial
 
 import pytest
 import timm
@@ -237,21 +238,28 @@ def test_features_with_an_output_stride(output_stride):
     assert [64 // m.shape[2] for m in dilated(x)] == dilated.feature_info.reduction()
 
 
-def test_counters_where_one_lacks_an_operator():
-    """fvcore leaves out a convolution whose padding is a word, and calls a product with a parameter no layer."""
+class Products(torch.nn.Module):
+    """A network with a product of a map and a parameter, a layer that torch runs in batches, and attention."""
 
-    class Net(torch.nn.Module):
-        def __init__(self, padding):
-            super().__init__()
-            self.conv = torch.nn.Conv2d(3, 4, 3, padding=padding)
-            self.mix = torch.nn.Parameter(torch.randn(4, 7))
-            self.fc = torch.nn.Linear(7, 5)
+    def __init__(self, padding, multiply):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3, padding=padding)
+        self.mix = torch.nn.Parameter(torch.randn(4, 7))
+        self.keys, self.values = torch.nn.Linear(7, 7), torch.nn.Linear(7, 6)
+        self.fc = torch.nn.Linear(6, 5)
+        self.multiply = multiply
 
-        def forward(self, x):
-            x = self.conv(x).flatten(2).transpose(1, 2)  # [1, 64, 4]
-            return self.fc((x @ self.mix).mean(1))
+    def forward(self, x):
+        x = self.multiply(self.conv(x).flatten(2).transpose(1, 2), self.mix)  # [1, 64, 7]
+        pairs = x.view(1, 2, 32, 7).transpose(1, 2)  # [1, 32, 2, 7], not contiguous
+        attended = torch.nn.functional.scaled_dot_product_attention(x, self.keys(pairs).view(1, 64, 7), self.values(x))
+        return self.fc(attended.mean(1))
 
-    for padding in ("same", 1):
-        net = Net(padding)
-        by_hand = 64 * 4 * 3 * 9 + 64 * 4 * 7 + 7 * 5
-        assert model_file.count_macs(net, 3, 8) == model_file.count_macs_torch(net, 3, 8) == by_hand
+
+@pytest.mark.parametrize("padding", ["same", 1])
+@pytest.mark.parametrize("multiply", [torch.matmul, partial(torch.einsum, "blc,cd->bld")], ids=["matmul", "einsum"])
+def test_counters_agree(padding, multiply):
+    """fvcore lacks a convolution whose padding is a word, and rounds einsum: there torch counts both times."""
+    net = Products(padding, multiply)
+    by_hand = 64 * (4 * 3 * 9 + 4 * 7 + 7 * 7 + 7 * 6) + 64 * 64 * (7 + 6) + 6 * 5
+    assert model_file.count_macs(net, 3, 8) == model_file.count_macs_torch(net, 3, 8) == by_hand

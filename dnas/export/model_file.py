@@ -112,42 +112,36 @@ def _one_image(model: nn.Module, in_chans: int, img_size: ImgSize) -> Iterator[t
             p.requires_grad_()
 
 
-LACKS = "aten::_convolution_mode"  # a convolution that fvcore leaves out
+# fvcore leaves out convolutions whose padding is a word, and products that are added to a map.
+LACKS = {"aten::_convolution_mode", "aten::baddbmm"}
+# What fvcore calls the operators with multiply-accumulates. Its total also includes norms and pooling.
+COUNTED = ("conv", "linear", "addmm", "mm", "bmm", "matmul", "attention")
+
+
+def _attention_macs(inputs: list, outputs: list) -> Counter[str]:
+    """fvcore's count of fused attention, which it lacks: of [..., L, E], [..., S, E] and [..., S, V], L S (E + V)."""
+    queries, keys, values = (value.type().sizes() for value in inputs[:3])
+    return Counter(attention=math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1]))
 
 
 def count_macs(model: nn.Module, in_chans: int, img_size: ImgSize) -> int:
-    """The multiply-accumulates for one image. fvcore counts convolutions and linear layers, torch counts products.
-
-    Products are those of two feature maps (attention). fvcore does not see them if they are fused. It does not count
-    convolutions whose padding is a word (``"same"``), either: of a network with one, torch counts all.
-    """
-    layers, products = _by_torch(model, in_chans, img_size)
+    """The multiply-accumulates for one image, by fvcore, or by torch if fvcore lacks a part (`LACKS`) or rounds."""
     with _one_image(model, in_chans, img_size) as x:
         analysis = FlopCountAnalysis(model, x).unsupported_ops_warnings(False).tracer_warnings("none")
+        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
         by_operator = analysis.uncalled_modules_warnings(False).by_operator()
-    if LACKS in analysis.unsupported_ops():
-        return layers + products
-    # fvcore's total also includes batch norm and pooling
-    found = int(by_operator["conv"] + by_operator["linear"])
-    # A product of a map and a parameter is a layer to torch, but not to fvcore: there all of them count together.
-    with_products = found + int(by_operator["matmul"])
-    return with_products if with_products == layers + products else found + products
+    if LACKS & analysis.unsupported_ops().keys() or by_operator["einsum"]:
+        return count_macs_torch(model, in_chans, img_size)
+    return sum(int(by_operator[op]) for op in COUNTED)
 
 
 def count_macs_torch(model: nn.Module, in_chans: int, img_size: ImgSize) -> int:
-    """The same by torch's own counter alone. This works on the meta device, too."""
-    return sum(_by_torch(model, in_chans, img_size))
-
-
-def _by_torch(model: nn.Module, in_chans: int, img_size: ImgSize) -> tuple[int, int]:
-    """The multiply-accumulates of (layers, products). torch counts 2 FLOPs for each."""
+    """The same by torch's own counter. This works on the meta device, too."""
     # torch may not count fused attention (2.14 leaves out the CPU's). Unfused attention is plain products.
     unfused = sdpa_kernel(SDPBackend.MATH)
     with _one_image(model, in_chans, img_size) as x, unfused, FlopCounterMode(display=False) as counter:
         model(x)
-    counts = {op.__name__: flops // 2 for op, flops in counter.get_flop_counts().get("Global", {}).items()}
-    layers = sum(counts.pop(op, 0) for op in ("convolution", "addmm", "mm"))
-    return layers, sum(counts.values())
+    return counter.get_total_flops() // 2
 
 
 def count_params(model: nn.Module) -> int:

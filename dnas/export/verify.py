@@ -13,7 +13,7 @@ from dnas.export.own_file import PROGRAM
 from dnas.spec.image_size import sides
 
 _CHILD = """
-import json, os, sys
+import json, math, os, sys
 sys.modules.update(dnas=None, supernets=None)  # to import them is now an error, wherever they are installed
 sys.path.insert(0, os.getcwd())
 import torch
@@ -41,16 +41,19 @@ def shapes(out):
 with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
     found = {"outputs": shapes(net(x)), "params": sum({p.data_ptr(): p.numel() for p in net.parameters()}.values())}
 found.update(macs=counter.get_total_flops() // 2, counted_by="torch")
-counts = {op.__name__: flops // 2 for op, flops in counter.get_flop_counts().get("Global", {}).items()}
-products = sum(n for op, n in counts.items() if op not in ("convolution", "addmm", "mm"))
+
+def attention(inputs, outputs):  # fvcore lacks it
+    q, k, v = (value.type().sizes() for value in inputs[:3])
+    return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
 try:
     from fvcore.nn import FlopCountAnalysis
     analysis = FlopCountAnalysis(net, x).unsupported_ops_warnings(False).tracer_warnings("none")
-    ops = analysis.by_operator()
-    layers = int(ops["conv"] + ops["linear"])
-    products = int(ops["matmul"]) if layers + int(ops["matmul"]) == found["macs"] else products
-    if "aten::_convolution_mode" not in analysis.unsupported_ops():
-        found.update(macs=layers + products, counted_by="fvcore")
+    ops = analysis.set_op_handle("aten::scaled_dot_product_attention", attention).by_operator()
+    lacks = {"aten::_convolution_mode", "aten::baddbmm"} & analysis.unsupported_ops().keys()
+    names = ("conv", "linear", "addmm", "mm", "bmm", "matmul", "scaled_dot_product_attention")
+    if not lacks and not ops["einsum"]:
+        found.update(macs=sum(int(ops[name]) for name in names), counted_by="fvcore")
 except ImportError:
     pass
 found["packages"] = sorted({type(m).__module__.partition(".")[0] for m in net.modules()})
