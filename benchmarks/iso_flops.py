@@ -69,8 +69,7 @@ def run_search(lab: Lab, variant: str, seed: int) -> dict:
         found = {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
         return net_row(lab, f"{variant}/{seed}", arch) | found
     if variant in OTHERS:
-        (arch,), found = chosen(lab, [variant], seed, [lab.budgets])[variant]
-        return net_row(lab, f"{variant}/{seed}", arch) | found
+        return run_searches(lab, [variant], seed)[0]
     how = VARIANTS[variant]
     done, found = searched(lab, how, seed)
     arch = derive(done.net.space, lab.tables, lab.budgets, how.likelihood(done.net, done.own.temperature))
@@ -129,6 +128,12 @@ def searched(lab: Lab, how: Variant, seed: int) -> tuple[Search, dict]:
     return done, {"search_seconds": round(time.perf_counter() - started, 1), "search_images": images}
 
 
+def run_searches(lab: Lab, variants: Sequence[str], seed: int) -> list[dict]:
+    """The rows of searches that share one training (`trains_alike`)."""
+    found = chosen(lab, variants, seed, [lab.budgets])
+    return [net_row(lab, f"{name}/{seed}", arch) | took for name, ((arch,), took) in found.items()]
+
+
 def net_row(lab: Lab, name: str, arch: Arch) -> dict:
     """The row that says what a net is."""
     return {"kind": "net", "net": name, "arch": dict(arch)} | {m: t.of(arch) for m, t in lab.tables.items()}
@@ -165,7 +170,7 @@ def _enter(setup: Setup, data_dir: str, device: str) -> None:
     _lab = open_lab(setup, data_dir, device)
 
 
-def _call(job: Callable[..., dict], args: tuple) -> dict:
+def _call(job: Callable, args: tuple) -> Any:
     assert _lab is not None
     return job(_lab, *args)
 
@@ -188,14 +193,15 @@ class Table:
 
 
 def work(jobs: Iterable[tuple], pool: ProcessPoolExecutor, table: Table, info: dict) -> Iterator[dict]:
-    """Do (function of a lab, arguments) side by side; append and yield each row as it ends."""
+    """Do (function of a lab, arguments) side by side; append and yield the row or rows of each as it ends."""
     running = [pool.submit(_call, function, args) for function, *args in jobs]
     for k, future in enumerate(as_completed(running), 1):
-        row = future.result() | info
-        table.append(row)
-        text = f"{row['top1']:.2f} %" if "top1" in row else f"{row.get('macs', '')} MACs"
-        print(f"{k}/{len(running)} {row['net']} seed {row.get('seed', '-')}: {text}", flush=True)
-        yield row
+        done = future.result()
+        for row in done if isinstance(done, list) else [done]:
+            table.append(row | info)
+            text = f"{row['top1']:.2f} %" if "top1" in row else f"{row.get('macs', '')} MACs"
+            print(f"{k}/{len(running)} {row['net']} seed {row.get('seed', '-')}: {text}", flush=True)
+            yield row | info
 
 
 def train_all(names: Sequence[str], seeds: Callable[[str], Iterable[int]], table: Table, do: Callable) -> None:
@@ -246,8 +252,13 @@ def main() -> None:
             for _ in do([(judge_nets, judged, k) for k in range(args.judge) if k not in have], table=table):
                 pass
         wanted, nets = list(itertools.product(args.variant, range(args.search))), table.nets()
-        missing = [(run_search, method, k) for method, k in wanted if f"{method}/{k}" not in nets]
-        for _ in do(missing, table=table):
+        missing = [(method, k) for method, k in wanted if f"{method}/{k}" not in nets]
+        alike = [(m, k) for m, k in missing if m in OTHERS and m not in OPPONENTS and trains_alike(m)]
+        searches = [(run_search, method, k) for method, k in missing if (method, k) not in alike]
+        for k in range(args.search):
+            if together := [method for method, seed in alike if seed == k]:
+                searches.append((run_searches, together, k))
+        for _ in do(searches, table=table):
             pass
         chosen_nets = [f"{method}/{k}" for method, k in wanted]
         if "default" in args.variant and any(not d.is_width and len(d.options) > 1 for d in lab.net.space.decisions):

@@ -1,8 +1,9 @@
 """The commands and the Python of README, CONTRIBUTING and docs/ are run, but for those that set up what runs this.
 
 Make's targets are run dry. A search of the text ends before training (``--dry-run``): its space, budget and folders are
-those of the text. Where it names an ``--output``, a small one is run all the way into that, so that what the text says
-next can be run. Retraining and profiles are made short by flags that are appended: of two, the last one counts.
+those of the text, and it rehearses with few images. Where it names an ``--output``, a small one is run all the way into
+that, so that what the text says next can be run. Retraining and profiles are made short by flags that are appended: of
+two, the last one counts.
 """
 
 import glob
@@ -40,6 +41,7 @@ COMMANDS = list(
 PROGRAMS = {path: [b.text for b in blocks_of(path) if b.language == "python"] for path in TEXTS}
 SMALL = ["--budget", "50%", "--width-mult", "0.15", "--divisor", "4", "--img-size", "16", "-b", "8", "--workers", "0"]
 SMALL += ["--search-epochs", "1", "--epochs", "1", "--warmup", "0", "--gate-every", "1"]
+DRY = ["--dry-run", "--workers", "0", "-b", "8"]
 PROFILE = ["--rounds", "3", "--block-ms", "0.2", "--scale-nets", "2", "--check-nets", "3", "--threads", "1"]
 PROFILE += ["--device", "cpu", "--width-mult", "0.15", "--img-size", "16", "--out", "profiled.json"]
 MY_NET = """
@@ -77,7 +79,7 @@ def run_search(words, monkeypatch, number):
     if "--output" in words:
         small = [*SMALL[:2], *SMALL[4:]] if "--model-file" in words else SMALL  # without a width multiplier
         return call(search_tool, monkeypatch, *words, *small)
-    dry = ["--dry-run", "--workers", "0", "--output", f"dry/{number}"]
+    dry = [*DRY, "--output", f"dry/{number}"]
     return call(search_tool, monkeypatch, *[w for w in words if w != "--dry-run"], *dry)
 
 
@@ -99,7 +101,7 @@ def test_command(number, place, monkeypatch):
             subprocess.run([sys.executable, "-m", "tensorboard.main", *words[1:], "--inspect"], check=True)
         case ["torchrun", "--nproc-per-node", _, script, *rest]:
             command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / script, *rest]
-            command += ["--dry-run", "--workers", "0", "--output", f"dry/{number}"]
+            command += [*DRY, "--output", f"dry/{number}"]
             subprocess.run(list(map(str, command)), check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         case ["python", "tools/search.py", *rest]:
             assert run_search(rest, monkeypatch, number) == 0

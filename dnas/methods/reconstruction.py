@@ -2,8 +2,6 @@
 
 import numpy as np
 import torch
-from sklearn.isotonic import isotonic_regression
-from sklearn.linear_model import lars_path_gram
 from torch import Tensor, nn
 
 from dnas.methods.feature_maps import channels_of, of_layers_read, patches_of
@@ -20,6 +18,8 @@ def scores_of(order: np.ndarray, gains: np.ndarray, like: Tensor) -> Tensor:
 
     Gains that rise are averaged (isotonic regression), because a width keeps its highest scores.
     """
+    from sklearn.isotonic import isotonic_regression  # here, because few methods need it, and it takes long
+
     scores = np.empty(len(order))
     scores[order] = isotonic_regression(gains, increasing=False) - 1e-12 * np.arange(len(order))
     return torch.from_numpy(scores).to(like)
@@ -51,6 +51,8 @@ def lasso(search: Search, task: Task) -> Scores:
     groups are left out. A convolution that standardises its weights is taken by its raw ones, and one that pads by
     itself (timm's Conv2dSame) without its padding.
     """
+    from sklearn.linear_model import lars_path_gram  # here, because few methods need it, and it takes long
+
     grams: dict[str, Tensor] = {}
     draws = torch.Generator().manual_seed(task.seed)
 

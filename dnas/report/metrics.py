@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-import scipy.stats
 import torch
+from scipy.special import stdtrit
 
 from dnas.export.arch_schema import BUDGET
 from dnas.latency.measured_parts import parts_of
@@ -186,7 +186,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     The ends are infinite for a single value.
     """
     mean, n = fmean(values), len(values)
-    half = math.inf if n < 2 else float(scipy.stats.t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n)
+    half = math.inf if n < 2 else float(stdtrit(n - 1, 0.975)) * stdev(values) / math.sqrt(n)
     return mean, mean - half, mean + half
 
 

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.transforms import ResizeKeepRatio
@@ -91,6 +89,9 @@ def load_data(
 
 def _digits() -> tuple[Pair, Pair]:
     """Train and validation images uint8 [N, 1, 8, 8] with labels; the same split for every seed."""
+    from sklearn.datasets import load_digits  # here, because only this data needs it, and it takes long
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     images, labels = torch.from_numpy(digits.images), torch.from_numpy(digits.target)
     images = (images * (255 / 16)).round().to(torch.uint8)[:, None]
