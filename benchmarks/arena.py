@@ -29,6 +29,12 @@ from matplotlib import pyplot as plt  # noqa: E402
 SPACES, OWN_SETUPS = ("nats", "mobilenet"), ("timm_resnet_50", "digits_25")
 METHODS = ("default", *OWN, *(name + THRESHOLD for name in OWN))
 TOP = 8  # lines of the project's README
+# Published: networks of the first method are better than those of the second, after fine-tuning.
+CLAIMS = {
+    ("lasso", "l1"): "Channel Pruning, He et al., ICCV 2017: VGG-16 on ImageNet",
+    ("hrank", "l1"): "HRank, Lin et al., CVPR 2020: ResNet-56 on CIFAR-10",
+    ("taylor", "l1"): "Importance Estimation, Molchanov et al., CVPR 2019: correlation with an oracle",
+}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -90,6 +96,26 @@ def arena_table(rows: Sequence[Mapping]) -> str:
     return markdown(heads, lines)
 
 
+def claims_table(public: Sequence[Mapping]) -> str:
+    """Published claims by the public tables: for each pair and cut, in how many budgets the first method is better."""
+    cells = {(r["space"], r["dataset"], r["budget"], r["method"]): r for r in public}
+    lines = []
+    for pair, source in CLAIMS.items():
+        for cut in (THRESHOLD, ""):
+            first, second = (name + cut for name in pair)
+            both = [(r, cells.get((*key[:3], second))) for key, r in cells.items() if key[3] == first]
+            both = [(a, b) for a, b in both if b]
+            if not both:
+                continue
+            gaps = [a["minus_balanced"][0] - b["minus_balanced"][0] for a, b in both]
+            tally = f"{sum(g > 0 for g in gaps)} / {sum(g == 0 for g in gaps)} / {sum(g < 0 for g in gaps)}"
+            mean = f"{fmean(gaps):+.2f} [{min(gaps):+.2f}, {max(gaps):+.2f}]"
+            searches = min(row["searches"] for rows in both for row in rows)
+            lines.append([first, second, source, searches, tally, mean])
+    heads = ["method", "published as better than", "where", "searches", "better / equal / worse", "points of top-1"]
+    return markdown(heads, lines)
+
+
 def draw(rows: Sequence[Mapping]) -> None:
     """Quality against the cost of the search: the mean percentile on NATS-Bench's CIFAR-10."""
     judge = "nats, cifar10"
@@ -120,9 +146,10 @@ def main() -> None:
     if args.run:
         run(args)
         return
-    rows = rows_of(json.loads((HERE / "results" / "public_tables.json").read_text()))
+    public = json.loads((HERE / "results" / "public_tables.json").read_text())
+    rows = rows_of(public)
     draw(rows)
-    write(HERE / "README.md", {"arena": arena_table(rows)})
+    write(HERE / "README.md", {"arena": arena_table(rows), "claims": claims_table(public)})
     write(Path(HERE.parent / "README.md"), {"arena": arena_table(rows[:TOP])})
 
 

@@ -24,3 +24,13 @@ def test_the_arena_counts_a_table_where_all_its_budgets_have_a_network(monkeypat
     ]
     lines = arena.arena_table(rows).splitlines()
     assert lines[2].startswith("| taylor | 3 | 92.50 | - | - | - | - |") and len(lines) == 4
+
+
+def test_published_claims_are_counted_by_cells():
+    """Where both methods have a network: better at 10 %, equal at 25 %; 50 % has but one of them."""
+    told = {"space": "nats", "dataset": "cifar10", "searches": 2}
+    public = [told | {"budget": b, "method": m, "minus_balanced": [gap, None, None]} for m, b, gap in (
+        ("lasso", "10%", 0.5), ("l1", "10%", -0.5), ("lasso", "25%", -1.0), ("l1", "25%", -1.0), ("l1", "50%", 3.0),
+    )]  # fmt: skip
+    (line,) = arena.claims_table(public).splitlines()[2:]
+    assert line.startswith("| lasso | l1 |") and line.endswith("| 2 | 1 / 1 / 0 | +0.50 [+0.00, +1.00] |")
