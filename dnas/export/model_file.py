@@ -112,8 +112,8 @@ def _one_image(model: nn.Module, in_chans: int, img_size: ImgSize) -> Iterator[t
             p.requires_grad_()
 
 
-# fvcore leaves out convolutions whose padding is a word, and products that are added to a map.
-LACKS = {"aten::_convolution_mode", "aten::baddbmm"}
+# fvcore leaves out convolutions whose padding is a word, products added to a map, and other operators of attention.
+LACKS = ("_convolution_mode", "baddbmm", "attention")
 # What fvcore calls the operators with multiply-accumulates. Its total also includes norms and pooling.
 COUNTED = ("conv", "linear", "addmm", "mm", "bmm", "matmul", "attention")
 
@@ -130,7 +130,7 @@ def count_macs(model: nn.Module, in_chans: int, img_size: ImgSize) -> int:
         analysis = FlopCountAnalysis(model, x).unsupported_ops_warnings(False).tracer_warnings("none")
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
         by_operator = analysis.uncalled_modules_warnings(False).by_operator()
-    if LACKS & analysis.unsupported_ops().keys() or by_operator["einsum"]:
+    if any(part in op for op in analysis.unsupported_ops() for part in LACKS) or by_operator["einsum"]:
         return count_macs_torch(model, in_chans, img_size)
     return sum(int(by_operator[op]) for op in COUNTED)
 
