@@ -10,6 +10,7 @@ The judges are the public tables (`public_tables.py`) and two set-ups whose netw
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from iso_flops import OWN, THRESHOLD, Table, judge_method
 from iso_report import HERE, markdown, with_ends, write
 
 from dnas.methods.rules import RULES
+from dnas.report.metrics import interval
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -70,6 +72,8 @@ def rows_of(public: Sequence[Mapping]) -> list[dict]:
             own = [r for r in public if (r["space"], r["dataset"], r["method"]) == (space, dataset, method)]
             if {r["budget"] for r in own} == {b for s, d, b in cells if (s, d) == (space, dataset)}:
                 row[f"{space}, {dataset}"] = fmean(r["percentile"] for r in own)
+                of_searches = [fmean(column) for column in zip(*(r["percentiles"] for r in own), strict=False)]
+                row["ends"] = row.get("ends", {}) | {f"{space}, {dataset}": interval(of_searches)[1:]}
                 row["searches"] = min(row.get("searches", 10**9), *(r["searches"] for r in own))
         for setup in OWN_SETUPS:
             table = Table(setup)
@@ -82,6 +86,15 @@ def rows_of(public: Sequence[Mapping]) -> list[dict]:
     return sorted(rows, key=lambda r: -fmean(v for k, v in r.items() if "," in k) if any("," in k for k in r) else 0.0)
 
 
+def placed(row: Mapping, judge: str) -> str | None:
+    """The mean percentile in a public table, with its 95 % interval over searches if there are two or more."""
+    if judge not in row:
+        return None
+    low, high = row["ends"][judge]
+    ends = f" [{max(0.0, low):.1f}, {min(100.0, high):.1f}]" if math.isfinite(low) else ""
+    return f"{row[judge]:.2f}{ends}"
+
+
 def arena_table(rows: Sequence[Mapping]) -> str:
     """One line a method."""
     judges = sorted({key for row in rows for key in row if "," in key})
@@ -90,7 +103,8 @@ def arena_table(rows: Sequence[Mapping]) -> str:
         seconds, images = row["effort"] or (None, None)
         found = [with_ends(row[setup]) if setup in row else "-" for setup in OWN_SETUPS]
         cost = ["-" if seconds is None else f"{seconds:.0f}", "-" if images is None else f"{images:.0f}"]
-        lines.append([row["method"], row.get("searches"), *(row.get(judge) for judge in judges), *found, *cost])
+        places = [placed(row, judge) for judge in judges]
+        lines.append([row["method"], row.get("searches"), *places, *found, *cost])
     heads = ["method", "searches", *(f"percentile in {judge}" for judge in judges)]
     heads += [*(f"{setup}, minus balanced" for setup in OWN_SETUPS), "seconds", "images"]
     return markdown(heads, lines)

@@ -221,6 +221,7 @@ def summary(folder: str) -> list[dict]:
                         **{"space": space, "dataset": dataset, "budget": percent, "method": method},
                         "searches": len(found),
                         "percentile": fmean(f["percentile"] for f in found),
+                        "percentiles": [f["percentile"] for f in found],
                         "regret": fmean(f["regret"] for f in found),
                         "minus_balanced": interval([f["top1"] - balanced for f in found]),
                         "widths": [[*row["arch"].values()] for row in group][:10],

@@ -13,9 +13,9 @@ def test_the_arena_counts_a_table_where_all_its_budgets_have_a_network(monkeypat
     monkeypatch.setattr(arena, "Table", lambda name: SimpleNamespace(nets=dict, rows=[]))
     monkeypatch.setattr(arena, "judge_method", lambda table, method: {})
     told = {"space": "nats", "dataset": "cifar10", "searches": 3}
-    public = [told | {"budget": b, "method": m, "percentile": p} for m, b, p in (
-        ("l1", "10%", 60.0), ("l1", "25%", 80.0), ("taylor", "10%", 90.0), ("taylor", "25%", 95.0),
-        ("hrank", "10%", 99.0),
+    public = [told | {"budget": b, "method": m, "percentile": sum(p) / len(p), "percentiles": p} for m, b, p in (
+        ("l1", "10%", [59.0, 61.0]), ("l1", "25%", [78.0, 82.0]), ("taylor", "10%", [90.0]), ("taylor", "25%", [95.0]),
+        ("hrank", "10%", [99.0]),
     )]  # fmt: skip
     rows = arena.rows_of(public)
     assert [(row["method"], row["nats, cifar10"], row["searches"]) for row in rows] == [
@@ -24,6 +24,8 @@ def test_the_arena_counts_a_table_where_all_its_budgets_have_a_network(monkeypat
     ]
     lines = arena.arena_table(rows).splitlines()
     assert lines[2].startswith("| taylor | 3 | 92.50 | - | - | - | - |") and len(lines) == 4
+    half = 12.7062 * 3 / 2  # means of the two searches: 68.5 and 71.5; Student's t of one degree of freedom
+    assert lines[3].startswith(f"| l1 | 3 | 70.00 [{70 - half:.1f}, {70 + half:.1f}] |")
 
 
 def test_published_claims_are_counted_by_cells():
