@@ -138,7 +138,7 @@ SPEED: dict[str, dict[str, str]] = {  # section of speed.json -> key of its rows
         "net": "network", "plain_ms": "plain step, ms", "relative_cost_mean": "whole search",
         "relative_cost_first": "first steps", "relative_cost_last": "last steps",
         "plain_step_of_last_net": "plain step of the last net", "macs_left": "MACs left",
-        "shrink_in_steps": "a shrink, in steps", "shrinks": "shrinks",
+        "shrink_in_steps": "a shrink, in steps", "shrinks": "shrinks", "measured": "measured",
     },
     "memory": {
         "net": "network", "plain_mb": "plain", "search_mb": "search", "peak_memory_ratio": "ratio",

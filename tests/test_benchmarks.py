@@ -282,7 +282,14 @@ def planted_rows(setup, found):
 PLANTED_SPEED = {
     **{"device": "a device", "threads": 2, "torch": "2.6", "timm": "1.0", "date": "2026-01-01", "command": "speed.py"},
     "search": [
-        {"net": "n", "plain_ms": [5.0, 4.0, 6.0], "relative_cost_mean": 0.5, "shrink_in_steps": None, "shrinks": 0}
+        {
+            "net": "n",
+            "plain_ms": [5.0, 4.0, 6.0],
+            "relative_cost_mean": 0.5,
+            "shrink_in_steps": None,
+            "shrinks": 0,
+            "measured": "today",
+        }
         | {"expected_cost_share": [0.01, 0.005, 0.02], "expected_cost_of_search": 0.004}
     ],
     "memory": [{"net": "n", "plain_mb": 10.0, "search_mb": 13.0, "peak_memory_ratio": 1.3}],
@@ -322,7 +329,7 @@ def test_the_report_says_what_was_planted_and_leaves_the_rest(tmp_path, monkeypa
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
     for row in (
-        "| n | 5.00 [4.00, 6.00] | 0.50 | - | - | - | - | - | 0 |", "| n | 10.00 | 13.00 | 1.30 |",
+        "| n | 5.00 [4.00, 6.00] | 0.50 | - | - | - | - | - | 0 | today |", "| n | 10.00 | 13.00 | 1.30 |",
         "| n | - | 2.00 [1.00, 3.00] | - | 7.00 |", "| n | 1.00 | 0.50 | 2.00 | 0.40 |",
         "| pairs | 58 | 1.10 [0.90, 1.20] | 1.05 |",
         "| l1 | 2 | 90 (0.20) | 70 (0.40) | 80.00 | 0.30 | -0.10 |", "| balanced | 1 | 60 (0.50) | - | - | - | - |",
