@@ -115,13 +115,13 @@ def _one_image(model: nn.Module, in_chans: int, img_size: ImgSize) -> Iterator[t
 # fvcore leaves out convolutions whose padding is a word, products added to a map, and other operators of attention.
 LACKS = ("_convolution_mode", "baddbmm", "attention")
 # What fvcore calls the operators with multiply-accumulates. Its total also includes norms and pooling.
-COUNTED = ("conv", "linear", "addmm", "mm", "bmm", "matmul", "attention")
+COUNTED = ("conv", "linear", "addmm", "mm", "bmm", "matmul", "scaled_dot_product_attention")
 
 
-def _attention_macs(inputs: list, outputs: list) -> Counter[str]:
+def _attention_macs(inputs: list, outputs: list) -> int:
     """fvcore's count of fused attention, which it lacks: of [..., L, E], [..., S, E] and [..., S, V], L S (E + V)."""
     queries, keys, values = (value.type().sizes() for value in inputs[:3])
-    return Counter(attention=math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1]))
+    return math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
 
 
 def count_macs(model: nn.Module, in_chans: int, img_size: ImgSize) -> int:
