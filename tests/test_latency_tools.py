@@ -168,6 +168,26 @@ def test_an_interrupted_profile_goes_on(tmp_path, monkeypatch, capsys):
         assert found == pytest.approx(max(0.01 * r["ms"], r["ms"] - run), rel=1e-3, abs=1e-5)
 
 
+def test_no_table_is_written_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    """Whole networks seem to take 100 times their parts: the machine was busy. Measurements of parts are kept."""
+    out, beside = tmp_path / "t.json", tmp_path / "t.json.part.jsonl"
+    real = profile_tool.time_archs
+    monkeypatch.setattr(profile_tool, "time_archs", lambda *args: 100 * real(*args))
+    check_refused(call(profile_tool, monkeypatch, *TOY, *QUICK, "--out", out), capsys, "0.1 to 10 is allowed")
+    assert not out.exists()
+    kept, known, measure = len(beside.read_text().splitlines()) - 2, [], profile_tool.profile
+
+    def again(parts, space, target, measured, **how):
+        known.append(len(measured))
+        return measure(parts, space, target, measured, **how)
+
+    monkeypatch.setattr(profile_tool, "time_archs", real)
+    monkeypatch.setattr(profile_tool, "profile", again)
+    monkeypatch.setattr(profile_tool, "scale_of", lambda *args: (1.0, 0.0))  # whatever this machine is doing
+    assert call(profile_tool, monkeypatch, *TOY, *QUICK, "--out", out) == 0
+    assert known == [kept] and kept > 10 and read_table(out).header["scale"] > 0
+
+
 PROFILE_ERRORS = [
     ([], "--out FILE"),
     (["--out", "a.json", "--check", "b.json"], "--out FILE"),

@@ -147,6 +147,9 @@ def test_weights_that_are_not_in_the_caches():
     assert fit_scale(ms, mparams, 1.3 * ms) == pytest.approx((1.3, 0.0), abs=1e-9)
     scale, per_mparam = fit_scale(ms, mparams, 1.3 * ms - 0.01 * mparams)
     assert per_mparam == 0 and scale == pytest.approx(float(np.median(1.3 - 0.01 * mparams / ms)))
+    # A first number that no table may have is not fitted, either.
+    measured = 0.05 * ms + 2 * mparams
+    assert fit_scale(ms, mparams, measured) == (pytest.approx(float(np.median(measured / ms))), 0.0)
     assert fit_scale(ms[:2], mparams[:2], measured[:2]) == (pytest.approx(float(np.median((measured / ms)[:2]))), 0.0)
 
 

@@ -27,7 +27,7 @@ from dnas.runtime.run_folder import provenance, write_whole
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
 from dnas.spec.image_size import check_size, sides, size_text
-from dnas.spec.latency_table import SCHEMA, SPACE, check_use, read_table, table_of, table_text
+from dnas.spec.latency_table import SCALES, SCHEMA, SPACE, check_use, read_table, table_of, table_text
 from dnas.spec.space import Arch
 
 
@@ -109,6 +109,11 @@ def new_table(args, target: Target) -> None:
         scale, per_mparam = scale_of(net, sites, rows, archs, np.median(whole, 1))
     drift = pace.typical_us() / pace.usual_us if pace.asked else 1.0  # from the pace of the beginning to the typical
     header |= {"date": date.today().isoformat(), "pace_us": round(pace.typical_us(), 1)}
+    if not SCALES[0] <= round(drift * scale, 4) <= SCALES[1]:
+        raise UserError(
+            f"whole networks take {drift * scale:.3g} times the sum of their parts, {SCALES[0]} to {SCALES[1]} is "
+            f"allowed: was the machine busy? The same command goes on with {beside}; remove it to begin anew"
+        )
     header |= {"scale": round(drift * scale, 4), "ms_per_mparam": round(drift * per_mparam, 4), "check": {}}
     write_whole(out, table_text(header, rows).encode())
     beside.unlink()

@@ -21,7 +21,7 @@ from dnas.latency.timing import CpuSpeedReference, Target, ready, time_calls
 from dnas.runtime.distributed import gathered, rank, world_size
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
-from dnas.spec.latency_table import SLOTS, Unit, units_of
+from dnas.spec.latency_table import SCALES, SLOTS, Unit, units_of
 from dnas.spec.space import Arch, Space
 
 TOGETHER = 200, 2**31  # calls that are prepared together and measured in turn; bytes that they read
@@ -186,12 +186,12 @@ def fit_scale(ms: np.ndarray, mparams: np.ndarray, measured: np.ndarray) -> tupl
     ``ms`` and ``mparams`` are sums over the parts of each network: milliseconds, and millions of parameters and
     buffers, [networks] each. A part that runs again and again finds its weights in the caches. A network has more
     weights and does not find all of them there; so the second number is needed. The fit is least squares of relative
-    errors. If one of the two would not be positive, or if there are fewer than three networks, the second is 0 and the
-    first is the median of ``measured / ms``.
+    errors. If the first would be outside `SCALES`, if the second would not be positive, or if there are fewer than
+    three networks, the second is 0 and the first is the median of ``measured / ms``.
     """
     columns = np.stack([ms, mparams], 1) / measured[:, None]
     scale, per_mparam = np.linalg.lstsq(columns, np.ones(len(measured)), rcond=None)[0]
-    if len(measured) < 3 or scale <= 0 or per_mparam <= 0:
+    if len(measured) < 3 or not SCALES[0] <= scale <= SCALES[1] or per_mparam <= 0:
         return float(np.median(measured / ms)), 0.0
     return float(scale), float(per_mparam)
 

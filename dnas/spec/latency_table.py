@@ -24,6 +24,7 @@ SLOTS = ("in", "mid", "out")
 RUNTIMES = ("eager", "compile", "cudagraph", "onnxruntime")
 DTYPES = ("float32", "float16", "bfloat16")
 COUNT = range(1, 2**31)
+SCALES = (0.1, 10)  # a network takes so many times the sum of its parts, at least and at most
 HEADER: dict[str, Any] = {
     "schema": (SCHEMA,),
     "device": str,
@@ -173,7 +174,7 @@ def read_table(path: str | Path) -> LatencyTable:
         if content["check"]:
             check("check", content["check"], CHECK)
         check_rows(content["rows"])
-        for key, low, high in (("scale", 0.1, 10), ("ms_per_mparam", 0, 1e6), ("pace_us", 0, 1e6)):
+        for key, low, high in (("scale", *SCALES), ("ms_per_mparam", 0, 1e6), ("pace_us", 0, 1e6)):
             if not low <= content[key] <= high:
                 fail(key, content[key], f"from {low} to {high:g}")
         return table_of({key: content[key] for key in HEADER}, content["rows"])
