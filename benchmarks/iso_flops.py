@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from datetime import date
@@ -36,7 +36,6 @@ from timm.utils import random_seed  # noqa: E402
 from torch_pruned import plain_net, torch_pruning  # noqa: E402
 from variants import VARIANTS, Variant, baseline_of  # noqa: E402
 
-from dnas.methods import rank_and_cut  # noqa: E402
 from dnas.methods.catalog import METHODS  # noqa: E402
 from dnas.methods.derive import derive  # noqa: E402
 from dnas.methods.gates import GATES  # noqa: E402
@@ -83,10 +82,12 @@ def method_of(name: str) -> tuple[Method, Any]:
     return method, replace(config, cut="threshold") if name.endswith(THRESHOLD) else config
 
 
-def trains_alike(name: str) -> bool:
-    """Whether a method trains the dense net as l1 does, so that one training serves for both."""
+def training_of(name: str) -> Hashable:
+    """What a method trains before its only cut; None if the budget plays a part before. Equal values: one training."""
+    if name not in OTHERS or name in OPPONENTS:
+        return None
     method, config = method_of(name)
-    return (method.init, method.loss) == (rank_and_cut.init, rank_and_cut.dense_loss) and config.cuts == 1
+    return None if method.work(config)[1] else (method.init, method.loss)
 
 
 def chosen(
@@ -129,7 +130,7 @@ def searched(lab: Lab, how: Variant, seed: int) -> tuple[Search, dict]:
 
 
 def run_searches(lab: Lab, variants: Sequence[str], seed: int) -> list[dict]:
-    """The rows of searches that share one training (`trains_alike`)."""
+    """The rows of searches that share one training (`training_of`)."""
     found = chosen(lab, variants, seed, [lab.budgets])
     return [net_row(lab, f"{name}/{seed}", arch) | took for name, ((arch,), took) in found.items()]
 
@@ -253,11 +254,12 @@ def main() -> None:
                 pass
         wanted, nets = list(itertools.product(args.variant, range(args.search))), table.nets()
         missing = [(method, k) for method, k in wanted if f"{method}/{k}" not in nets]
-        alike = [(m, k) for m, k in missing if m in OTHERS and m not in OPPONENTS and trains_alike(m)]
-        searches = [(run_search, method, k) for method, k in missing if (method, k) not in alike]
-        for k in range(args.search):
-            if together := [method for method, seed in alike if seed == k]:
-                searches.append((run_searches, together, k))
+        searches = [(run_search, method, k) for method, k in missing if not training_of(method)]
+        shared: dict[tuple, list[str]] = {}
+        for method, k in missing:
+            if training := training_of(method):
+                shared.setdefault((training, k), []).append(method)
+        searches += [(run_searches, together, k) for (_, k), together in shared.items()]
         for _ in do(searches, table=table):
             pass
         chosen_nets = [f"{method}/{k}" for method, k in wanted]

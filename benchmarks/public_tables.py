@@ -38,17 +38,15 @@ import opponents  # noqa: E402
 import table_networks  # noqa: E402
 import torch  # noqa: E402
 from iso_flops import (  # noqa: E402
-    OPPONENTS,
     OTHERS,
     Table,
     add_work_flags,
     chosen,
-    method_of,
     net_row,
     rounded,
     run_search,
     told,
-    trains_alike,
+    training_of,
 )
 from iso_setups import RESULTS, SEARCH, SGD, Lab, Setup, open_lab  # noqa: E402
 from variants import VARIANTS  # noqa: E402
@@ -130,14 +128,6 @@ def goal(lab: Lab, macs: float, percent: int) -> tuple[Budget, ...]:
     return (Budget("macs", percent / 100 * macs),)
 
 
-def is_shared(name: str) -> bool:
-    """Whether one search serves all budgets."""
-    if name not in OTHERS or name in OPPONENTS:
-        return name == "evolution"
-    method, config = method_of(name)
-    return method.work(config)[1] == 0
-
-
 def search_all(macs: float, methods: list[str], seed: int, percents: tuple[int, ...]) -> list[dict]:
     """The rows of the networks of one method, or of methods that train alike, for these budgets."""
     assert _lab is not None
@@ -149,7 +139,7 @@ def search_all(macs: float, methods: list[str], seed: int, percents: tuple[int, 
         shared = {"search_seconds": round(time.perf_counter() - started, 1), "search_images": seen}
         archs = [opponents.evolve(_lab, budgets, net, x, y, seed)[0] for budgets in goals]
         return [row_of(_lab, p, method, seed, arch, shared) for p, arch in zip(percents, archs, strict=True)]
-    if is_shared(method):
+    if training_of(method):
         rows = []
         for name, (archs, found) in chosen(_lab, methods, seed, goals).items():
             rows += [row_of(_lab, p, name, seed, arch, found) for p, arch in zip(percents, archs, strict=True)]
@@ -181,15 +171,15 @@ def run(args: argparse.Namespace) -> None:
                 table.append(row_of(lab, percent, "random", k, arch, {}) | info)
     jobs: list[tuple[float, list[str], int, tuple[int, ...]]] = []
     for seed in range(args.search):
-        together: dict[tuple[int, ...], list[str]] = {}  # budgets that are missing -> methods that train alike
+        shared: dict[tuple, list[str]] = {}  # (training, budgets that are missing) -> methods
         for method in args.method:
             missing = tuple(p for p in percents if f"{p}%/{method}/{seed}" not in table.nets())
-            if missing and is_shared(method) and method != "evolution" and trains_alike(method):
-                together.setdefault(missing, []).append(method)
-            else:
-                parts = [missing] if is_shared(method) else [(percent,) for percent in missing]
-                jobs += [(macs, [method], seed, part) for part in parts if part]
-        jobs += [(macs, methods, seed, missing) for missing, methods in together.items()]
+            training = method if method == "evolution" else training_of(method)
+            if training and missing:
+                shared.setdefault((training, missing), []).append(method)
+            elif not training:
+                jobs += [(macs, [method], seed, (percent,)) for percent in missing]
+        jobs += [(macs, methods, seed, missing) for (_, missing), methods in shared.items()]
     entered = (args.space, args.data_dir, args.device)
     with ProcessPoolExecutor(
         args.jobs, multiprocessing.get_context("spawn"), initializer=_enter, initargs=entered
