@@ -15,8 +15,10 @@ from torch.nn import functional as F
 from dnas.methods import curvature, feature_maps, penalties
 from dnas.methods.loop import begin, run
 from dnas.methods.rankings import activity, l1_norms, ranks, sensitivity, taylor
+from dnas.nets.own_base import OwnBase
 from dnas.nets.timm_space import TimmBase
 from dnas.nets.timm_supernet import TimmSupernet
+from dnas.nets.traced_supernet import TracedSupernet
 from dnas.training.batches import OwnLoss
 from dnas.training.data import load_data
 
@@ -175,6 +177,32 @@ def test_saliencies_are_those_of_kronecker_factors():
     w = layer.weight.detach().flatten(1)
     expected = torch.einsum("ji,ik,jk->j", w, factor_a, w) * factor_g.diagonal() / 2
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7 * float(expected.max()))
+
+
+class Signals(nn.Module):
+    """The rows of an image one after the other: a signal, for convolutions over one dimension, or over two."""
+
+    def __init__(self, conv, kernel):
+        super().__init__()
+        self.a, self.b, self.head = conv(3, 8, kernel), conv(8, 16, kernel), nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = x.flatten(2)
+        x = x if isinstance(self.a, nn.Conv1d) else x[..., None]
+        return self.head(self.b(self.a(x).relu()).relu().flatten(2).mean(2))
+
+
+def test_convolutions_over_one_dimension_have_the_scores_of_those_over_two():
+    found = []
+    for conv, kernel in ((nn.Conv1d, 3), (nn.Conv2d, (3, 1))):
+        torch.manual_seed(0)
+        net = TracedSupernet(OwnBase("signals", 10, 3, 8, divisor=1), Signals(conv, kernel))
+        task = task_of(net, "kfac", "40%")
+        found.append(curvature.saliency(begin(METHODS["kfac"], net, task), task))
+    assert found[0].keys() == found[1].keys() == {"a", "b"}
+    for name, scores in found[0].items():
+        torch.testing.assert_close(scores, found[1][name], rtol=1e-4, atol=1e-9)
+        assert scores.min() > 0 and scores.max() > 1.1 * scores.min()
 
 
 def test_the_spectral_radius_is_that_of_the_kronecker_product(monkeypatch):

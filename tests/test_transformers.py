@@ -17,7 +17,7 @@ from dnas.methods.method import Task
 from dnas.methods.rank_and_cut import score_batches
 from dnas.methods.rankings import l1_norms, taylor
 from dnas.nets.shrink import plain_state
-from dnas.nets.timm_space import TimmBase
+from dnas.nets.timm_space import TimmBase, sized
 from dnas.nets.timm_supernet import TimmSupernet
 from dnas.nets.tracing import trace
 from dnas.spec.budget import parse_budget
@@ -37,6 +37,20 @@ def supernet(name, kwargs, divisor=8):
         if p.ndim == 1 or float(p.detach().abs().max()) < 1e-3:
             p.data.add_(torch.rand(p.shape) - 0.5)
     return net.double()
+
+
+def test_timm_builds_a_network_for_the_size_of_the_images():
+    """Transformers have a fixed size; others, the size that timm has anyway, and a size that is given, stay."""
+
+    def kwargs(name, size, **more):
+        return dict(sized(TimmBase(name, CLASSES, 3, size, kwargs=more)).kwargs)
+
+    assert kwargs("vit_tiny_patch16_224", 96) == {"img_size": 96}
+    assert kwargs("swin_tiny_patch4_window7_224", (96, 64)) == {"img_size": [96, 64]}
+    assert kwargs("vit_tiny_patch16_224", 224) == kwargs("resnet18", 96) == kwargs("no_network", 96) == {}
+    assert kwargs("vit_tiny_patch16_224", 96, img_size=224) == {"img_size": 224}
+    base = sized(TimmBase("vit_tiny_patch16_224", CLASSES, 3, (32, 64), kwargs={"depth": 1, "embed_dim": 48}))
+    assert TimmSupernet(base).model.eval()(torch.zeros(1, 3, 32, 64)).shape == (1, CLASSES)
 
 
 def test_a_head_is_a_unit_of_everything_that_knows_it():

@@ -15,7 +15,7 @@ from timm.models import is_model
 from torch import nn
 
 from dnas.nets.own_base import Own, OwnBase, read_function
-from dnas.nets.timm_space import TimmBase, is_timms_own
+from dnas.nets.timm_space import TimmBase, is_timms_own, sized
 from dnas.runtime.distributed import rank
 from dnas.runtime.progress import console
 from dnas.runtime.run_folder import check_new_folder, provenance
@@ -76,7 +76,7 @@ def outline_of(args: argparse.Namespace, fixed: dict[str, Any]) -> TimmBase | Ca
         raise UserError(
             f"--model {args.model!r} is registered with timm, but no network of timm's own, which is expected"
         )
-    return base
+    return sized(base)
 
 
 def own_of(args: argparse.Namespace) -> Own | None:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,7 +18,7 @@ from dnas.nets.channels import Channels
 from dnas.nets.own_base import OwnBase
 from dnas.nets.residual_blocks import when_inside
 from dnas.spec.checks import UserError, first_line, near_names
-from dnas.spec.image_size import ImgSize
+from dnas.spec.image_size import ImgSize, sides
 from dnas.spec.space import DROP, KEEP, Decision, Site, Space, When
 
 # Arguments that dnas itself passes to timm, or that would load or download something when an arch file is read.
@@ -112,6 +112,17 @@ class TimmBase:
             raise
         except (RuntimeError, OSError, ValueError, KeyError, TypeError, UnpicklingError) as error:
             raise UserError(f"{given} cannot be used: {first_line(error)}") from None
+
+
+def sized(base: TimmBase) -> TimmBase:
+    """The base with timm's argument ``img_size``, if timm builds this network for one size of images (transformers)."""
+    cfg = get_pretrained_cfg(base.name) if timm.is_model(base.name) else None
+    if cfg is None or not cfg.fixed_input_size or "img_size" in base.kwargs:
+        return base
+    if sides(base.img_size) == tuple(cfg.input_size[1:]):
+        return base
+    size = base.img_size if isinstance(base.img_size, int) else list(base.img_size)
+    return replace(base, kwargs={**base.kwargs, "img_size": size})
 
 
 Base = TimmBase | OwnBase
