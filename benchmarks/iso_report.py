@@ -190,7 +190,7 @@ def public_table(rows: Sequence[dict]) -> str:
             if len(at) == len(budgets):
                 means = [fmean(r[key] for r in at.values()) for key in ("percentile", "regret")]
                 means.append(fmean(r["minus_balanced"][0] for r in at.values()))
-            lines.append([method, max(r["searches"] for r in at.values()), *cells, *means])
+            lines.append([method, min(r["searches"] for r in at.values()), *cells, *means])
         lines.sort(key=lambda line: -(line[-3] or 0))
         heads = ["method", "searches", *budgets, "mean percentile", "mean regret", "minus balanced"]
         parts.append(f"{space}, {dataset}:\n\n{markdown(heads, lines)}")

@@ -99,14 +99,15 @@ def write_table(rows: list[dict]) -> None:
     lines = [
         "# Networks that are not timm's",
         "",
-        f"{len(good)} of {len(rows)} tested networks pass all checks. `dnas search --model-file FILE.py:FUNCTION` and "
-        "`dnas.search(net, ...)` take any of them.",
+        f"{len(good)} of {len(rows)} tested networks pass all checks. `dnas search --model-file FILE.py:FUNCTION` and",
+        "`dnas.search(net, ...)` take each network that passes. `build`, `UNet`, `Recurrent`, `Several`, `signals`,",
+        "`volumes` and `rows` are in `benchmarks/own_nets.py`; the other networks are torchvision's.",
         "",
         "* Input: channels, then the other sides.",
         "* Groups: the number of decisions on a width, in multiples of 4 channels.",
         "* Can be cut: the share of MACs that the narrowest network saves.",
-        "* Outputs: the largest relative difference between the masked and the cut network, over five random width "
-        "vectors. fvcore and torch count the MACs of the formula for each.",
+        "* Outputs: the largest relative difference between the masked and the cut network, over five random width",
+        "  vectors. fvcore and torch count the MACs of the formula for each.",
         "* 50 %: the MACs of the exported uniform network, divided by the budget, counted in a process without dnas.",
         "",
         "| network | input | groups | can be cut | outputs | 50 % | channels that stay |",

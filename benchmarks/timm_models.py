@@ -192,7 +192,7 @@ def write_table(rows: list[dict]) -> None:
         "# Networks of timm's that can be searched",
         "",
         f"{len(good)} of {len(rows)} tested networks pass all checks. "
-        "`tools/search.py --model NAME --budget ...` takes any of them.",
+        "`tools/search.py --model NAME --budget ...` takes each network that passes.",
         "",
         "* Groups: the number of decisions on a width, in multiples of 8 channels, or on a number of heads.",
         "* Can be cut: the share of MACs that the narrowest network saves.",

@@ -151,7 +151,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "training recipe",
         "for the found net and the nets compared with it; search: also for the weights of the search, there without "
-        "mixup, cutmix, drop and drop-path, and with --search-epochs",
+        "mixup, cutmix, drop, drop-path, model-ema-decay and freeze, and with --search-epochs",
     )
     defaults = Recipe()
     choices = {"amp_dtype": AMP_DTYPES}

@@ -70,7 +70,9 @@ def search(argv: Sequence[str] = ()) -> OneLineParser:
     )
     p.add_argument("--name", help="name of the exported model (default: dnas_ and the name of the run folder)")
     p.add_argument("--log", choices=["tensorboard"], help="also write the search's history to RUN/tensorboard")
-    p.add_argument("--dry-run", action="store_true", help="no training; only export and check the uniform net")
+    p.add_argument(
+        "--dry-run", action="store_true", help="only the rehearsal: export and check the uniform net, train one step"
+    )
     add_data_flags(p)
     add_recipe_flags(p)
     name = method_in(argv)  # the flags of a method are the fields of its config

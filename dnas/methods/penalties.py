@@ -147,7 +147,7 @@ SLIMMING = rank_and_cut(
     init=init_slimming,
     loss=slimming_loss,
     needs="labels, norms with scales",
-    deviations="several layers that write a channel are added; streams are cut",
+    deviations="if several layers write a channel, their scales are added; channels of residual streams are cut, too",
 )
 SSL = rank_and_cut(
     ssl_scores,
@@ -156,7 +156,7 @@ SSL = rank_and_cut(
     config=SslConfig,
     loss=ssl_loss,
     needs="labels",
-    deviations="one norm for the filters and the readers of a channel; no shapes; subgradients",
+    deviations="one group per channel: the weights that write or read it; no filter shapes; subgradients",
 )
 ADMM = rank_and_cut(
     squared_norms,

@@ -94,7 +94,7 @@ TAYLOR = rank_and_cut(
     source="Importance Estimation for Neural Network Pruning, Molchanov et al., CVPR 2019, arXiv 1906.10771",
     config=TaylorConfig,
     needs="trained weights, labels, gradients",
-    deviations="gates are where channels are read; no division by the number of uses",
+    deviations="the gate is where a channel is read, not behind its norm; no division by the number of uses",
 )
 HRANK = rank_and_cut(
     ranks,
