@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -51,11 +52,13 @@ from iso_flops import (  # noqa: E402
 from iso_setups import RESULTS, SEARCH, SGD, Lab, Setup, open_lab  # noqa: E402
 from variants import VARIANTS  # noqa: E402
 
+from dnas.methods.derive import derive  # noqa: E402
 from dnas.methods.rules import RULES, random_arch  # noqa: E402
 from dnas.report.metrics import interval  # noqa: E402
 from dnas.runtime.run_folder import provenance, write_json  # noqa: E402
 from dnas.spec.budget import Budget  # noqa: E402
 from dnas.spec.checks import UserError  # noqa: E402
+from dnas.spec.space import Space  # noqa: E402
 
 ONE_EPOCH = replace(SEARCH, epochs=1)
 SPACES = {
@@ -220,6 +223,29 @@ def summary(folder: str) -> list[dict]:
     return rows
 
 
+def writers(space: Space) -> Counter[str]:
+    """Width decision -> the number of layers that write it."""
+    layers = (site for site in space.sites if site.fixed.get("macs"))
+    return Counter(width for site in layers if isinstance(width := site.widths["out"], str))
+
+
+def by_writers(folder: str, data_dir: str, device: str, powers: list[float]) -> None:
+    """Print what balanced reaches if each log width counts (number of layers that write it) ** power: mean percentile.
+
+    The weights of the rule `dnas.methods.rules.balanced_arch` are all 1, which is power 0.
+    """
+    for space, setup in SPACES.items():
+        lab, judge = open_lab(setup, data_dir, device), read_judge(space, folder)
+        count = writers(lab.net.space)
+        goals = [(percent, goal(lab, float(judge.macs.max()), percent)) for percent in BUDGETS[space]]
+        for power in powers:
+            like = {d.name: count[d.name] ** power * np.log(d.options) for d in lab.net.space.decisions}
+            archs = [(dict(derive(lab.net.space, lab.tables, budgets, like)), percent) for percent, budgets in goals]
+            for dataset in judge.top1:
+                places = [judge.look_up(arch, dataset, percent)["percentile"] for arch, percent in archs]
+                print(f"{space} {dataset} power {power:g}: percentile {fmean(places):.1f}")
+
+
 def in_order(rows: Iterable[dict]) -> list[dict]:
     """By space, data set and method, with the budgets ascending."""
     return sorted(rows, key=lambda r: (r["space"], r["dataset"], r["method"], float(r["budget"].rstrip("%"))))
@@ -234,6 +260,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--budget", type=int, nargs="+", help="percent of the widest network's MACs (default: all)")
     p.add_argument("--method", nargs="+", default=["default"], choices=[*VARIANTS, *OTHERS], help="how")
     add_work_flags(p)
+    p.add_argument("--writers", type=float, nargs="+", help="what balanced reaches with such powers (`by_writers`)")
     p.add_argument("--summary", action="store_true", help="print where the found networks lie")
     p.add_argument("--json", help="write the summary to this file as well")
     return p.parse_args()
@@ -242,6 +269,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Searches, or what the tables say of them."""
     args = parse()
+    if args.writers is not None:
+        by_writers(args.tables, args.data_dir, args.device, args.writers)
+        return
     if not (args.summary or args.json):
         run(args)
         return

@@ -6,10 +6,12 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import iso_flops  # noqa: E402
@@ -60,6 +62,25 @@ def test_spaces_have_the_widths_of_the_tables_in_their_order():
         model = build(10, widths)
         assert CostTable.build(space, "macs").of(arch) == count_macs(model, 3, 32)
         assert CostTable.build(space, "params").of(arch) == count_params(model)
+
+
+@pytest.mark.parametrize(
+    "build, space",
+    [(partial(table_networks.nats, for_search=True), "nats"), (table_networks.bench_mobilenet, "mobilenet")],
+)
+def test_layers_that_write_a_width_are_those_whose_outputs_change_with_it(build, space):
+    """Counted on the table's own networks: convolutions with other outputs if one width is another one."""
+
+    def outputs(widths):
+        return [m.out_channels for m in build(10, widths).modules() if isinstance(m, nn.Conv2d)]
+
+    decisions = supernet(space).space.decisions
+    full = tuple(d.options[-1] for d in decisions)
+    found = public_tables.writers(supernet(space).space)
+    for k, decision in enumerate(decisions):
+        less = (*full[:k], decision.options[-2], *full[k + 1 :])
+        changed = sum(a != b for a, b in zip(outputs(full), outputs(less), strict=True))
+        assert found[decision.name] == changed > 0
 
 
 @pytest.fixture
