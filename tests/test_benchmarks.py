@@ -114,7 +114,7 @@ def lab():
     return iso_flops.open_lab(SMALL, "", "cpu")
 
 
-SOME = ["default", "sgd", "fixed-grid", "sandwich", "l1", "taylor", "snip", "l1-threshold", *iso_flops.OPPONENTS]
+SOME = ["default", "sgd", "fixed-grid", "soft-weights", "l1", "taylor", "snip", "l1-threshold", *iso_flops.OPPONENTS]
 
 
 @pytest.mark.parametrize("method", SOME)

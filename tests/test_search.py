@@ -12,7 +12,7 @@ import torch
 from planted import BEST, plant, planted_data
 
 from dnas.methods.derive import derive, enumerate_archs, gate_likelihood
-from dnas.methods.gates import GATES, check_gradients, distilled_loss, image_loss, mean_entropy
+from dnas.methods.gates import GATES, check_gradients, image_loss
 from dnas.methods.loop import begin, run, search
 from dnas.methods.method import Task
 from dnas.methods.rules import balanced_arch
@@ -27,7 +27,6 @@ from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets
 from dnas.spec.layer_space import Candidate
 from dnas.spec.recipe import Recipe
-from dnas.training.criterion import cross_entropy
 from dnas.training.data import Data, load_data
 from dnas.training.loop import cycle, make_learner
 from dnas.training.optimizer import autocast
@@ -227,21 +226,6 @@ def test_what_was_cut_off_is_freed_while_the_search_goes_on():
     assert freed == [True]
 
 
-def test_the_sandwich_is_taught_by_its_widest_net():
-    """Gradients in closed form: softmax minus target, the target of the others being the widest's softmax."""
-    torch.manual_seed(0)
-    logits, y = torch.randn(15, 4, dtype=torch.float64, requires_grad=True), torch.tensor([0, 3, 1, 2, 2])
-    distilled_loss(logits, torch.zeros(5), y, lambda z, x, y: cross_entropy(z, y, smoothing=0.1)).backward()
-    p = logits.detach().softmax(1)
-    smooth = 0.9 * torch.nn.functional.one_hot(y, 4) + 0.1 / 4
-    torch.testing.assert_close(logits.grad, torch.cat([p[:5] - smooth, p[5:10] - p[:5], p[10:] - p[:5]]) / 5)
-
-
-def test_mean_entropy_of_certain_and_even_gates():
-    even, certain = torch.full((8,), 1 / 8), torch.tensor([0.0, 1.0, 0.0])
-    assert float(mean_entropy([even, certain])) == pytest.approx(np.log(8) / 2)
-
-
 def watched(config, data):
     """A short search of the toy, as (is the net hard, images, answers if so) of every forward pass."""
     net, asked = MacroSupernet(toy()), []
@@ -303,14 +287,11 @@ def test_a_search_goes_on_when_all_is_decided():
 def test_weights_learn_on_what_they_are_told_to():
     data = planted_data(0, num_train=256, num_val=8)
     warm = replace(GatesConfig(), warmup=0.5)
-    for kind, first_step in (("hard", [True]), ("soft", [False]), ("sandwich", [True] * 3)):
+    for kind, first_step in (("hard", [True]), ("soft", [False])):
         net, asked = watched(replace(warm, weights_on=kind), data)
         assert [hard for hard, _, _ in asked[: len(first_step)]] == first_step
         images = [x for _, x, _ in asked[: len(first_step) + 1]]
         assert all(x is images[0] for x in images[:-1]) and images[-1] is not images[0]
-    widest, narrowest, drawn = ([a[d.name] for d in net.space.decisions if d.is_width] for _, _, a in asked[:3])
-    assert all(low <= some <= high for low, some, high in zip(narrowest, drawn, widest, strict=True))
-    assert narrowest != widest
 
 
 @pytest.mark.parametrize("fraction, shared", [(0.0, True), (0.5, False)])
@@ -328,7 +309,7 @@ def test_without_a_fraction_the_gates_see_the_weights_images(fraction, shared):
         {"gate_fraction": 1.0},
         {"gate_every": 0},
         {"weights_on": "stone"},
-        {"entropy": -1.0},
+        {"prior": -1.0},
         {"temperature": 0.0},
         {"skip_at": 1.5},
         {"budget_from": 0.8},

@@ -98,14 +98,14 @@ def test_a_skip_is_closed_then_open_then_removed():
     skip, g = SkipGate(), generator()
     for temperature in (1.0, 0.3):
         assert skip.probabilities(temperature).tolist() == [0.0, 1.0]
-        assert skip.settled and skip.widest() == skip.narrowest() == skip.best() == KEEP
+        assert skip.settled and skip.widest() == skip.best() == KEEP
         assert all(skip.draw(g, uniform, temperature) == KEEP for uniform in (False, True) for _ in range(50))
     for temperature, start in itertools.product((1.0, 0.7, 0.3), (0.6, 0.9, 0.999)):
         skip.open(start, temperature)
         s = skip.coefficient(temperature)
         assert s.shape == () and s.requires_grad and float(s.detach()) == pytest.approx(start, abs=1e-6)
         assert skip.probabilities(temperature).tolist() == pytest.approx([1 - start, start], abs=1e-6)
-        assert skip.best() == KEEP and not skip.settled and skip.narrowest() == DROP
+        assert skip.best() == KEEP and not skip.settled and skip.live() == [0, 1]
         assert float(skip.coefficient(temperature / 2).detach()) > start  # cooler is sharper
     for kappa in (2.0, 0.01, -0.01, -2.0):
         skip.kappa.data.fill_(kappa)

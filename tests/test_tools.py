@@ -74,7 +74,7 @@ SEARCH_ERRORS = [
     (["--budget", "50%", "--name", "resnet50"], "resnet50"),
     (["--budget", "50%", "--skip-at", "2"], "--skip-at 2"),
     (["--budget", "50%", "--gate-fraction", "1"], "--gate-fraction 1"),
-    (["--budget", "50%", "--weights-on", "stone"], "hard, soft, sandwich"),
+    (["--budget", "50%", "--weights-on", "stone"], "hard, soft"),
     (["--budget", "50%", "--paths", "1"], "--paths 1"),
     (["--budget", "50%", "--seed", "-1"], "'-1'"),
     (["--budget", "50%", "--seed", "5000000000"], "5000000000"),

@@ -6,7 +6,7 @@ other widths.
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +31,6 @@ from dnas.runtime.distributed import average_gradients, from_first, mean, shared
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
 from dnas.spec.space import Arch, Space
-from dnas.training.criterion import Criterion
 from dnas.training.loop import MAX_SKIPPED, make_scaler
 from dnas.training.onednn_workaround import subsampled
 from dnas.training.optimizer import autocast
@@ -82,43 +81,22 @@ def expected_costs(net: Supernet, task: Task) -> dict[str, float]:
     return {m: float(table.expected(net.probabilities()).detach()) for m, table in task.tables.items()}
 
 
-def distilled_loss(logits: Tensor, x: Tensor, y: Tensor, criterion: Criterion) -> Tensor:
-    """The loss of k nets on the same images ``x`` with labels ``y`` [B], from ``logits`` [k * B, classes]: a scalar.
-
-    It is the ``criterion`` of the first B rows, plus the cross entropy of every further B rows with the first B rows:
-    their softmax is the target, without a gradient.
-    """
-    widest, *others = logits.split(len(y))
-    teacher = widest.detach().softmax(1)
-    return criterion(widest, x, y) + sum(F.cross_entropy(other, teacher) for other in others)
-
-
 def weight_loss(search: Search, task: Task, x: Tensor, y: Tensor, progress: float) -> Tensor:
     """The loss of a weight step, a scalar.
 
     ``weights_on`` says which nets the weights learn on:
 
     * ``hard``: in turn the widest net (with drawn blocks) and a drawn net;
-    * ``soft``: the soft net that the gates see;
-    * ``sandwich``: the widest, the narrowest and a drawn net together. The widest one teaches the others (the sandwich
-      rule, arXiv 1903.05134).
+    * ``soft``: the soft net that the gates see.
     """
     net, draws, config = search.net, search.own.draws, task.config
     even, at = progress < config.warmup, {"temperature": search.own.temperature}
     if config.weights_on == "soft":
         logits = net(x, net.soft(draws, config.paths, **at, with_scale=config.scale_in_gradient))
-    elif config.weights_on == "sandwich":
-        nets = net.widest(draws, **at), net.narrowest(draws, **at), net.draw(draws, even, **at)
-        logits = torch.cat([net(x, answers) for answers in nets])
     else:
         widest = search.learner is not None and search.learner.update % 2 == 0
         logits = net(x, net.widest(draws, **at) if widest else net.draw(draws, even, **at))
-    return distilled_loss(logits.float(), x, y, task.criterion)
-
-
-def mean_entropy(distributions: Iterable[Tensor]) -> Tensor:
-    """Mean over gates of the entropy of their distributions, in nats."""
-    return torch.stack([torch.special.entr(p).sum() for p in distributions]).mean()
+    return task.criterion(logits.float(), x, y)
 
 
 def check_gradients(net: Supernet, step: int) -> None:
@@ -212,7 +190,7 @@ def image_loss(
 def gate_step(search: Search, task: Task, progress: float, held_out: HeldOut) -> dict[str, Any]:
     """One step of the gates on held-out images: cross entropy of soft nets, plus the distance to the budget.
 
-    The settings may add the prior of balanced widths and an entropy term. Returns entries of the row in the history.
+    The settings may add the prior of balanced widths. Returns entries of the row in the history.
     Raises UserError if `MAX_SKIPPED` steps in a row had gradients that are not finite.
     """
     net, own, config = search.net, search.own, task.config
@@ -248,8 +226,6 @@ def gate_step(search: Search, task: Task, progress: float, held_out: HeldOut) ->
     pull = config.budget_weight * budget_penalty(expected, targets)  # all of it on the CPU
     if config.prior:
         pull = pull - config.prior * log_widths(net.space, probabilities)
-    if config.entropy:
-        pull = pull + config.entropy * sharpness * mean_entropy(probabilities.values())
     (pull * own.scaler.get_scale() if own.scaler.is_enabled() else pull).backward()
     average_gradients(net.gate_parameters())
     own.scaler.unscale_(own.optimizer)

@@ -23,7 +23,7 @@ class NoConfig:
     """The config of a method without settings."""
 
 
-WeightsOn = Literal["hard", "soft", "sandwich"]
+WeightsOn = Literal["hard", "soft"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,8 @@ class GatesConfig:
     gate_every: int = setting(2, "weight steps per gate step")
     gate_lr: float = setting(0.0, "learning rate of the gates; 0: from the number of gate steps")
     paths: int = setting(2, "candidate blocks mixed in a gate step")
-    weights_on: WeightsOn = setting("hard", "nets that the weights learn on: hard, soft or sandwich")
+    weights_on: WeightsOn = setting("hard", "nets that the weights learn on: hard or soft")
     scale_in_gradient: bool = setting(False, "the gates' gradient keeps the scale that all channels of a width share")
-    entropy: float = setting(0.0, "weight of the gates' mean entropy at the end of the search; it grows from 0")
     confidence: bool = setting(
         False, "the gates' gradient keeps the scale that all logits share (the confidence of the network)"
     )
@@ -78,7 +77,6 @@ class GatesConfig:
             ("skip_from", 0.51, 0.9999),
             ("patience", 1, 10**6), ("budget_weight", 0, 1e6), ("temperature", 0.01, 10), ("width_below", 0, 0.5),
             ("prior", 0, 1e3), ("headroom", 0, 1e3),
-            ("entropy", 0, 1e3),
             *((name, 0, 1) for name in shares),
         )  # fmt: skip
         if self.weights_on not in get_args(WeightsOn):

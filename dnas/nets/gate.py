@@ -35,10 +35,6 @@ class Gate(nn.Module):
         """The last live option: the widest width, or that the layer stays."""
         return self.options[self.live()[-1]]
 
-    def narrowest(self) -> Option:
-        """The first live option: the narrowest width, or that the layer is dropped."""
-        return self.options[self.live()[0]]
-
     def probabilities(self, temperature: float = 1.0) -> Tensor:
         """[number of options]. `dnas.nets.supernet.Supernet.probabilities` computes those of many gates at once."""
         raise NotImplementedError

@@ -172,20 +172,8 @@ class Supernet(nn.Module):
 
         Blocks are drawn by their probabilities.
         """
-        return self._end(Gate.widest, generator, temperature)
-
-    def narrowest(self, generator: torch.Generator | None = None, temperature: float = 1.0) -> dict[str, Answer]:
-        """The answers with the narrowest live option of every width, without the layers that may be dropped now.
-
-        Blocks are drawn as in `widest`.
-        """
-        return self._end(Gate.narrowest, generator, temperature)
-
-    def _end(
-        self, end: Callable[[Gate], Option], generator: torch.Generator | None, temperature: float
-    ) -> dict[str, Answer]:
         gates = self.gates()
-        answers: dict[str, Answer] = {name: end(gate) for name, gate in gates.items()}
+        answers: dict[str, Answer] = {name: gate.widest() for name, gate in gates.items()}
         choices = {name: gate for name, gate in gates.items() if isinstance(gate, ChoiceGate) and not gate.settled}
         if choices:
             p = self.seen(temperature)

@@ -133,7 +133,7 @@ FLAGS = [
     "--gate-fraction", "--paths", "--budget-weight", "--budget-from", "--budget-by", "--temperature", "--width-below",
     "--patience", "--skip-at", "--skip-from", "--seed", "--divisor", "--width-mult", "--img-size", "--in-chans",
     "--num-classes", "--smoothing", "--mixup", "--drop", "--drop-path", "--model-ema-decay", "--clip-grad", "--min-lr",
-    "--entropy", "--num-random", "--checkpoint-every", "--block-from", "--block-by", "--warmup-epochs",
+    "--prior", "--num-random", "--checkpoint-every", "--block-from", "--block-by", "--warmup-epochs",
 ]  # fmt: skip
 
 
