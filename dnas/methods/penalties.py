@@ -1,7 +1,5 @@
 """Methods that train the dense net with a penalty that makes channels small, one each, and cut what is small."""
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,11 +84,6 @@ def filters(search: Search) -> dict[str, Tensor]:
     return {name: torch.cat([a.slices() for a in axes], 1) for name, axes in own if axes}
 
 
-def init_admm(net: Supernet, task: Task) -> Ranked:
-    """The dense net; the pair (Z, U) of each width is not there before the first budget."""
-    return replace(init(net, task), more={})
-
-
 def admm_loss(search: Search, task: Task, x: Tensor, y: Tensor, progress: float) -> Tensor:
     """Cross entropy, plus ``penalty`` / 2 times the squared distance of the filters W from Z - U."""
     loss, weights = dense_loss(search, task, x, y, progress), filters(search)
@@ -116,21 +109,8 @@ def admm_step(search: Search, task: Task, progress: float, held_out: HeldOut) ->
     for name, s in shifted.items():
         kept = squares[name].topk(int(arch[name]) * len(s) // int(own.arch[name])).indices
         z = torch.zeros_like(s).index_copy(0, kept, s[kept])
-        own.more[name] = z, s - z
+        own.more[name] = [z, s - z]
     return {"events": []}
-
-
-def admm_state(search: Search) -> dict[str, Any]:
-    """The state as plain data."""
-    own = search.own
-    return {"arch": dict(own.arch), "cuts": own.cuts, "more": {name: list(pair) for name, pair in own.more.items()}}
-
-
-def load_admm(search: Search, data: Mapping[str, Any]) -> None:
-    """Put the data of `admm_state` into a search that has just begun."""
-    like = next(search.net.parameters())
-    pairs = {name: tuple(t.to(like.device) for t in pair) for name, pair in data["more"].items()}
-    search.own = Ranked(search.net.space.complete(data["arch"]), cuts=data["cuts"], more=pairs)
 
 
 def squared_norms(search: Search, task: Task) -> Scores:
@@ -163,11 +143,8 @@ ADMM = rank_and_cut(
     summary="widths, by norms of filters that are pulled to a network inside the budget",
     source="AutoCompress, Liu et al., AAAI 2020, arXiv 1907.03141 (its ADMM)",
     config=AdmmConfig,
-    init=init_admm,
     loss=admm_loss,
     after_step=admm_step,
-    state_dict=admm_state,
-    load_state_dict=load_admm,
     work=lambda config: (0.0, 1.0),
     needs="labels",
     deviations="the budget gives the number of filters of each layer; no separate purification",

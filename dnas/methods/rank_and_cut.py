@@ -6,7 +6,7 @@ The dense net has the base blocks, all layers and full widths. A method (`dnas.m
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,13 +32,14 @@ Score = Callable[[Search, Task], Scores]
 class Ranked:
     """The state of such a method: ``arch`` is what is left of the dense net, after ``cuts`` cuts.
 
-    ``start`` has the weights of the start for ``arch``, if the method rewinds. ``more`` is the method's own.
+    ``start`` has the weights of the start for ``arch``, if the method rewinds. ``more`` are other tensors
+    of the method, by width.
     """
 
     arch: Arch
     start: Supernet | None = None
     cuts: int = 0
-    more: Any = None
+    more: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 def dense_arch(space: Space) -> Arch:
@@ -202,7 +203,8 @@ def after_step(search: Search, task: Task, progress: float, score: Score, compar
 def state_dict(search: Search) -> dict[str, Any]:
     """`Ranked` as plain data."""
     own = search.own
-    return {"arch": dict(own.arch), "cuts": own.cuts, "start": module_data(own.start) if own.start else None}
+    start = module_data(own.start) if own.start else None
+    return {"arch": dict(own.arch), "cuts": own.cuts, "start": start, "more": dict(own.more)}
 
 
 def load_state_dict(search: Search, data: Mapping[str, Any]) -> None:
@@ -210,6 +212,8 @@ def load_state_dict(search: Search, data: Mapping[str, Any]) -> None:
     own = search.own
     with checkpoint_errors():
         own.arch, own.cuts = search.net.space.complete(data["arch"]), data["cuts"]
+        device = next(search.net.parameters()).device
+        own.more = {name: [t.to(device) for t in tensors] for name, tensors in data["more"].items()}
         if own.start is not None:
             load_module(own.start, data["start"])
 
