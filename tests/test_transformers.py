@@ -9,8 +9,9 @@ import torch
 from timm.utils import random_seed
 from torch import nn
 
+from dnas.cli.retrain import for_data
 from dnas.export import narrowed
-from dnas.export.model_file import build_net, count_macs, count_macs_torch, count_params
+from dnas.export.model_file import arch_document, build_net, count_macs, count_macs_torch, count_params
 from dnas.methods.catalog import METHODS
 from dnas.methods.loop import begin, search
 from dnas.methods.method import Task
@@ -20,7 +21,9 @@ from dnas.nets.shrink import plain_state
 from dnas.nets.timm_space import TimmBase, sized
 from dnas.nets.timm_supernet import TimmSupernet
 from dnas.nets.tracing import trace
+from dnas.runtime.run_folder import provenance
 from dnas.spec.budget import parse_budget
+from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable, resolve_budgets
 from dnas.spec.recipe import Recipe
 from dnas.training.data import load_data
@@ -97,6 +100,24 @@ def test_a_narrow_vit_is_the_one_that_timm_builds(name, more, narrower):
         assert (plain(x) - masked).abs().max() < 1e-9 * masked.abs().max()
     assert CostTable.build(net.space, "macs").of(arch) == count_macs(plain, 3, 32) == count_macs_torch(plain, 3, 32)
     assert CostTable.build(net.space, "params").of(arch) == count_params(plain)
+
+
+def test_a_found_vit_is_retrained_on_images_of_another_size():
+    """Its costs are those of timm's own network for this size; a size below one patch is refused in one line."""
+    net, narrower = supernet("vit_tiny_patch16_224", VIT), {"embed_dim": 32, "num_heads": 2, "mlp_ratio": 1}
+    arch = {d.name: 96 if "qkv" in d.name else 32 for d in net.space.decisions}
+    pixels = {"mean": [0.0] * 3, "std": [1.0] * 3}
+    of = {"num_classes": CLASSES, "in_chans": 3, "img_size": 32} | pixels
+    told = {"supernet": "vit", "answers": arch, "provenance": provenance(torch.device("cpu"))}
+    found = arch_document("vit", net.net_of(net.space.check(arch)), of, **told)
+    here = for_data(found, load_data("digits", img_size=48), "vit", None)
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, **(VIT | narrower | {"img_size": 48}))
+    assert here["macs"] == count_macs(plain, 3, 48) > found["macs"] and here["params"] == count_params(plain)
+    model = build_net(here["net"], num_classes=CLASSES, in_chans=3)
+    assert {n: t.shape for n, t in model.state_dict().items()} == {n: t.shape for n, t in plain.state_dict().items()}
+    coarse = found | {"net": found["net"] | {"kwargs": VIT | {"patch_size": 16}}}
+    with pytest.raises(UserError, match="^the network cannot be run on images of 8 px: "):
+        for_data(coarse, load_data("digits", img_size=8), "vit", None)
 
 
 # One of each kind, small: windows with tables of biases and masks; tokens that are mixed; stages and depthwise pooling;

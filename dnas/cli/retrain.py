@@ -18,6 +18,7 @@ from dnas.export.own_file import needed
 from dnas.export.verify import verify_export
 from dnas.nets.own_base import Own
 from dnas.nets.own_supernet import check_logits
+from dnas.nets.timm_space import TimmBase, sized
 from dnas.report.metrics import read_run
 from dnas.runtime.checkpoint import BEFORE, LAST, WORTH_KEEPING
 from dnas.runtime.distributed import gathered, rank
@@ -26,7 +27,7 @@ from dnas.runtime.run_folder import provenance, run_folder, write_json
 from dnas.runtime.signals import stop
 from dnas.spec.budget import show
 from dnas.spec.checks import MAX_BYTES, UserError, first_line, read_json
-from dnas.spec.image_size import as_size, sides
+from dnas.spec.image_size import ImgSize, as_size, sides
 from dnas.training.batches import Data
 from dnas.training.criterion import make_criterion
 from dnas.training.freeze import check_patterns
@@ -61,6 +62,16 @@ def before(source: Path, args: argparse.Namespace) -> str:
     return f" ({run.metrics['found']['top1']:.2f} % in {source})" if same else ""
 
 
+def resized(net: dict[str, Any], img_size: ImgSize) -> dict[str, Any]:
+    """The network of an arch document for images of this size. timm builds some networks for one size of images."""
+    if "base" not in net:
+        return net
+    kwargs = net["kwargs"]
+    if "img_size" in kwargs:
+        return net | {"kwargs": kwargs | {"img_size": img_size if isinstance(img_size, int) else list(img_size)}}
+    return net | {"kwargs": dict(sized(TimmBase(net["base"], 1, img_size=img_size, kwargs=kwargs)).kwargs)}
+
+
 def for_data(found: dict[str, Any], data: Data, name: str, own: Own | None) -> dict[str, Any]:
     """The arch document ``found`` for these data: its network with their classes, channels and image size.
 
@@ -69,7 +80,7 @@ def for_data(found: dict[str, Any], data: Data, name: str, own: Own | None) -> d
     shown = {key: getattr(data, key) for key in (*SIZES, "mean", "std")}
     here = arch_document(
         name,
-        found["net"],
+        resized(found["net"], data.img_size),
         shown,
         supernet=found["supernet"],
         answers=found["answers"],

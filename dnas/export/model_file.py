@@ -32,7 +32,7 @@ from dnas.nets.timm_supernet import measure
 from dnas.nets.tracing import on_meta
 from dnas.runtime.run_folder import write_whole
 from dnas.spec.checks import UserError, check, fail, first_line, parse_json, read_json
-from dnas.spec.image_size import ImgSize, sides, strided
+from dnas.spec.image_size import ImgSize, sides, size_text, strided
 
 
 def check_document(document: Any, own: Own | None = None) -> None:
@@ -160,8 +160,10 @@ def _counts(net: dict[str, Any], data: Mapping[str, Any], own: Own | None) -> di
                 model = _kind(net).network(net, num_classes=data["num_classes"], in_chans=data["in_chans"])
         macs = count_macs_torch(model, data["in_chans"], data["img_size"])
         features = measure(model, data["in_chans"], data["img_size"])["features"] if "base" in net else []
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the network cannot be run: {first_line(error)}") from None
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"the network cannot be run on images of {size_text(data['img_size'])} px: {first_line(error)}"
+        ) from None
     if features != net.get("features", []):
         fail("net.features", net["features"], f"the channels of its feature levels: {features}")
     modules = dict(model.named_modules())
