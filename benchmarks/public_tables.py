@@ -24,7 +24,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from datetime import date
@@ -58,7 +58,8 @@ from dnas.report.metrics import interval  # noqa: E402
 from dnas.runtime.run_folder import provenance, write_json  # noqa: E402
 from dnas.spec.budget import Budget  # noqa: E402
 from dnas.spec.checks import UserError  # noqa: E402
-from dnas.spec.space import Space  # noqa: E402
+from dnas.spec.cost import CostTable  # noqa: E402
+from dnas.spec.space import Arch, Space  # noqa: E402
 
 ONE_EPOCH = replace(SEARCH, epochs=1)
 SPACES = {
@@ -225,24 +226,26 @@ def summary(folder: str) -> list[dict]:
 
 def writers(space: Space) -> Counter[str]:
     """Width decision -> the number of layers that write it."""
-    layers = (site for site in space.sites if site.fixed.get("macs"))
-    return Counter(width for site in layers if isinstance(width := site.widths["out"], str))
+    layers = {(site.layer, site.widths["out"]) for site in space.sites if site.fixed.get("macs")}
+    return Counter(width for _, width in layers if isinstance(width, str))
+
+
+def weighted(space: Space, tables: Mapping[str, CostTable], budgets: Sequence[Budget], power: float) -> Arch:
+    """As `dnas.methods.rules.balanced_arch`, but a width counts (number of layers that write it) ** power."""
+    count = writers(space)
+    like = {d.name: count[d.name] ** power * np.log(d.options) for d in space.decisions}
+    return derive(space, tables, budgets, like)
 
 
 def by_writers(folder: str, data_dir: str, device: str, powers: list[float]) -> None:
-    """Print what balanced reaches if each log width counts (number of layers that write it) ** power: mean percentile.
-
-    The weights of the rule `dnas.methods.rules.balanced_arch` are all 1, which is power 0.
-    """
+    """Print the mean percentiles of the networks of `weighted`."""
     for space, setup in SPACES.items():
         lab, judge = open_lab(setup, data_dir, device), read_judge(space, folder)
-        count = writers(lab.net.space)
         goals = [(percent, goal(lab, float(judge.macs.max()), percent)) for percent in BUDGETS[space]]
         for power in powers:
-            like = {d.name: count[d.name] ** power * np.log(d.options) for d in lab.net.space.decisions}
-            archs = [(dict(derive(lab.net.space, lab.tables, budgets, like)), percent) for percent, budgets in goals]
+            archs = [(weighted(lab.net.space, lab.tables, budgets, power), percent) for percent, budgets in goals]
             for dataset in judge.top1:
-                places = [judge.look_up(arch, dataset, percent)["percentile"] for arch, percent in archs]
+                places = [judge.look_up(dict(arch), dataset, percent)["percentile"] for arch, percent in archs]
                 print(f"{space} {dataset} power {power:g}: percentile {fmean(places):.1f}")
 
 
@@ -260,7 +263,9 @@ def parse() -> argparse.Namespace:
     p.add_argument("--budget", type=int, nargs="+", help="percent of the widest network's MACs (default: all)")
     p.add_argument("--method", nargs="+", default=["default"], choices=[*VARIANTS, *OTHERS], help="how")
     add_work_flags(p)
-    p.add_argument("--writers", type=float, nargs="+", help="what balanced reaches with such powers (`by_writers`)")
+    p.add_argument(
+        "--writers", type=float, nargs="+", help="only print what balanced reaches in both tables with these powers"
+    )
     p.add_argument("--summary", action="store_true", help="print where the found networks lie")
     p.add_argument("--json", help="write the summary to this file as well")
     return p.parse_args()

@@ -254,6 +254,10 @@ def _images(data: Images | None, args: argparse.Namespace, own: OwnLoss | None) 
     return images
 
 
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
 def _supernet(net: Net | None, args: argparse.Namespace, data: Data) -> Supernet | None:
     """A supernet for what is no name. A network of timm's must be what its name and ``model_kwargs`` make."""
     random_seed(args.seed)
@@ -272,7 +276,8 @@ def _supernet(net: Net | None, args: argparse.Namespace, data: Data) -> Supernet
         return OwnSupernet(outline, Own(made_by(model, "net")))
     base = outline_of(args, fixed)
     assert isinstance(base, TimmBase) and isinstance(model, nn.Module)
-    if repr(replace(base, num_classes=int(getattr(model, "num_classes", 0))).create(device="meta")) != repr(model):
+    same = replace(base, num_classes=int(getattr(model, "num_classes", 0))).create(device="meta")
+    if repr(same) != repr(model) or _shapes(same) != _shapes(model):  # the size of images is in shapes only
         raise UserError(f"{base} is another network than the one given: model_kwargs has to say how it was made")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / INITIAL_WEIGHTS

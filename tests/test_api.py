@@ -24,6 +24,14 @@ SHORT = {"img_size": 8, "search_epochs": 2, "epochs": 1, "batch_size": 128}
 NARROW = {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 24]}
 
 
+SMALL_VIT = {"depth": 1, "embed_dim": 12}
+
+
+def small_vit():
+    """It is built for images of 224 pixels, which only the shapes of its weights show."""
+    return timm.create_model("vit_tiny_patch16_224", num_classes=10, **SMALL_VIT)
+
+
 def narrow_resnet():
     torch.manual_seed(0)
     return timm.create_model("resnet18", num_classes=10, **NARROW)
@@ -215,6 +223,7 @@ def test_a_space_of_ones_own(tmp_path, trusted):
     ({"budget": "50%", "net": toy(num_classes=10), "divisor": 2}, "^divisor is no argument beside a space"),
     ({"budget": "50%", "net": toy(num_classes=4, img_size=32)}, "^toy is for num_classes 4, the data has 10"),
     ({"budget": "50%", "net": narrow_resnet()}, "^model resnet18 is another network than the one given: model_kwargs"),
+    ({"budget": "50%", "net": small_vit(), "model_kwargs": SMALL_VIT}, "^model vit_tiny.* is another network than the"),
     ({"budget": "1kFLOPs", "net": narrow_resnet(), "model_kwargs": NARROW, "img_size": 8}, "out of reach"),
 ])  # fmt: skip
 def test_arguments_that_make_no_sense(given, said, tmp_path, monkeypatch):

@@ -20,8 +20,10 @@ import table_networks  # noqa: E402
 from iso_setups import Setup, open_lab  # noqa: E402
 
 from dnas.export.model_file import count_macs, count_params  # noqa: E402
+from dnas.methods.rules import balanced_arch  # noqa: E402
 from dnas.nets.timm_space import TimmBase  # noqa: E402
 from dnas.nets.timm_supernet import TimmSupernet  # noqa: E402
+from dnas.spec.budget import Budget  # noqa: E402
 from dnas.spec.checks import UserError  # noqa: E402
 from dnas.spec.cost import CostTable  # noqa: E402
 from dnas.spec.recipe import Recipe  # noqa: E402
@@ -81,6 +83,20 @@ def test_layers_that_write_a_width_are_those_whose_outputs_change_with_it(build,
         less = (*full[:k], decision.options[-2], *full[k + 1 :])
         changed = sum(a != b for a, b in zip(outputs(full), outputs(less), strict=True))
         assert found[decision.name] == changed > 0
+
+
+@pytest.mark.parametrize("space, share", [("nats", 0.15), ("mobilenet", 0.75)])
+def test_weights_of_widths_move_channels_to_those_that_many_layers_write(space, share):
+    net = supernet(space).space
+    tables = {metric: CostTable.build(net, metric) for metric in ("macs", "params")}
+    budgets = (Budget("macs", share * tables["macs"].of(tables["macs"].extremes()[1])),)
+    assert public_tables.weighted(net, tables, budgets, 0) == balanced_arch(net, tables, budgets)
+    count, sums = public_tables.writers(net), []
+    for power in (0, 1, 3):
+        arch = public_tables.weighted(net, tables, budgets, power)
+        sums.append(sum(count[name] * np.log(width) for name, width in arch.items()))
+    assert sums[0] < sums[1] >= sums[2]  # at power 1 this sum is what is maximised
+    assert 0.98 * budgets[0].limit <= tables["macs"].of(arch) <= budgets[0].limit
 
 
 @pytest.fixture

@@ -123,6 +123,8 @@ def test_the_flag():
     sizes = {"num_classes": 10, "in_chans": 3, "img_size": 32}
     args = parser.parse_args(["--model", "resnet18", "--tie", "layer1.*.conv1", "--tie", "conv1,layer2.0.conv2"])
     assert outline_of(args, sizes).ties == ("layer1.*.conv1", "conv1,layer2.0.conv2")
+    vit = parser.parse_args(["--model", "vit_tiny_patch16_224"])
+    assert outline_of(vit, sizes).kwargs == {"img_size": 32}  # timm builds it for one size of images
     with pytest.raises(UserError, match="^tie goes with model"):
         outline_of(parser.parse_args(["--tie", "conv1"]), sizes)
 

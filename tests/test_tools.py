@@ -89,6 +89,11 @@ SEARCH_ERRORS = [
     (["--budget", "50%", "--model", "test_resnet", "--initial-checkpoint", "no/such.pth"], "no/such.pth"),
     (["--budget", "1%", "--model", "test_resnet"], "1%"),
     (["--budget", "1GFLOPs", "--model", "test_resnet"], "1GFLOPs"),
+    (["--budget", "50%", "--model", "resnet18.typo"], "resnet18.typo"),
+    (
+        ["--budget", "50%", "--model", "nest_tiny", "--img-size", "100"],
+        "nest_tiny cannot be run on an image of 3 x 100",
+    ),
     (["--budget", "50%", "--model", "inception_v3"], "inception_v3 cannot be run on an image of 3 x 32 x 32"),
     (["--budget", "50%", "--pretrained"], "--model"),
     (["--budget", "50%", "--img-size", "16", "--warmup", "1"], "--warmup 1.0"),

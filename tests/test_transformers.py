@@ -9,7 +9,7 @@ import torch
 from timm.utils import random_seed
 from torch import nn
 
-from dnas.cli.retrain import for_data
+from dnas.cli.retrain import for_data, resized
 from dnas.export import narrowed
 from dnas.export.model_file import arch_document, build_net, count_macs, count_macs_torch, count_params
 from dnas.methods.catalog import METHODS
@@ -52,7 +52,10 @@ def test_timm_builds_a_network_for_the_size_of_the_images():
     assert kwargs("swin_tiny_patch4_window7_224", (96, 64)) == {"img_size": [96, 64]}
     assert kwargs("vit_tiny_patch16_224", 224) == kwargs("resnet18", 96) == kwargs("no_network", 96) == {}
     assert kwargs("vit_tiny_patch16_224", 96, img_size=224) == {"img_size": 224}
+    assert kwargs("vit_tiny_patch16_224.nonsense", 96) == {}  # an error of `TimmBase.create`
+    assert kwargs("twins_svt_small", 100) == {}  # timm refuses to build it for 100 pixels, and it runs there
     base = sized(TimmBase("vit_tiny_patch16_224", CLASSES, 3, (32, 64), kwargs={"depth": 1, "embed_dim": 48}))
+    assert str(base) == "--model vit_tiny_patch16_224 --model-kwargs {'depth': 1, 'embed_dim': 48}"
     assert TimmSupernet(base).model.eval()(torch.zeros(1, 3, 32, 64)).shape == (1, CLASSES)
 
 
@@ -115,9 +118,15 @@ def test_a_found_vit_is_retrained_on_images_of_another_size():
     assert here["macs"] == count_macs(plain, 3, 48) > found["macs"] and here["params"] == count_params(plain)
     model = build_net(here["net"], num_classes=CLASSES, in_chans=3)
     assert {n: t.shape for n, t in model.state_dict().items()} == {n: t.shape for n, t in plain.state_dict().items()}
+    assert for_data(found, load_data("digits", img_size=32), "vit", None)["net"] == found["net"]
     coarse = found | {"net": found["net"] | {"kwargs": VIT | {"patch_size": 16}}}
     with pytest.raises(UserError, match="^the network cannot be run on images of 8 px: "):
         for_data(coarse, load_data("digits", img_size=8), "vit", None)
+    # A network that was found at timm's own size has no argument yet.
+    assert resized({"base": "vit_tiny_patch16_224", "kwargs": {}}, 96)["kwargs"] == {"img_size": 96}
+    assert resized({"base": "resnet18", "kwargs": {}}, 96)["kwargs"] == {}
+    with pytest.raises(UserError, match="cannot be used"):
+        resized({"base": "nest_tiny", "kwargs": {"img_size": 224}}, 100)
 
 
 # One of each kind, small: windows with tables of biases and masks; tokens that are mixed; stages and depthwise pooling;

@@ -27,7 +27,7 @@ from dnas.runtime.run_folder import provenance, run_folder, write_json
 from dnas.runtime.signals import stop
 from dnas.spec.budget import show
 from dnas.spec.checks import MAX_BYTES, UserError, first_line, read_json
-from dnas.spec.image_size import ImgSize, as_size, sides
+from dnas.spec.image_size import ImgSize, as_size, plain_size, sides
 from dnas.training.batches import Data
 from dnas.training.criterion import make_criterion
 from dnas.training.freeze import check_patterns
@@ -63,13 +63,16 @@ def before(source: Path, args: argparse.Namespace) -> str:
 
 
 def resized(net: dict[str, Any], img_size: ImgSize) -> dict[str, Any]:
-    """The network of an arch document for images of this size. timm builds some networks for one size of images."""
+    """The network of an arch document for images of another size. timm builds some networks for one size of images.
+
+    Raises UserError if timm cannot build it for this size.
+    """
     if "base" not in net:
         return net
-    kwargs = net["kwargs"]
-    if "img_size" in kwargs:
-        return net | {"kwargs": kwargs | {"img_size": img_size if isinstance(img_size, int) else list(img_size)}}
-    return net | {"kwargs": dict(sized(TimmBase(net["base"], 1, img_size=img_size, kwargs=kwargs)).kwargs)}
+    kwargs = net["kwargs"] | ({"img_size": plain_size(img_size)} if "img_size" in net["kwargs"] else {})
+    base = sized(TimmBase(net["base"], 1000, img_size=img_size, kwargs=kwargs))
+    base.create(device="meta")
+    return net | {"kwargs": dict(base.kwargs)}
 
 
 def for_data(found: dict[str, Any], data: Data, name: str, own: Own | None) -> dict[str, Any]:
@@ -78,9 +81,10 @@ def for_data(found: dict[str, Any], data: Data, name: str, own: Own | None) -> d
     The costs are counted again. A budget held for the data of the search: it goes if they have other sizes.
     """
     shown = {key: getattr(data, key) for key in (*SIZES, "mean", "std")}
+    same = as_size(found["img_size"]) == as_size(data.img_size)
     here = arch_document(
         name,
-        resized(found["net"], data.img_size),
+        found["net"] if same else resized(found["net"], data.img_size),
         shown,
         supernet=found["supernet"],
         answers=found["answers"],

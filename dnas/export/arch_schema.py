@@ -12,9 +12,9 @@ from timm.models import is_model, model_entrypoint
 
 from dnas.export import narrowed, native
 from dnas.nets.channels import is_inside
-from dnas.nets.timm_space import check_kwargs, is_timms_own
+from dnas.nets.timm_space import BUILD_ERRORS, check_kwargs, is_timms_own
 from dnas.spec.checks import UserError, check, fail, first_line
-from dnas.spec.image_size import check_sides
+from dnas.spec.image_size import check_sides, plain_size
 
 Floats = Sequence[float]
 
@@ -80,7 +80,7 @@ def _check_narrowed(net: dict[str, Any]) -> None:
             model: Any = timm.create_model(
                 base, num_classes=1000, **net["kwargs"]
             )  # some have no classifier by default
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, AssertionError) as error:
+    except BUILD_ERRORS as error:
         fail("net.kwargs", net["kwargs"], f"arguments of {base} ({first_line(error)[:80]})")
     if len(net["features"]) != len(model.feature_info):
         fail("net.features", net["features"], f"{len(model.feature_info)} widths, one a feature level of {base}")
@@ -163,17 +163,12 @@ def check_name(name: Any) -> None:
         fail("name", name, "no model that timm already has")
 
 
-def _plain_size(img_size: Any) -> Any:
-    """The size of an image as JSON has it."""
-    size = check_sides(img_size)
-    return size if isinstance(size, int) else [*size]
-
-
 def check_data(
     num_classes: int, in_chans: int, img_size: int | Sequence[int], mean: Floats, std: Floats
 ) -> dict[str, Any]:
     """The five arguments as a dict that follows `DATA`. Raises UserError if they do not follow it."""
-    data: dict[str, Any] = dict(zip(DATA, (_plain_size(img_size), in_chans, num_classes, [*mean], [*std]), strict=True))
+    size = plain_size(check_sides(img_size))
+    data: dict[str, Any] = dict(zip(DATA, (size, in_chans, num_classes, [*mean], [*std]), strict=True))
     check("arch", data, DATA)
     for key in ("mean", "std"):
         if len(data[key]) != in_chans:

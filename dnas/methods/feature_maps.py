@@ -63,7 +63,7 @@ def batch_loss(search: Search, task: Task, x: Tensor, y: Tensor) -> Tensor:
 
 def channels_of(tensor: Tensor, layer: nn.Module, axis: ChannelAxis) -> Tensor:
     """What a layer reads or writes, by units: [B, units, positions of a unit, sides of a map]; tokens are one side."""
-    tensor = tensor.movedim(-1, 1) if isinstance(layer, nn.Linear) else tensor
+    tensor = tensor.movedim(-1, 1) if getattr(layer, axis.name).ndim == 2 else tensor  # linear: channels come last
     return tensor[:, torch.from_numpy(axis.places).to(tensor.device)]
 
 

@@ -18,7 +18,7 @@ from dnas.nets.channels import Channels
 from dnas.nets.own_base import OwnBase
 from dnas.nets.residual_blocks import when_inside
 from dnas.spec.checks import UserError, first_line, near_names
-from dnas.spec.image_size import ImgSize, sides
+from dnas.spec.image_size import ImgSize, plain_size, sides
 from dnas.spec.space import DROP, KEEP, Decision, Site, Space, When
 
 # Arguments that dnas itself passes to timm, or that would load or download something when an arch file is read.
@@ -26,6 +26,10 @@ RESERVED = {
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes"),
     *("in_chans", "features_only", "scriptable", "exportable", "no_jit"),
 }
+
+
+# What timm raises where it cannot build a network with the given arguments.
+BUILD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ZeroDivisionError)
 
 
 def check_kwargs(kwargs: Mapping[str, Any]) -> None:
@@ -82,7 +86,8 @@ class TimmBase:
     depth: bool = False
 
     def __str__(self) -> str:
-        return f"--model {self.name}" + (f" --model-kwargs {dict(self.kwargs)}" if self.kwargs else "")
+        given = {k: v for k, v in self.kwargs.items() if k != "img_size" or v != plain_size(self.img_size)}  # `sized`
+        return f"--model {self.name}" + (f" --model-kwargs {given}" if given else "")
 
     def create(self, pretrained: bool = False, checkpoint: str | None = None, device: str = "cpu") -> nn.Module:
         """The network, with timm's weights if ``pretrained``, or with the weights of the file ``checkpoint``.
@@ -110,19 +115,30 @@ class TimmBase:
                 return timm.create_model(self.name, pretrained=pretrained or bool(checkpoint), **args)
         except UserError:
             raise
-        except (RuntimeError, OSError, ValueError, KeyError, TypeError, UnpicklingError) as error:
-            raise UserError(f"{given} cannot be used: {first_line(error)}") from None
+        except (OSError, UnpicklingError, *BUILD_ERRORS) as error:
+            reason = first_line(error) or type(error).__name__
+            raise UserError(f"{given} cannot be used: {reason}") from None
 
 
 def sized(base: TimmBase) -> TimmBase:
-    """The base with timm's argument ``img_size``, if timm builds this network for one size of images (transformers)."""
-    cfg = get_pretrained_cfg(base.name) if timm.is_model(base.name) else None
+    """The base with timm's argument ``img_size``, if timm builds this network for one size of images (transformers).
+
+    Where timm cannot build it for this size, it is the base as it is: some such networks run at a few other sizes, too.
+    """
+    try:
+        cfg = get_pretrained_cfg(base.name) if timm.is_model(base.name) else None
+    except RuntimeError:  # no weights of this name, which `TimmBase.create` says
+        return base
     if cfg is None or not cfg.fixed_input_size or "img_size" in base.kwargs:
         return base
     if sides(base.img_size) == tuple(cfg.input_size[1:]):
         return base
-    size = base.img_size if isinstance(base.img_size, int) else list(base.img_size)
-    return replace(base, kwargs={**base.kwargs, "img_size": size})
+    built = replace(base, kwargs={**base.kwargs, "img_size": plain_size(base.img_size)})
+    try:
+        built.create(device="meta")
+    except UserError:
+        return base
+    return built
 
 
 Base = TimmBase | OwnBase

@@ -25,6 +25,12 @@ def as_size(img_size: int | Sequence[int]) -> ImgSize:
     return found[0] if len(found) == 2 and found[0] == found[1] else found
 
 
+def plain_size(img_size: int | Sequence[int]) -> int | list[int]:
+    """The same as JSON has it."""
+    found = as_size(img_size)
+    return found if isinstance(found, int) else list(found)
+
+
 def size_text(img_size: int | Sequence[int]) -> str:
     """``32`` or ``24x96``, height first."""
     size = as_size(img_size)
