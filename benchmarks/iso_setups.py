@@ -115,6 +115,16 @@ def supernet_of(outline: EfficientNetSpace | TimmBase, bipath: bool = True) -> S
     return MacroSupernet(replace(outline, bipath=outline.bipath and bipath))
 
 
+def outline_of(setup: Setup, num_classes: int) -> EfficientNetSpace | TimmBase:
+    """The description of a set-up's space; it needs no images."""
+    fixed = {"num_classes": num_classes, "img_size": setup.cost_size or setup.img_size, "divisor": setup.divisor}
+    if setup.supernet in SUPERNETS:
+        macro = SUPERNETS[setup.supernet](**fixed, width_mult=setup.width_mult)
+        stages = tuple(replace(s, depth=min(s.depth, setup.most_layers)) for s in macro.stages)
+        return replace(macro, stages=stages)
+    return TimmBase(setup.supernet, **fixed, kwargs=setup.kwargs, ties=setup.ties, most_widths=setup.most_widths)
+
+
 def open_lab(setup: Setup, data_dir: str, device: str) -> Lab:
     """Load the data and build the space. UserError if the data is not there."""
     if setup.data == "digits":
@@ -123,17 +133,7 @@ def open_lab(setup: Setup, data_dir: str, device: str) -> Lab:
         data = load_data("", data_dir, img_size=setup.img_size, device=device)
     else:
         raise UserError("this set-up needs --data-dir (or DNAS_CIFAR10): a folder or .tar.gz of CIFAR-10's images")
-    size = setup.cost_size or setup.img_size
-    fixed = {"num_classes": data.num_classes, "img_size": size, "divisor": setup.divisor}
-    outline: EfficientNetSpace | TimmBase
-    if setup.supernet in SUPERNETS:
-        macro = SUPERNETS[setup.supernet](**fixed, width_mult=setup.width_mult)
-        stages = tuple(replace(s, depth=min(s.depth, setup.most_layers)) for s in macro.stages)
-        outline = replace(macro, stages=stages)
-    else:
-        widths = {"ties": setup.ties, "most_widths": setup.most_widths}
-        outline = TimmBase(setup.supernet, **fixed, kwargs=setup.kwargs, **widths)
-    net = supernet_of(outline)
+    net = supernet_of(outline_of(setup, data.num_classes))
     tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
     budgets = resolve_budgets(tables, parse_budget(setup.budget))
     return Lab(setup, data.take(setup.num_train), net, tables, budgets, torch.device(device))

@@ -49,7 +49,7 @@ from iso_flops import (  # noqa: E402
     told,
     training_of,
 )
-from iso_setups import RESULTS, SEARCH, SGD, Lab, Setup, open_lab  # noqa: E402
+from iso_setups import RESULTS, SEARCH, SGD, Lab, Setup, open_lab, outline_of, supernet_of  # noqa: E402
 from variants import VARIANTS  # noqa: E402
 
 from dnas.methods.derive import derive  # noqa: E402
@@ -127,7 +127,7 @@ def _enter(space: str, data_dir: str, device: str) -> None:
     _lab = open_lab(SPACES[space], data_dir, device)
 
 
-def goal(lab: Lab, macs: float, percent: int) -> tuple[Budget, ...]:
+def goal(macs: float, percent: int) -> tuple[Budget, ...]:
     """A share of the widest network of the table, which has ``macs``."""
     return (Budget("macs", percent / 100 * macs),)
 
@@ -136,7 +136,7 @@ def search_all(macs: float, methods: list[str], seed: int, percents: tuple[int, 
     """The rows of the networks of one method, or of methods that train alike, for these budgets."""
     assert _lab is not None
     method = methods[0]
-    goals = [goal(_lab, macs, percent) for percent in percents]
+    goals = [goal(macs, percent) for percent in percents]
     if method == "evolution":
         started = time.perf_counter()
         net, x, y, seen = opponents.shared_weights(_lab, seed)
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
     info = {"date": date.today().isoformat()} | provenance(lab.device)
     macs, percents = float(judge.macs.max()), tuple(args.budget or BUDGETS[args.space])
     for percent in percents:
-        space, budgets = lab.net.space, goal(lab, macs, percent)
+        space, budgets = lab.net.space, goal(macs, percent)
         for rule, choose in RULES.items():
             if f"{percent}%/{rule}/0" not in table.nets():
                 table.append(row_of(lab, percent, rule, 0, choose(space, lab.tables, budgets), {}) | info)
@@ -237,13 +237,14 @@ def weighted(space: Space, tables: Mapping[str, CostTable], budgets: Sequence[Bu
     return derive(space, tables, budgets, like)
 
 
-def by_writers(folder: str, data_dir: str, device: str, powers: list[float]) -> None:
+def by_writers(folder: str, powers: list[float]) -> None:
     """Print the mean percentiles of the networks of `weighted`."""
     for space, setup in SPACES.items():
-        lab, judge = open_lab(setup, data_dir, device), read_judge(space, folder)
-        goals = [(percent, goal(lab, float(judge.macs.max()), percent)) for percent in BUDGETS[space]]
+        judge, net = read_judge(space, folder), supernet_of(outline_of(setup, 10)).space
+        tables = {"macs": CostTable.build(net, "macs")}
+        goals = [(percent, goal(float(judge.macs.max()), percent)) for percent in BUDGETS[space]]
         for power in powers:
-            archs = [(weighted(lab.net.space, lab.tables, budgets, power), percent) for percent, budgets in goals]
+            archs = [(weighted(net, tables, budgets, power), percent) for percent, budgets in goals]
             for dataset in judge.top1:
                 places = [judge.look_up(dict(arch), dataset, percent)["percentile"] for arch, percent in archs]
                 print(f"{space} {dataset} power {power:g}: percentile {fmean(places):.1f}")
@@ -275,7 +276,7 @@ def main() -> None:
     """Searches, or what the tables say of them."""
     args = parse()
     if args.writers is not None:
-        by_writers(args.tables, args.data_dir, args.device, args.writers)
+        by_writers(args.tables, args.writers)
         return
     if not (args.summary or args.json):
         run(args)

@@ -138,14 +138,8 @@ def test_every_method_ends_inside_the_budget(method, lab, monkeypatch):
 def test_methods_that_train_alike_share_a_training(names, lab):
     """Each of them chooses what it chooses alone, in any order."""
     assert iso_flops.training_of(names[0]) and len({*map(iso_flops.training_of, names)}) == 1
-    others = [
-        "dropnet",
-        "kfac",
-        "admm",
-        "default",
-        "torch-pruning",
-        "evolution",
-    ]  # these look at the budget while they train
+    # These look at the budget while they train.
+    others = ["dropnet", "kfac", "admm", "default", "torch-pruning", "evolution"]
     assert not any(map(iso_flops.training_of, others))
     assert len({*map(iso_flops.training_of, ["l1", "slimming", "ssl", "snip"])}) == 4
     together = iso_flops.chosen(lab, names, 0, [lab.budgets])

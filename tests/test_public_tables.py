@@ -17,12 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import iso_flops  # noqa: E402
 import public_tables  # noqa: E402
 import table_networks  # noqa: E402
-from iso_setups import Setup, open_lab  # noqa: E402
+from iso_setups import Setup, open_lab, outline_of, supernet_of  # noqa: E402
 
 from dnas.export.model_file import count_macs, count_params  # noqa: E402
 from dnas.methods.rules import balanced_arch  # noqa: E402
-from dnas.nets.timm_space import TimmBase  # noqa: E402
-from dnas.nets.timm_supernet import TimmSupernet  # noqa: E402
 from dnas.spec.budget import Budget  # noqa: E402
 from dnas.spec.checks import UserError  # noqa: E402
 from dnas.spec.cost import CostTable  # noqa: E402
@@ -44,10 +42,7 @@ def test_networks_cost_what_the_tables_say(build, known):
 
 
 def supernet(space):
-    setup = public_tables.SPACES[space]
-    return TimmSupernet(
-        TimmBase(setup.supernet, 10, 3, 32, divisor=setup.divisor, ties=setup.ties, most_widths=setup.most_widths)
-    )
+    return supernet_of(outline_of(public_tables.SPACES[space], 10))
 
 
 def test_spaces_have_the_widths_of_the_tables_in_their_order():
@@ -186,5 +181,5 @@ def test_evolution_trains_shared_weights_once_for_all_budgets(monkeypatch):
     rows = public_tables.search_all(most, ["evolution"], 0, (30, 60))
     assert [row["net"] for row in rows] == ["30%/evolution/0", "60%/evolution/0"]
     for row, percent in zip(rows, (30, 60), strict=True):
-        alone, _ = public_tables.opponents.evolution(replace(lab, budgets=public_tables.goal(lab, most, percent)), 0)
+        alone, _ = public_tables.opponents.evolution(replace(lab, budgets=public_tables.goal(most, percent)), 0)
         assert row["arch"] == dict(alone) and 0.98 <= row["macs"] / (percent / 100 * most) <= 1

@@ -205,6 +205,39 @@ def test_convolutions_over_one_dimension_have_the_scores_of_those_over_two():
         assert scores.min() > 0 and scores.max() > 1.1 * scores.min()
 
 
+class OwnLinear(nn.Module):
+    def __init__(self, ins, outs):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(outs, ins)), nn.Parameter(torch.randn(outs))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class Tokens(nn.Module):
+    """The rows of an image as tokens of its columns, through two linear layers of this class."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.a, self.b, self.head = linear(8, 6), linear(6, 16), nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.head(self.b(self.a(x.flatten(1, 2)).relu()).relu().mean(1))
+
+
+def test_linear_layers_of_a_class_of_ones_own_have_the_scores_of_torchs():
+    found, weights = [], Tokens(nn.Linear).state_dict()
+    for linear in (nn.Linear, OwnLinear):
+        model = Tokens(linear)
+        model.load_state_dict(weights)
+        net = TracedSupernet(OwnBase("tokens", 10, 3, 8, divisor=1), model)
+        task = task_of(net, "kfac", "60%")
+        found.append(curvature.saliency(begin(METHODS["kfac"], net, task), task))
+    assert found[0].keys() == found[1].keys() == {"a", "b"}
+    for name, scores in found[0].items():
+        torch.testing.assert_close(scores, found[1][name], rtol=1e-4, atol=1e-9)
+
+
 def test_the_spectral_radius_is_that_of_the_kronecker_product(monkeypatch):
     monkeypatch.setattr(curvature, "POWER_STEPS", 200)
     torch.manual_seed(0)

@@ -108,14 +108,12 @@ def new_table(args, target: Target) -> None:
         whole = np.hstack([whole, time_archs(args, net, archs, target, pace)])
         scale, per_mparam = scale_of(net, sites, rows, archs, np.median(whole, 1))
     drift = pace.typical_us() / pace.usual_us if pace.asked else 1.0  # from the pace of the beginning to the typical
-    drift, scale, per_mparam, kept = gathered((drift, scale, per_mparam, str(beside)))[
-        0
-    ]  # the first one's table counts
+    # Only the first process writes a table.
+    drift, scale, per_mparam, kept = gathered((drift, scale, per_mparam, str(beside)))[0]
     header |= {"date": date.today().isoformat(), "pace_us": round(pace.typical_us(), 1)}
     if not SCALES[0] <= round(drift * scale, 4) <= SCALES[1]:
-        what = (
-            f"whole networks take {scale:.3g} times the sum of their parts" if archs else "no whole network is measured"
-        )
+        times = f"whole networks take {scale:.3g} times the sum of their parts"
+        what = times if archs else "no whole network is measured"
         raise UserError(
             f"{what}, and the speed of the machine changed by a factor of {drift:.3g}: {SCALES[0]} to {SCALES[1]} is "
             f"allowed in all. Was the machine busy? The same command goes on with {kept}; remove it to begin anew"

@@ -35,7 +35,7 @@ def saliency(search: Search, task: Task) -> Scores:
             for name, axis in [(name, axis) for name, own in axes.items() for axis in own]:
                 for out in [out for layer, out in written if layer is axis.module]:
                     slope = torch.zeros_like(out) if out.grad is None else out.grad * len(x)
-                    both = (channels_of(t.detach(), axis.module, axis) for t in (out, slope))
+                    both = (channels_of(t.detach(), axis) for t in (out, slope))
                     made, slopes = (t.reshape(*t.shape[:3], -1).square() for t in both)
                     change = made.mean((0, 3)) * slopes.sum(3).mean(0) / 2  # of each filter of a unit
                     sums[name] = sums.get(name, 0) + mean(change.sum(1))

@@ -61,9 +61,10 @@ def batch_loss(search: Search, task: Task, x: Tensor, y: Tensor) -> Tensor:
         return plain_loss(search.net(x, search.own.arch), y, task.data, task.class_weights)
 
 
-def channels_of(tensor: Tensor, layer: nn.Module, axis: ChannelAxis) -> Tensor:
-    """What a layer reads or writes, by units: [B, units, positions of a unit, sides of a map]; tokens are one side."""
-    tensor = tensor.movedim(-1, 1) if getattr(layer, axis.name).ndim == 2 else tensor  # linear: channels come last
+def channels_of(tensor: Tensor, axis: ChannelAxis) -> Tensor:
+    """What an axis's layer reads or writes: [B, units, positions of a unit, sides of a map]; tokens are one side."""
+    linear = getattr(axis.module, axis.name).ndim == 2  # its channels come last
+    tensor = tensor.movedim(-1, 1) if linear else tensor
     return tensor[:, torch.from_numpy(axis.places).to(tensor.device)]
 
 
@@ -105,7 +106,7 @@ def of_maps_read(search: Search, task: Task, measure: Callable[[Tensor], Tensor]
     sums: dict[str, dict[int, list[Tensor]]] = {}
 
     def see(name: str, layer: nn.Module, axis: ChannelAxis, x: Tensor) -> None:
-        read = channels_of(x, layer, axis).float()
+        read = channels_of(x, axis).float()
         maps = read if read.ndim == 5 else read.reshape(*read.shape[:3], 1, -1)
         found = measure(maps.flatten(0, 2)).view(maps.shape[:3]).mean((0, 2))
         sums.setdefault(name, {}).setdefault(maps[0, 0, 0].numel(), []).append(found)

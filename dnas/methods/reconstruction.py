@@ -90,7 +90,7 @@ def pursue(layer: nn.Module, axis: ChannelAxis, x: Tensor, size: int) -> tuple[T
     dim, kept = 1 if isinstance(layer, nn.Conv2d) else x.ndim - 1, torch.empty(0, dtype=torch.long)
 
     def sums(t: Tensor) -> Tensor:
-        return channels_of(t, layer, axis).flatten(2).sum((0, 2))
+        return channels_of(t, axis).flatten(2).sum((0, 2))
 
     def residual() -> Tensor:
         others = x.index_fill(dim, places[[k for k in range(len(places)) if k not in set(kept.tolist())]].flatten(), 0)
@@ -124,7 +124,7 @@ def pursuit(search: Search, task: Task) -> Scores:
         sizes = [o * units // left for o in options if o < left]
         found = [pursue(layer, axis, x, size) for size in sizes]
         counts = sum((torch.bincount(kept, minlength=units) for kept, _ in found), torch.zeros(units)).double()
-        energy = channels_of(x, layer, axis).flatten(2).double().square().sum((0, 2)).cpu()
+        energy = channels_of(x, axis).flatten(2).double().square().sum((0, 2)).cpu()
         often[name] = often.get(name, 0) + counts + energy / (2 * energy.sum().clamp(min=1e-30))  # breaks ties
         curve = np.interp(np.arange(units + 1), [0, *sizes, units], [1.0, *(min(1.0, r) for _, r in found), 0.0])
         residuals.setdefault(name, []).append(curve)
