@@ -116,10 +116,8 @@ def above_threshold(
             arch[name] = KEEP if float(score) > 0 else DROP
             continue
         options = [int(o) for o in space.by_name[name].options if int(o) <= int(left[name])]
-        best, units = (
-            np.sort(score.double().cpu().numpy())[::-1],
-            [int(o) * len(score) // int(left[name]) for o in options],
-        )
+        best = np.sort(score.double().cpu().numpy())[::-1]
+        units = [o * len(score) // int(left[name]) for o in options]
         arch[name] = options[0]
         for a, b, before, option in zip(units, units[1:], options, options[1:], strict=False):
             steps.append((float(best[a:b].mean()), name, before, option))
