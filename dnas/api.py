@@ -33,6 +33,7 @@ from dnas.nets.own_supernet import OwnSupernet
 from dnas.nets.supernet import Supernet
 from dnas.nets.timm_space import TimmBase
 from dnas.nets.timm_supernet import TimmSupernet
+from dnas.nets.tracing import copied
 from dnas.report.metrics import read_run
 from dnas.runtime.checkpoint import Stopped
 from dnas.runtime.run_folder import check_new_folder, run_folder
@@ -272,7 +273,7 @@ def _supernet(net: Net | None, args: argparse.Namespace, data: Data) -> Supernet
     if not _timm_name(model):
         outline = OwnBase(name=_own_name(model), **(fixed | grid_of(args)))
         if isinstance(model, nn.Module):
-            return OwnSupernet(outline, given(model), copy.deepcopy(model).cpu())
+            return OwnSupernet(outline, given(model), copied(model).cpu())
         return OwnSupernet(outline, Own(made_by(model, "net")))
     base = outline_of(args, fixed)
     assert isinstance(base, TimmBase) and isinstance(model, nn.Module)
@@ -319,7 +320,7 @@ def _words(flags: Mapping[str, Any], known: Mapping[str, argparse.Action]) -> li
             words += [flag, *(f"{key}={v!r}" for key, v in value.items())]
         else:
             several = [*value] if isinstance(value, (list, tuple)) else [value]
-            if name in ("img_size", "class_weights", "freeze"):  # one value of several parts
+            if not isinstance(known[name], argparse._AppendAction):  # one value of several parts: 96,128
                 several = [",".join(map(str, several))]
             words += [f"{flag}={one}" for one in several]
     return words

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dnas.export.arch_schema import DATA
 from dnas.export.model_file import arch_document, build_net, count_macs, save_weights, write_export
 from dnas.export.own_file import write_program
 from dnas.methods.method import Method, Task
@@ -58,7 +59,7 @@ def build(plan: Plan, arch: Arch, drop: bool = False) -> nn.Module:
 
 def export_arch(folder: Path, name: str, net: Supernet, arch: Arch, data: Data, tables, budgets, info) -> dict:
     """Write arch.json and model.py. Raises RuntimeError unless the counted costs equal the cost tables' to the unit."""
-    shown = {key: getattr(data, key) for key in ("num_classes", "in_chans", "img_size", "mean", "std")}
+    shown = {key: getattr(data, key) for key in DATA}
     rows = [
         {
             "metric": b.metric,

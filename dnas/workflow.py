@@ -17,6 +17,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 import safetensors.torch
+import torch
 from rich.table import Table
 from timm.utils import random_seed
 from torch import nn
@@ -101,7 +102,7 @@ def train_arch(plan: Plan, arch: Arch, costs: Mapping[str, Any], journal: Journa
         from_first(model.state_dict().values())
         recalibrate(model, islice(data.train_batches(recipe.batch_size, seed=seed), CALIBRATION), recipe)
         from_first(model.state_dict().values())
-        scores = evaluate(model, data.val_batches(max(recipe.batch_size, 256)), recipe, data.own_loss)
+        scores = evaluate(model, data.val_batches(recipe.batch_size), recipe, data.own_loss)
         before = {"inherited": True, "before": scores["top1"]}
     steps = recipe.epochs * steps_per_epoch(data.train_batches(recipe.batch_size, seed=seed), recipe)
     train = partial(train_from_scratch, model, data, recipe, seed=seed, criterion=plan.task.criterion)
@@ -130,7 +131,12 @@ def measured_ms(plan: Plan, models: Sequence[nn.Module]) -> list[float]:
     if rank() == 0 and plan.latency and plan.latency_device:
         shape = (plan.data.in_chans, *sides(plan.data.img_size))
         target = target_of(plan.latency.header, plan.latency_device)
-        ms = time_nets(models, shape, target, CpuSpeedReference(target, plan.latency.header["pace_us"]), 25, 20.0)
+        before = torch.get_num_threads()
+        torch.set_num_threads(target.threads)
+        try:
+            ms = time_nets(models, shape, target, CpuSpeedReference(target, plan.latency.header["pace_us"]), 25, 20.0)
+        finally:
+            torch.set_num_threads(before)
         found = [float(value) for value in np.median(ms, 1)]
     return gathered(found)[0]
 
@@ -203,7 +209,9 @@ def search_stage(
     with checkpoint_errors():
         if saved := journal.under_way("search"):
             load_search(method, search, saved["search"])
-            rows, seconds = read_rows(path, saved["rows"]), saved["seconds"]
+            # Of several processes only the first has the folder of the run.
+            rows = gathered(read_rows(path, saved["rows"]) if rank() == 0 else [])[0]
+            seconds = saved["seconds"]
             console.print(f"the search goes on at step {len(rows)}")
     write_rows(path, rows)
     started, count = time.perf_counter() - seconds, len(rows)
@@ -238,7 +246,8 @@ def search_stage(
     signs = warnings_of(plan, goal, figures, search, found, nets["uniform"][0])
     document = export_arch(goal.folder, goal.name, net, found, data, tables, goal.budgets, plan.info)
     for k in range(plan.args.num_random):
-        arch = random_arch(net.space, tables, goal.budgets, seed=1000 * plan.args.seed + k)
+        seed = 1000 * (plan.args.seed + 1) + k  # never that of the method ``random`` in the same run
+        arch = random_arch(net.space, tables, goal.budgets, seed=seed)
         nets[f"random {k}"] = arch, tables
     rows_of = {}
     for name, (arch, own) in nets.items():
@@ -276,8 +285,9 @@ def arms(plan: Plan, found: Arch) -> dict[str, int]:
     asked = parse_arms(plan.args.arms, plan.args.keep_weights)
     macs = plan.tables["macs"]
     share = macs.of(found) / macs.of(macs.extremes()[1])
-    searched = sum(plan.method.work(plan.task.config)) * plan.task.recipe.epochs if plan.method.loss else 0.0
-    return {arm: arm_epochs(arm, plan.recipe.epochs, searched, share) for arm in asked if arm != "finetune"}
+    searched = plan.task.recipe.epochs if plan.method.loss else 0
+    work = sum(plan.method.work(plan.task.config)) * searched
+    return {arm: arm_epochs(arm, plan.recipe.epochs, searched, work, share) for arm in asked if arm != "finetune"}
 
 
 def find(plan: Plan, goal: BudgetRun, journal: Journal, begun: Callable[[bool], Begun], plain_ms: float) -> dict:

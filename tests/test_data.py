@@ -2,12 +2,15 @@
 
 import os
 import random
+import runpy
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from documents import NET
 from image_files import (
     encode,
     noise,
@@ -15,11 +18,15 @@ from image_files import (
     write_folder,
     write_tar,
 )
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedShuffleSplit
+from timm.data import create_transform, resolve_data_config
 
+from dnas.export.arch_schema import DATA
+from dnas.export.model_file import model_source
 from dnas.training.batches import Batches, in_memory
-from dnas.training.data import load_data
+from dnas.training.data import _as_pair, load_data
 
 # timm leaves closing its image files to the garbage collector, and Python 3.12 dislikes a DataLoader that forks.
 pytestmark = [
@@ -324,6 +331,32 @@ def test_a_timm_name_held_in_memory_by_torchvision(tmp_path):
     upright = windows(images, flip=False)
     assert all(image.tobytes() in upright for image in pixels(epoch(data.train_batches(20, seed=0))[0], data))
     assert load_data("torch/mnist", str(tmp_path), img_size=32).img_size == 32
+
+
+def test_labels_with_more_behind_them(tmp_path):
+    """As those of QMNIST: the first of eight numbers is the digit."""
+    targets = torch.arange(32).view(4, 8)
+    images, labels = _as_pair(SimpleNamespace(data=torch.zeros(4, 28, 28, dtype=torch.uint8), targets=targets))
+    assert images.shape == (4, 1, 28, 28) and labels.tolist() == [0, 8, 16, 24]
+
+
+@pytest.mark.parametrize("size, crop", [(64, 1.0), (80, 0.875), (96, 0.875), (224, 0.875)])
+def test_an_exported_model_asks_for_the_images_that_it_was_validated_on(tmp_path, size, crop):
+    """timm's own transform by what model.py says, against the batches of a folder."""
+    files, _ = tree(size=100)
+    data = load_data(data_dir=write_folder(tmp_path, files), img_size=size, workers=0)
+    assert data.crop_pct == crop
+    about = {key: getattr(data, key) for key in DATA}
+    (tmp_path / "model.py").write_text(model_source(f"dnas_crop_{size}", NET, **about))
+    cfg = runpy.run_path(str(tmp_path / "model.py"))["CFG"]
+    like = create_transform(**resolve_data_config(pretrained_cfg=cfg))
+    image = Image.open(next(path for path in sorted((tmp_path / "validation").rglob("*")) if path.is_file()))
+    torch.testing.assert_close(next(iter(data.val_batches(1)))[0][0], like(image.convert("RGB")), rtol=0, atol=1e-5)
+
+
+def test_images_in_memory_are_not_cropped(tmp_path):
+    files, _ = tree(size=100)
+    assert load_data(data_dir=write_tar(tmp_path / "data.tar", files), img_size=96).crop_pct == 1.0
 
 
 # Meant: the tar has 18 MB and is not shipped; DNAS_CIFAR10 names one where there is one.

@@ -74,11 +74,16 @@ def lively(model):
 def test_masked_and_cut_are_one_network_with_the_counted_costs(name):
     torch.manual_seed(0)
     net, create, shape = traced(name)
+    check_networks(net, create, shape, 5 if create.__module__ == "own_nets" else 2)
+
+
+def check_networks(net, create, shape, seeds):
+    """Of random networks of a space: masked and cut give the same, and all counts are those of the table."""
     tables = {metric: CostTable.build(net.space, metric) for metric in ("macs", "params")}
     widest, x, sides = tables["macs"].extremes()[1], torch.randn(2, *shape), shape[1:]
     assert tables["macs"].of(widest) == count_macs(create(), shape[0], sides)
     assert tables["params"].of(widest) == count_params(create())
-    for seed in range(5 if create.__module__ == "own_nets" else 2):
+    for seed in range(seeds):
         rng = random.Random(seed)
         arch = net.space.check({d.name: rng.choice(d.options) for d in net.space.decisions})
         own = extract(net, arch)

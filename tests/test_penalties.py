@@ -1,14 +1,19 @@
 """Slimming, structured sparsity, ADMM: gradients, norms and projections by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scoring import INNER, batches, begun
 from spaces import assert_in_band
-from test_methods import METHODS
+from test_methods import METHODS, net_of, task_of
 
 from dnas.methods import penalties
-from dnas.methods.loop import run
-from dnas.methods.rank_and_cut import most_score
+from dnas.methods.loop import begin, run
+from dnas.methods.loop import search as search_by
+from dnas.methods.rank_and_cut import dense_arch, most_score
+from dnas.nets.layer_supernet import MacroSupernet
+from supernets.toy import toy
 
 
 def test_slimming_without_a_penalty_is_ordinary_training():
@@ -41,7 +46,7 @@ def test_slimming_adds_the_sign_of_each_scale_to_its_gradient():
 
 def test_a_large_penalty_makes_scales_small():
     sums = []
-    for penalty in (0.0, 0.1):
+    for penalty in (0.0, 0.3):
         search, task = begun("slimming", penalty=penalty)
         run(METHODS["slimming"], search, task)
         sums.append(sum(float(s.detach().sum()) for s in penalties.scale_sizes(search, task).values()))
@@ -103,7 +108,20 @@ def test_admm_on_a_quadratic_loss_ends_at_the_projection(monkeypatch):
         torch.testing.assert_close(z, expected, rtol=0.05, atol=1e-2)
 
 
-def test_the_scales_that_weights_rewind_to_are_a_half():
-    search, _ = begun("slimming", rewind=True)
-    for net in (search.net, search.own.start):
-        assert float(net.model.layer2[0].bn1.weight.detach().mean()) == 0.5
+def test_scales_of_a_fresh_network_start_at_a_half_and_trained_ones_stay():
+    net = net_of("resnet")
+    trained = net.model.layer3[0].bn1.weight.detach().uniform_(0.5, 1.5).clone()
+    task = task_of(net, "slimming", "40%")
+    search = begin(METHODS["slimming"], net, replace(task, config=replace(task.config, rewind=True)))
+    for own in (search.net, search.own.start):  # and what weights rewind to
+        assert (own.model.layer2[0].bn1.weight == 0.5).all() and (own.model.layer2[0].bn2.weight == 0.5).all()
+        assert torch.equal(own.model.layer3[0].bn1.weight, trained)
+
+
+def test_admm_where_the_budget_needs_other_blocks():
+    """At 85 % some layers have more expensive blocks than the dense network: their widths are not in it."""
+    net = MacroSupernet(toy(num_classes=10, img_size=8))
+    task = task_of(net, "admm", "85%")
+    arch = search_by(METHODS["admm"], net, task)[1]
+    assert_in_band(task.tables, task.budgets, arch)
+    assert set(arch) != set(dense_arch(net.space))

@@ -238,6 +238,31 @@ def test_linear_layers_of_a_class_of_ones_own_have_the_scores_of_torchs():
         torch.testing.assert_close(scores, found[1][name], rtol=1e-4, atol=1e-9)
 
 
+class Attention(nn.Module):
+    """Rows of an image as tokens; a frozen layer, torch's attention, and layers that learn."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.inner, self.head = nn.Linear(16, 12), nn.Linear(12, 10)
+        self.first.requires_grad_(False)
+
+    def forward(self, x):
+        x = self.second(self.first(x.flatten(1, 2)).relu())
+        return self.head(self.inner(self.attention(x, x, x)[0]).relu().mean(1))
+
+
+def test_saliencies_where_a_layer_is_frozen_or_writes_two_tensors():
+    torch.manual_seed(0)
+    net = TracedSupernet(OwnBase("attention", 10, 3, 8, divisor=1), Attention())
+    task = task_of(net, "kfac", "90%")
+    found = curvature.saliency(begin(METHODS["kfac"], net, task), task)
+    assert {"first", "inner"} <= found.keys() == {d.name for d in net.space.decisions}
+    assert (found["first"] == 1).all()  # nothing says what it is worth
+    assert found["inner"].max() > 0 and found["inner"].min() >= 0
+
+
 def test_the_spectral_radius_is_that_of_the_kronecker_product(monkeypatch):
     monkeypatch.setattr(curvature, "POWER_STEPS", 200)
     torch.manual_seed(0)

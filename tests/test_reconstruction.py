@@ -70,12 +70,16 @@ def test_lasso_is_nearly_the_best_choice_of_channels(seed, monkeypatch):
     assert explained(order[:4]) > explained((-scores).argsort()[-4:]) and scores.sum() == pytest.approx(1, abs=1e-3)
 
 
-def test_contributions_add_up_to_what_a_convolution_writes():
+@pytest.mark.parametrize("parts", [4, 3, 1])  # outputs in a part
+def test_contributions_add_up_to_what_a_convolution_writes(parts, monkeypatch):
     torch.manual_seed(0)
     layer = nn.Conv2d(6, 4, 3, stride=2, padding=1, bias=False)
     axis = ChannelAxis(layer, "weight", 1, "in", np.array([[0, 3], [1, 4], [2, 5]]))
     x = torch.randn(2, 6, 5, 5)
-    found = reconstruction.contributions(layer, axis, x, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(reconstruction, "PART", parts * 2 * 3 * 9)
+    split = [*reconstruction.contributions(layer, axis, x, torch.Generator().manual_seed(0))]
+    assert len(split) == -(-4 // parts)
+    found = torch.cat([part.view(3, 2, 9, -1) for part in split], 3).flatten(1)  # [units, images * places * outputs]
     places = torch.randperm(9, generator=torch.Generator().manual_seed(0))
     expected = layer(x).flatten(2)[..., places[: reconstruction.PLACES]].transpose(1, 2).flatten()
     torch.testing.assert_close(found.sum(0), expected.detach(), rtol=1e-4, atol=1e-5)

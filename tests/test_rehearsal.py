@@ -17,7 +17,7 @@ from dnas.cli.search import introduce
 from dnas.nets.timm_space import TimmBase
 from dnas.nets.timm_supernet import TimmSupernet
 from dnas.spec.cost import CostTable
-from dnas.training.batches import in_memory
+from dnas.training.batches import Data, in_memory
 from dnas.training.data import load_data
 
 SHORT = ("--supernet", "toy", "--img-size", 8, "--budget", "50%", "--search-epochs", 2, "--epochs", 1, "-b", 256)
@@ -97,6 +97,14 @@ def fails_from(monkeypatch, place, times):
         return planted() if len(calls) > times else real(*args, **more)
 
     monkeypatch.setattr(place, sometimes)
+
+
+def test_what_is_evaluated_at_once_is_a_batch(tmp_path, trusted, monkeypatch):
+    """Of the rehearsal and after the trainings: what a machine can train, it can evaluate."""
+    sizes, real = set(), Data.val_batches
+    monkeypatch.setattr(Data, "val_batches", lambda self, size: sizes.add(size) or real(self, size))
+    assert call(search_tool, monkeypatch, *SHORT[:-1], 32, "--output", tmp_path / "run") == 0
+    assert sizes == {32}
 
 
 LATER = {  # place: how often the rehearsal calls it

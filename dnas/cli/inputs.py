@@ -99,7 +99,9 @@ def device_of(args: argparse.Namespace) -> torch.device:
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(args.device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # fails on meta, too
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # where streams, graphs and waiting go without a word
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {args.device!r} is not available here: expected cpu, or cuda with a GPU") from None
     return device

@@ -88,7 +88,7 @@ def new_table(args, target: Target) -> None:
     started, pace = time.perf_counter(), CpuSpeedReference(target, usual_us)
     pace.usual_us = gathered(pace.usual_us)[0]
     sites, archs = [part.site for part in parts], spread_archs(net.space, args.scale_nets, seed=1)
-    whole = time_archs(args, net, archs, target, pace)  # before the parts, and once more after them
+    whole = time_archs(args, net, archs, target, pace) if archs else None  # before the parts, and once more after them
     with open(beside, "w") as file, progress_bar("measuring", 0) as advance:
         file.writelines(json.dumps(line) + "\n" for line in (header, pace.usual_us, *known))
 
@@ -104,7 +104,7 @@ def new_table(args, target: Target) -> None:
             console.print(f"{len(measured)} measurements are kept in {beside}: the same command will go on with them")
             raise
     scale, per_mparam = 1.0, 0.0
-    if archs:
+    if whole is not None:
         whole = np.hstack([whole, time_archs(args, net, archs, target, pace)])
         scale, per_mparam = scale_of(net, sites, rows, archs, np.median(whole, 1))
     drift = pace.typical_us() / pace.usual_us if pace.asked else 1.0  # from the pace of the beginning to the typical

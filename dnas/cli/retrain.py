@@ -12,7 +12,7 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 
 from dnas.cli.inputs import check_same_data, data_of, device_of, new_folder, own_of, recipe_of, say_data
-from dnas.export.arch_schema import SIZES
+from dnas.export.arch_schema import DATA, SIZES
 from dnas.export.model_file import arch_document, build_net, check_name, read_arch, save_weights, write_export
 from dnas.export.own_file import needed
 from dnas.export.verify import verify_export
@@ -80,7 +80,7 @@ def for_data(found: dict[str, Any], data: Data, name: str, own: Own | None) -> d
 
     The costs are counted again. A budget held for the data of the search: it goes if they have other sizes.
     """
-    shown = {key: getattr(data, key) for key in (*SIZES, "mean", "std")}
+    shown = {key: getattr(data, key) for key in DATA}
     same = as_size(found["img_size"]) == as_size(data.img_size)
     here = arch_document(
         name,
@@ -205,7 +205,7 @@ def main(args: argparse.Namespace, argv: list[str]) -> None:
             for name in (BEFORE, LAST):  # of the training that is complete
                 (folder / name).unlink(missing_ok=True)
             (folder / "metrics.json").rename(folder / f"metrics-{config['trained_before']}-epochs.json")
-        journal = stop.journal(folder, device, args.checkpoint_every)
+        journal = stop.journal(folder, device, args.checkpoint_every, Path(args.output))
         if not complete:
             train = partial(train_from_scratch, model, data, recipe, seed=args.seed, first=first, criterion=criterion)
             row = in_steps(train, journal, document["name"], recipe.epochs * per_epoch, first)[1]

@@ -232,7 +232,7 @@ def main(
 
     ``data`` and ``net`` take the place of what the flags say, where a program has them already.
     """
-    texts = args.sweep.split(",") if args.sweep else [args.budget]
+    texts = [args.budget] if args.sweep is None else args.sweep.split(",")
     asked = [parse_budget(text) for text in texts]
     if len({budgets[0].metric + "%" * budgets[0].percent for budgets in asked}) > 1 or len({*asked}) < len(asked):
         raise UserError(f"--sweep {args.sweep!r}: budgets of one kind are expected, each once")
@@ -287,6 +287,9 @@ def main(
         random_seed(args.seed)
         return copy.deepcopy(search) if len(mine) > 1 else search, rows, seconds
 
+    fresh_goals = [not any((goal.folder / name).exists() for name in WORTH_KEEPING) for goal in goals]
+    if parts > 1 and any(gathered(fresh_goals)[0]):
+        warmed_up()  # by all processes together, before each group goes its own way
     group = split(parts)
     mine, complete = goals[group::parts], complete[group::parts]
     console.quiet = rank() > 0
@@ -297,7 +300,7 @@ def main(
                 if isinstance(net, TimmSupernet):
                     write_state(net.plain_state(), own.folder / INITIAL_WEIGHTS)
                 write_json(own.folder / "config.json", config)
-            journal = stop.journal(own.folder, plan.device, args.checkpoint_every)
+            journal = stop.journal(own.folder, plan.device, args.checkpoint_every, Path(output))
             if not is_complete:
                 write_json(own.folder / "metrics.json", find(plan, own, journal, begun, plain_ms))
             if rank() == 0:

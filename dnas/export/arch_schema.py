@@ -42,7 +42,7 @@ OF_FILE = {**GIVEN, "file": str, "function": str, "sha256": str}
 # Inputs and outputs of the network: img_size in pixels, one side of a square or [height, width]; mean and std of pixels
 # in [0, 1], one for each channel.
 SIZES = {"img_size": check_sides, "in_chans": CHANNELS, "num_classes": range(1, 1_000_001)}
-DATA: dict[str, Any] = {**SIZES, "mean": [float, CHANNELS], "std": [float, CHANNELS]}
+DATA: dict[str, Any] = {**SIZES, "mean": [float, CHANNELS], "std": [float, CHANNELS], "crop_pct": float}
 BUDGET = [{"metric": str, "limit": float, "reached": float}, range(17)]
 ARCH = {"schema": (SCHEMA,), "name": str, "supernet": str, **DATA, "answers": dict, "net": dict, "widths": dict}
 ARCH |= {"macs": COUNT, "params": COUNT, "budget": BUDGET, "provenance": dict}
@@ -130,7 +130,7 @@ def _check_own(net: Any) -> None:
         for name, size in sizes.items():
             entries = size if type(size) is list else [size]
             if not (
-                re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII)
+                re.fullmatch(r"_?[A-Za-z]\w*", name, re.ASCII)  # no dunder
                 and all(type(n) in (int, float, type(None)) for n in entries)
             ):
                 fail(f"net.modules[{path!r}]", {name: size}, "the name of a tensor or number, and its sizes")
@@ -164,12 +164,18 @@ def check_name(name: Any) -> None:
 
 
 def check_data(
-    num_classes: int, in_chans: int, img_size: int | Sequence[int], mean: Floats, std: Floats
+    num_classes: int, in_chans: int, img_size: int | Sequence[int], mean: Floats, std: Floats, crop_pct: float = 1.0
 ) -> dict[str, Any]:
-    """The five arguments as a dict that follows `DATA`. Raises UserError if they do not follow it."""
+    """The arguments as a dict that follows `DATA`. Raises UserError if they do not follow it.
+
+    ``crop_pct`` is timm's: the share of a resized validation image that is left by its crop. Older files lack it.
+    """
     size = plain_size(check_sides(img_size))
-    data: dict[str, Any] = dict(zip(DATA, (size, in_chans, num_classes, [*mean], [*std]), strict=True))
+    given = (size, in_chans, num_classes, [*mean], [*std], float(crop_pct))
+    data: dict[str, Any] = dict(zip(DATA, given, strict=True))
     check("arch", data, DATA)
+    if not 0 < crop_pct <= 1:
+        fail("arch.crop_pct", crop_pct, "above 0, at most 1")
     for key in ("mean", "std"):
         if len(data[key]) != in_chans:
             fail(f"arch.{key}", data[key], f"{in_chans} numbers, one a channel")

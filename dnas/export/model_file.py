@@ -40,9 +40,10 @@ def check_document(document: Any, own: Own | None = None) -> None:
 
     A network of the user's own is only built if ``own`` is there, which runs its code.
     """
-    check("arch", document, ARCH)
+    old = isinstance(document, dict) and "crop_pct" not in document
+    check("arch", document, {key: rule for key, rule in ARCH.items() if key != "crop_pct"} if old else ARCH)
     check_name(document["name"])
-    check_data(**{key: document[key] for key in DATA})
+    check_data(**{key: document[key] for key in DATA if key in document})
     for decision, option in document["answers"].items():
         check(f"arch.answers[{decision!r}]", option, int if type(option) is int else str)
     counts = _counts(document["net"], document, own) if own or "own" not in document["net"] else {}
@@ -101,11 +102,14 @@ def _one_image(model: nn.Module, in_chans: int, img_size: ImgSize) -> Iterator[t
     like = next(model.parameters())
     modes = {module: module.training for module in model.modules()}
     trained = [p for p in model.parameters() if p.requires_grad]
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)  # torch's fused encoder layer, which no counter knows
         model.eval().requires_grad_(False)  # torch's counter fails on a view of a parameter (an expanded class token)
         with torch.no_grad():
             yield torch.zeros(1, in_chans, *sides(img_size), device=like.device, dtype=like.dtype)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes.items():  # one by one: a frozen batch norm in a training model stays frozen
             module.training = mode
         for p in trained:
@@ -225,6 +229,7 @@ def model_source(
     img_size: int | Sequence[int],
     mean: Floats,
     std: Floats,
+    crop_pct: float = 1.0,
 ) -> str:
     """The text of a ``model.py`` that registers ``net`` with timm as ``name``. It needs torch and timm only.
 
@@ -232,13 +237,12 @@ def model_source(
     """
     check_name(name)
     check_net(net)
-    data = check_data(num_classes, in_chans, img_size, mean, std)
+    data = check_data(num_classes, in_chans, img_size, mean, std, crop_pct)
     kind = _kind(net)
     height, width = sides(img_size)
-    crop_pct = 0.875 if min(height, width) >= 96 else 1.0  # small images come at their final size: nothing to crop
     cfg: dict[str, Any] = {"input_size": (in_chans, height, width), "pool_size": _pool_size(net, data)}
     cfg |= {key: tuple(map(float, data[key])) for key in ("mean", "std")} | {"num_classes": num_classes}
-    cfg |= {"interpolation": "bicubic", "crop_pct": crop_pct, **_heads(net)}
+    cfg |= {"interpolation": "bilinear", "crop_pct": crop_pct, **_heads(net)}
     body = inspect.getsource(kind).split('"""\n', 1)[1].strip()  # without its docstring
     # Numbers, booleans and known words have no quotes inside.
     net_text, cfg_text = (_pretty(part, repr).replace("'", '"') for part in (net, cfg))
@@ -314,7 +318,7 @@ def write_export(folder: str | Path, document: dict[str, Any], own: Own | None =
     check_document(document, own)
     source, net = "", document["net"]
     if "own" not in net:
-        source = model_source(document["name"], net, **{key: document[key] for key in DATA})
+        source = model_source(document["name"], net, **{key: document[key] for key in DATA if key in document})
     elif needed(net, own).file:
         shape = document["in_chans"], *sides(document["img_size"])
         source = own_source(document["name"], net, shape, lambda value: _pretty(value, repr).replace("'", '"'))

@@ -15,12 +15,13 @@ from dnas.spec.image_size import sides
 _CHILD = """
 import json, math, os, sys
 sys.modules.update(dnas=None, supernets=None)  # to import them is now an error, wherever they are installed
-sys.path.insert(0, os.getcwd())
+sys.path[:] = [os.getcwd(), *json.loads(sys.argv[4])]  # packages are where the parent finds them
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 torch.set_num_threads(1)
+torch.backends.mha.set_fastpath_enabled(False)  # no counter knows torch's fused encoder layer
 name, shape, kind = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 weights = os.path.isfile("model.safetensors")
 if kind == "timm":
@@ -84,6 +85,7 @@ def verify_export(folder: str | Path) -> dict[str, Any]:
                 shutil.copy(folder / name, copy)
         command = [sys.executable, "-I", "-B", "-W", "ignore", "-c", _CHILD]
         command += [document["name"], json.dumps([document["in_chans"], *sides(document["img_size"])]), kind]
+        command += [json.dumps([path for path in sys.path if path])]
         child = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=600)
     file = folder / (PROGRAM if kind == PROGRAM else "model.py")
     if child.returncode != 0:

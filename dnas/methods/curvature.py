@@ -17,13 +17,16 @@ def saliency(search: Search, task: Task) -> Scores:
     """The second-order change of the loss without the weights of a filter.
 
     With the factors A = E[a a^T] of what a layer reads and G = E[g g^T] of the gradients of what it writes, it is
-    w^T A w G[j, j] / 2 = E[(w a)^2] E[g^2] / 2, where w a is what filter j writes.
+    w^T A w G[j, j] / 2 = E[(w a)^2] E[g^2] / 2, where w a is what filter j writes. Units that only frozen layers write,
+    or layers that write more than one tensor (torch's MultiheadAttention), have 1.
     """
     axes = axes_of(search, "out")
     sums: dict[str, Tensor] = {}
     written: list[tuple[nn.Module, Tensor]] = []
 
-    def see(layer: nn.Module, _: Tensor, y: Tensor) -> Tensor:
+    def see(layer: nn.Module, _: Tensor, y: Tensor) -> Tensor | None:
+        if not isinstance(y, Tensor) or not y.requires_grad:
+            return None
         y.retain_grad()
         written.append((layer, y))
         return y.clone()  # an activation may change it in place
@@ -39,7 +42,8 @@ def saliency(search: Search, task: Task) -> Scores:
                     made, slopes = (t.reshape(*t.shape[:3], -1).square() for t in both)
                     change = made.mean((0, 3)) * slopes.sum(3).mean(0) / 2  # of each filter of a unit
                     sums[name] = sums.get(name, 0) + mean(change.sum(1))
-    return sums
+    like = next(search.net.parameters())
+    return {name: sums.get(name, like.new_ones(len(own[0].places))) for name, own in axes.items() if own}
 
 
 def largest_eigenvalue(rows: Tensor) -> Tensor:
@@ -79,7 +83,12 @@ def flat_loss(search: Search, task: Task, x: Tensor, y: Tensor, progress: float)
     if not config.flatness:
         return dense_loss(search, task, x, y, progress)
     layers = [m for m in search.net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    with watching(layers, lambda layer, read, made: seen.append((layer, read, made))):
+
+    def see(layer: nn.Module, read: Tensor, made: Tensor) -> Tensor:
+        seen.append((layer, read, made))
+        return made.clone()  # an activation may change it in place
+
+    with watching(layers, see):
         loss = dense_loss(search, task, x, y, progress)
     with torch.autocast(x.device.type, enabled=False):  # sums over many rows overflow in float16
         radius = spectral_radius(seen, loss, len(x))

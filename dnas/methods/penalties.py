@@ -21,7 +21,10 @@ def norm_scales(search: Search) -> dict[str, list[Tensor]]:
 
 
 def init_slimming(net: Supernet, task: Task) -> Ranked:
-    """The dense net with all scales at 1/2, as in the authors' code. UserError if there is no norm with a scale."""
+    """The dense net with all scales at 1/2, as in the authors' code. UserError if there is no norm with a scale.
+
+    Deviation: scales that are not all alike have been trained, and stay.
+    """
     own = init(net, task)
     nets = [net] if own.start is None else [net, own.start]
     every = [a for one in nets for axes in one.channel_axes().values() for a in axes]
@@ -30,7 +33,9 @@ def init_slimming(net: Supernet, task: Task) -> Ranked:
         raise UserError(f"{net.name} has no norm with a scale for each channel, which slimming needs")
     with torch.no_grad():
         for axis in axes:
-            getattr(axis.module, axis.name).fill_(0.5)
+            scale = getattr(axis.module, axis.name)
+            if (scale == scale.flatten()[0]).all():
+                scale.fill_(0.5)
     return own
 
 
@@ -107,7 +112,8 @@ def admm_step(search: Search, task: Task, progress: float, held_out: HeldOut) ->
     squares = {name: s.square().sum(1) for name, s in shifted.items()}
     arch = derive(search.net.space, task.tables, task.budgets, most_score(search.net.space, squares, own.arch))
     for name, s in shifted.items():
-        kept = squares[name].topk(int(arch[name]) * len(s) // int(own.arch[name])).indices
+        width = int(arch.get(name, 0))  # none where the layer or block is not in the network
+        kept = squares[name].topk(width * len(s) // int(own.arch[name])).indices
         z = torch.zeros_like(s).index_copy(0, kept, s[kept])
         own.more[name] = [z, s - z]
     return {"events": []}

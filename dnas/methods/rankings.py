@@ -12,7 +12,7 @@ from dnas.methods.feature_maps import (
 )
 from dnas.methods.method import Search, Task
 from dnas.methods.rank_and_cut import Scores, rank_and_cut, score_batches
-from dnas.methods.settings import DropnetConfig, ScoreConfig, TaylorConfig
+from dnas.methods.settings import DropnetConfig, SnipConfig, TaylorConfig
 from dnas.runtime.distributed import average_gradients, mean, shared_statistics
 
 
@@ -61,12 +61,13 @@ def activity(search: Search, task: Task) -> Scores:
 
 
 def sensitivity(search: Search, task: Task) -> Scores:
-    """The sum of |w dL/dw| over all weights that write, normalise or read a channel, on one batch."""
+    """The sum of |w dL/dw| over all weights that write, normalise or read a channel; L is summed over batches."""
     net = search.net
     before, was_training = {name: b.clone() for name, b in net.named_buffers()}, net.training
     net.train()
     with shared_statistics():
-        batch_loss(search, task, *next(score_batches(task))).backward()
+        for x, y in score_batches(task):
+            batch_loss(search, task, x, y).backward()
     average_gradients(net.parameters())
     for name, buffer in net.named_buffers():  # statistics of norms, as they were
         buffer.copy_(before[name])
@@ -115,7 +116,7 @@ SNIP = rank_and_cut(
     sensitivity,
     summary="widths, by the sensitivity of the loss to weights at initialisation; no training",
     source="SNIP: Single-shot Network Pruning based on Connection Sensitivity, Lee et al., ICLR 2019, arXiv 1810.02340",
-    config=ScoreConfig,
+    config=SnipConfig,
     loss=None,
     work=lambda config: (0.0, 0.0),
     needs="labels, gradients",

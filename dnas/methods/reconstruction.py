@@ -1,5 +1,8 @@
 """Scores of channels by how well those that are kept reconstruct what the next layers write, one method each."""
 
+from collections.abc import Iterator
+from functools import reduce
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ from dnas.nets.channels import ChannelAxis
 from dnas.runtime.distributed import mean
 
 PLACES, IMAGES = 10, 32  # at so many places of a map, drawn at random, of so many images of a batch
+PART = 2**24  # numbers in a part of the contributions to a layer's outputs
 
 
 def scores_of(order: np.ndarray, gains: np.ndarray, like: Tensor) -> Tensor:
@@ -25,8 +29,11 @@ def scores_of(order: np.ndarray, gains: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(scores).to(like)
 
 
-def contributions(layer: nn.Module, axis: ChannelAxis, x: Tensor, draws: torch.Generator) -> Tensor:
-    """What each unit adds to what a layer writes, at `PLACES` places of each map: [units, numbers]."""
+def contributions(layer: nn.Module, axis: ChannelAxis, x: Tensor, draws: torch.Generator) -> Iterator[Tensor]:
+    """What each unit adds to what a layer writes, at `PLACES` places of each map: [units, numbers] for some outputs.
+
+    The outputs come in parts, because the contributions of a wide layer to all of them would fill gigabytes.
+    """
     weight = getattr(layer, axis.name).detach()
     if isinstance(layer, nn.Conv2d):
         patches = patches_of(layer, x[:IMAGES])
@@ -39,7 +46,8 @@ def contributions(layer: nn.Module, axis: ChannelAxis, x: Tensor, draws: torch.G
     units = patches[:, torch.from_numpy(axis.places).to(x.device)].flatten(2, 3)  # [B, units, positions * taps, places]
     taps = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
     taps = taps[:, torch.from_numpy(axis.places).to(x.device)].flatten(2)  # [out, units, positions * taps]
-    return torch.einsum("butp,out->ubpo", units, taps).flatten(1)
+    some = max(1, PART // (units.shape[0] * units.shape[1] * units.shape[3]))
+    return (torch.einsum("butp,out->ubpo", units, part).flatten(1) for part in taps.split(some))
 
 
 def lasso(search: Search, task: Task) -> Scores:
@@ -57,8 +65,8 @@ def lasso(search: Search, task: Task) -> Scores:
     draws = torch.Generator().manual_seed(task.seed)
 
     def see(name: str, layer: nn.Module, axis: ChannelAxis, x: Tensor) -> None:
-        z = contributions(layer, axis, x, draws).double()
-        gram = z @ z.T
+        parts = (z.double() for z in contributions(layer, axis, x, draws))
+        gram = reduce(torch.add, (z @ z.T for z in parts))
         grams[name] = grams.get(name, 0) + gram / gram.sum().clamp(min=1e-30)
 
     axes = of_layers_read(search, task, see)

@@ -105,6 +105,13 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True)
+class SnipConfig(ScoreConfig):
+    """The settings of the method ``snip``. Raises UserError if one is out of range."""
+
+    score_batches: int = setting(1, "batches of training images that scores are taken over")
+
+
+@dataclass(frozen=True)
 class RankConfig(ScoreConfig):
     """The settings of all methods that train the dense net and score channels. UserError if one is out of range."""
 
@@ -193,7 +200,7 @@ CONFIGS: dict[str, type] = {
     "lasso": RankConfig,
     "ispasp": RankConfig,
     "kfac": KfacConfig,
-    "snip": ScoreConfig,
+    "snip": SnipConfig,
     "slimming": PenaltyConfig,
     "ssl": SslConfig,
     "admm": AdmmConfig,

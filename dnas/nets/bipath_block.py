@@ -175,9 +175,9 @@ def share(blocks: Sequence[TimmBlock]) -> None:
         rim = (e.conv_exp.kernel_size[0] - product.shape[-1]) // 2
         if rim >= 0:
             e.conv_exp.weight[:width] = F.pad(product, (rim,) * 4)
-    for block in widest_first:
-        if not isinstance(block, DepthwiseSeparableConv):
-            block.conv_pwl = widest_first[0].conv_pwl
+    inverted = [block for block in widest_first if not isinstance(block, DepthwiseSeparableConv)]
+    for block in inverted:
+        block.conv_pwl = inverted[0].conv_pwl
 
 
 class PairGate(Gate):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dnas.nets.channels import Axis, Channels, Group, Op, Product
+from dnas.nets.channels import Axis, Channels, Group, Op, Product, layer_name
 
 FIXED = 0  # the unit of everything that cannot be cut: images, logits, and tensors that no rule understands
 MOST_ELEMENTS = 2**20  # of a parameter that gets a unit for each element
@@ -79,7 +79,7 @@ class Record:
         self.axes: dict[Axis, Tensor] = {}  # the units that each axis of the network holds
         self.loose: dict[str, Tensor] = {}  # units of parameters outside the known layers, such as layer scales
         self.sizes: list[tuple[Axis, Tensor]] = []  # numbers that may count channels, and the units that they count
-        self.ops: dict[str, Op] = {}
+        self.ops: dict[str, Op] = {}  # by the name of the weight
         self.norms: list[str] = []
         self.standardised: list[str] = []
         self.products: dict[Axis, tuple[str, int]] = {}  # a place in ``axes`` -> module, MACs of each part
@@ -242,7 +242,7 @@ def channels_of(record: Record) -> Channels:
             first = written[0]
             found.sort(key=lambda at: at[first][0])
             where = {axis: np.array([at[axis] for at in found]) for axis, _ in signature if axis not in parts}
-            name, own = first[0].rpartition(".")[0], where[first]
+            name, own = layer_name(first[0]), where[first]
             if own.size < len(record.axes[first]):  # the group is a part of what this layer writes
                 name += f"[{own.min()}:{own.max() + 1}]"
             groups.append(Group(name, len(found), own.shape[1], where))

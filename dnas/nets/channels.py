@@ -61,6 +61,12 @@ class ChannelAxis(NamedTuple):
         return tensor.movedim(self.dim, 0)[places].flatten(1)
 
 
+def layer_name(weight: str) -> str:
+    """What a layer is called by: the path of its module; that of its weight if this is not called "weight"."""
+    module, _, leaf = weight.rpartition(".")
+    return module if leaf == "weight" else weight
+
+
 @dataclass(frozen=True)
 class Op:
     """A convolution or linear layer. ``writes`` is dimension 0 of its weight, ``reads`` is dimension 1.
@@ -75,6 +81,11 @@ class Op:
     positions: int
     reads: Axis | None
     writes: Axis
+
+    @property
+    def name(self) -> str:
+        """That of the module, or of the weight where a module has several or calls it otherwise."""
+        return layer_name(self.writes[0])
 
 
 @dataclass(frozen=True)

@@ -128,8 +128,8 @@ def _layer(
     elif bias is not None:  # computed, as a concatenation of parameters
         record.join(made, record.units_of(bias), "a bias that is computed")
     positions = (out if x is None else x).shape[2:].numel() if conv else out.shape[0]
-    before = record.ops[module].positions if module in record.ops else 0  # a layer may be used twice
-    record.ops[module] = Op(module, before + positions, reads, writing)
+    before = record.ops[weight].positions if weight in record.ops else 0  # a layer may be used twice
+    record.ops[weight] = Op(module, before + positions, reads, writing)
     record.set_channels(out, made)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
 
@@ -110,12 +111,15 @@ class TimmBase:
                 needed = [n for n, _ in self.create(device="meta").named_parameters() if not n.startswith(heads)]
                 if missing := [n for n in needed if n not in state]:
                     raise UserError(f"{given} has no weights for {missing[0]} and {len(missing) - 1} more tensors")
-                args["pretrained_cfg_overlay"] = {"state_dict": state}
+                # timm drops a classifier of another number of classes than its own weights have.
+                fits = {len(state[f"{h}weight"]) for h in heads if f"{h}weight" in state} == {self.num_classes}
+                classes = {"num_classes": self.num_classes} if fits else {}
+                args["pretrained_cfg_overlay"] = {"state_dict": state} | classes
             with torch.device(device):
                 return timm.create_model(self.name, pretrained=pretrained or bool(checkpoint), **args)
         except UserError:
             raise
-        except (OSError, UnpicklingError, *BUILD_ERRORS) as error:
+        except (OSError, EOFError, UnpicklingError, SafetensorError, *BUILD_ERRORS) as error:
             reason = first_line(error) or type(error).__name__
             raise UserError(f"{given} cannot be used: {reason}") from None
 
@@ -272,7 +276,7 @@ def space_of_channels(
         reads = parts(op.reads, length) if op.reads else {None: (length, 1)}
         for ins in reads.items():
             for outs in parts(op.writes, out).items():
-                add(f"{op.module}:{ins[0]}:{outs[0]}", area * op.positions, area * (weight in shapes), ins, outs)
+                add(f"{op.name}:{ins[0]}:{outs[0]}", area * op.positions, area * (weight in shapes), ins, outs)
         counted.add(weight)
     for name, shape in shapes.items():
         if name not in counted:

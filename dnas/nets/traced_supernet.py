@@ -66,7 +66,8 @@ def gated(model: nn.Module, channels: Channels, reads: Reads, factors: Factors, 
     for (name, dim), (groups, index) in reads.items():
         if groups.isdisjoint(factors):
             continue
-        weight, factor = model.get_parameter(name), every[index]
+        path, _, own = name.rpartition(".")
+        weight, factor = getattr(model.get_submodule(path), own), every[index]  # a buffer may convolve, too
         if name.rpartition(".")[0] not in channels.norms:
             spread = factor.reshape([-1 if d == dim else 1 for d in range(weight.ndim)])
             # A convolution that standardises its weights does so over the channels that it reads. So mean and deviation
@@ -190,7 +191,7 @@ class TracedSupernet(Supernet):
         self.channels = self.whole = channels
         self.droppable, self.layers = blocks, nn.ModuleList(map(ResidualBlock, blocks))
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
-        filters = {name: b.shape for name, b in self.model.named_buffers() if b.ndim == 4}
+        filters = {name: b.shape for name, b in self.model.named_buffers() if b.ndim > 1}
         self.space, self.decision_of = space_of_channels(self.channels, shapes, filters, base, blocks)
         self.widths = nn.ModuleList(MarkovGate(d.options) for d in self.space.decisions if d.is_width)
         self.steps = {g.name: g.step for g in self.channels.groups if g.name in self.decision_of}

@@ -29,6 +29,7 @@ from dnas.nets.layer_rules import (
     matrix_product,
     not_understood,
 )
+from dnas.spec.checks import UserError, first_line
 
 NORMS = (RmsNorm, nn.RMSNorm, GlobalResponseNorm)  # their means over channels are those of `weighted_norms`
 
@@ -63,17 +64,26 @@ def trace(model: nn.Module, image: Sequence[int], tied: Collection[str] = ()) ->
     return channels_of(record)
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a network. Raises UserError if torch cannot copy it, as one with its old ``weight_norm``."""
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        hint = "torch.nn.utils.parametrizations has norms of weights that can be copied"
+        raise UserError(f"{type(model).__name__} cannot be copied ({first_line(error)}): {hint}") from None
+
+
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy on the device ``meta``, where modules that share a parameter still do (``Module.to`` makes them two)."""
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
-    copied = copy.deepcopy(model).to("meta")
+    result = copied(model).to("meta")
     for first, *others in names.values():
         for name in others:
             path, _, own = name.rpartition(".")
-            setattr(copied.get_submodule(path), own, copied.get_parameter(first))
-    return copied
+            setattr(result.get_submodule(path), own, result.get_parameter(first))
+    return result
 
 
 class _Tracer(TorchDispatchMode):
@@ -153,8 +163,11 @@ def mean(record: Record, call: Call) -> None:
     x, *dims = call.args[:2]
     norm = isinstance(record.running, NORMS) and dims and len(dims[0]) == 1
     if norm and not record.of_one_layer(record.units_of(x).select(dims[0][0], 0)):
-        record.units_along(x, dims[0][0])
-        record.norms.append(record.inside[-1])
+        line, module = record.units_along(x, dims[0][0]), record.inside[-1]
+        if hasattr(record.running, "normalized_shape"):
+            record.add_axis(f"{module}.normalized_shape", 0, line)
+        if isinstance(getattr(record.running, "weight", None), nn.Parameter):
+            record.norms.append(module)
     else:
         reduction(record, call)
 

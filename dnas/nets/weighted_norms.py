@@ -41,16 +41,22 @@ class _WeightedNorms(TorchFunctionMode):
         factor = self.factors.get(id(given.get("weight"))) if func in (F.layer_norm, F.group_norm, F.rms_norm) else None
         if factor is None:
             return func(*args, **given)
-        x, share, weight, bias = args[0], factor / factor.sum(), given["weight"], given.get("bias")
+        with torch.autocast(args[0].device.type, enabled=False):  # squares overflow in float16, as torch's norms know
+            return self._norm(func, args[0], factor, given)
+
+    def _norm(self, func: Any, x: Tensor, factor: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """The norm, in float32 at least."""
+        dtype, (weight, bias), share = x.dtype, (given["weight"], given.get("bias")), factor / factor.sum()
+        x = x.to(torch.promote_types(dtype, torch.float32))
         # Means over channels are products with a vector: one pass each.
         if func is F.group_norm:
-            x = x - (x.flatten(2).mean(2) @ share).view(-1, *[1] * (x.ndim - 1))
-            square = (x.square().flatten(2).mean(2) @ share).view(-1, *[1] * (x.ndim - 1))
+            x = x - (x.reshape(*x.shape[:2], -1).mean(2) @ share).view(-1, *[1] * (x.ndim - 1))
+            square = (x.square().reshape(*x.shape[:2], -1).mean(2) @ share).view(-1, *[1] * (x.ndim - 1))
             weight, bias = (None if t is None else t.view(-1, *[1] * (x.ndim - 2)) for t in (weight, bias))
         else:
             x = x - (x @ share)[..., None] if func is F.layer_norm else x
             square = (x.square() @ share)[..., None]
-        eps = given["eps"] if given.get("eps") is not None else torch.finfo(x.dtype).eps
+        eps = given["eps"] if given.get("eps") is not None else torch.finfo(dtype).eps
         x = x * torch.rsqrt(square + eps)
         return x * weight if bias is None else torch.addcmul(bias, x, weight)
 

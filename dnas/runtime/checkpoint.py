@@ -181,12 +181,16 @@ class Journal:
         folder: the run folder.
         every_s: seconds between checkpoints while something is under way.
         stop: the number of a signal that asks the run to stop, 0 while there is none.
+        resumed: the folder that ``--resume`` takes, if it is another one: of a sweep, or of the first process.
 
     Of several processes the first one writes, and all go on from what it has read.
     """
 
-    def __init__(self, folder: Path, device: torch.device, every_s: float, stop: Callable[[], int]) -> None:
+    def __init__(
+        self, folder: Path, device: torch.device, every_s: float, stop: Callable[[], int], resumed: Path | None = None
+    ) -> None:
         self.folder, self.device, self.every_s, self.stop = folder, device, every_s, stop
+        self.resumed = resumed or folder
         saved = gathered(read_checkpoint(folder) if rank() == 0 else None)[0]
         if saved is None:
             saved = {"done": {}, "under_way": {}}
@@ -222,7 +226,7 @@ class Journal:
         if signal or last or time.monotonic() - self._written >= self.every_s:
             self._write({"what": what, "state": state(), "random": random_data(self.device)} if rank() == 0 else {})
         if signal:
-            raise Stopped(signal, self.folder)
+            raise Stopped(signal, self.resumed)
 
     def _write(self, under_way: dict[str, Any]) -> None:
         if rank() == 0:

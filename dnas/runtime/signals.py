@@ -16,6 +16,7 @@ class Stop:
     def __init__(self) -> None:
         self._signal, self._waits = 0, False
         self._folder: Path | None = None
+        self._resumed: Path | None = None
 
     def asked(self) -> int:
         """The number of the signal that has come; 0 if none has."""
@@ -46,19 +47,19 @@ class Stop:
             self._signal = 0
 
     def kept(self) -> Path | None:
-        """The folder of the run that was under way, if ``--resume`` can go on with it."""
+        """What ``--resume`` takes to go on with the run that was under way, if it can."""
         folder = self._folder
-        return folder if folder and any((folder / name).exists() for name in WORTH_KEEPING) else None
+        return self._resumed if folder and any((folder / name).exists() for name in WORTH_KEEPING) else None
 
     def _take(self, number: int, frame: object) -> None:
         if self._signal or not self._waits:
             raise Stopped(number, self.kept())
         self._signal = number
 
-    def journal(self, folder: Path, device: torch.device, every_s: float) -> Journal:
+    def journal(self, folder: Path, device: torch.device, every_s: float, resumed: Path | None = None) -> Journal:
         """The journal of the run in ``folder``: what stops this process from here on says how to go on, if it can."""
-        self._folder = folder
-        return Journal(folder, device, every_s, self.asked)
+        self._folder, self._resumed = folder, resumed or folder
+        return Journal(folder, device, every_s, self.asked, resumed)
 
 
 stop = Stop()

@@ -27,14 +27,15 @@ def parse_arms(text: str, keep_weights: bool) -> tuple[str, ...]:
     return arms
 
 
-def arm_epochs(arm: str, epochs: int, searched: float, share: float) -> int:
+def arm_epochs(arm: str, epochs: int, searched: int, work: float, share: float) -> int:
     """The epochs of an arm, where ``epochs`` are those of a fine-tuning.
 
-    ``searched`` is the work of the search in epochs of the widest net, and ``share`` the found net's share of its cost.
+    ``searched`` are the epochs of the search, ``work`` is what it computes in epochs of the widest net, and ``share``
+    the found net's share of the widest net's cost.
     scratch-e has as many epochs as search and fine-tuning together, scratch-b as much compute. Deviation: the paper
     counts the training of the widest net without the fine-tuning. The epochs of weights from elsewhere are not known.
     """
-    more = {"finetune": 0.0, "scratch-e": searched, "scratch-b": searched / share}[arm]
+    more = {"finetune": 0.0, "scratch-e": searched, "scratch-b": work / share}[arm]
     return epochs + round(more)
 
 

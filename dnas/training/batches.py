@@ -97,6 +97,7 @@ class Data:
     _train: Fetch = field(repr=False, compare=False)
     _val: Fetch = field(repr=False, compare=False)
     own_loss: OwnLoss | None = field(default=None, repr=False, compare=False)  # then there are no classes
+    crop_pct: float = 1.0  # of a validation image that covers img_size / crop_pct, in its middle
 
     @property
     def class_counts(self) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
+from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.transforms import ResizeKeepRatio
 from timm.utils import natural_key
@@ -102,6 +102,7 @@ def _digits() -> tuple[Pair, Pair]:
 def _as_pair(dataset: Any) -> Pair:
     """Torchvision's arrays, uint8 [N, H, W] or [N, H, W, C] with labels, as a pair [N, C, H, W], [N]."""
     images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
+    labels = labels[:, 0] if labels.ndim == 2 else labels  # QMNIST has more about each digit behind it
     return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2), labels.long()
 
 
@@ -174,7 +175,8 @@ def _from_files(
     mean, std = colour if in_chans == 3 else ((round(sum(v) / 3, 4),) for v in colour)
     height, width = sides(img_size)
     is_small = height * width <= _SMALL**2
-    plain = create_transform((3, height, width), crop_pct=1.0 if is_small else None, use_prefetcher=True)
+    crop_pct = 1.0 if is_small else DEFAULT_CROP_PCT
+    plain = create_transform((3, height, width), crop_pct=crop_pct, use_prefetcher=True)
     ratio = (3 / 4 * width / height, 4 / 3 * width / height)  # timm's crops are for square images: these keep shapes
     augment = create_transform((3, height, width), is_training=True, ratio=ratio, color_jitter=0.0, use_prefetcher=True)
     if is_small:
@@ -195,7 +197,8 @@ def _from_files(
     files = met["train"], met["validation"]
     summary = summarize(names, labels, val_labels, digest, img_size, files=files, left_out=left_out)
     sizes = len(train), len(val)
-    return Data(name, len(names), in_chans, img_size, mean, std, names, *sizes, summary, labels, fetch, fetch_val)
+    about = (name, len(names), in_chans, img_size, mean, std, names)
+    return Data(*about, *sizes, summary, labels, fetch, fetch_val, crop_pct=crop_pct)
 
 
 def _looked_at(samples: Samples, names: Sequence[str]) -> dict[str, Met]:

@@ -85,7 +85,7 @@ def train_from_scratch(
         if on_step:
             on_step(state)
     final = model if ema is None else ema.module
-    scores = evaluate(final, data.val_batches(max(recipe.batch_size, 256)), recipe, data.own_loss)
+    scores = evaluate(final, data.val_batches(recipe.batch_size), recipe, data.own_loss)
     seconds = time.perf_counter() - started
     finite = [loss for loss in losses if math.isfinite(loss)]  # the loss of a step that was skipped may be none
     scores["train_loss"] = fmean(finite) if finite else None

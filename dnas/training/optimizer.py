@@ -18,6 +18,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> Optimi
     parameters = list(parameters)
     if recipe.opt.lower().startswith("adahessian"):
         raise UserError(f"--opt {recipe.opt!r} needs second derivatives, which are not computed here")
+    if recipe.opt.lower().startswith("lookahead"):
+        raise UserError(f"--opt {recipe.opt!r} keeps its state where a cut or a checkpoint cannot find it")
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
