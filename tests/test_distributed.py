@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from commands import call, search_tool
 from forks import FORKS
 from timm.utils import random_seed
 from torch import nn
@@ -25,6 +26,7 @@ from dnas.nets.layer_supernet import MacroSupernet
 from dnas.nets.timm_space import TimmBase
 from dnas.nets.timm_supernet import TimmSupernet
 from dnas.runtime.distributed import average_gradients, from_first, mean, rank, share_of, shared_statistics, world_size
+from dnas.runtime.signals import stop
 from dnas.spec.budget import Budget
 from dnas.spec.checks import UserError
 from dnas.spec.cost import CostTable
@@ -236,7 +238,7 @@ def torchrun(*command):
     )  # fmt: skip
 
 
-def test_torchrun_writes_one_run_folder(tmp_path):
+def test_torchrun_writes_one_run_folder(tmp_path, monkeypatch):
     short = ("--epochs", 1, "--img-size", 8, "-b", 128)
     flags = ("--supernet", "toy", "--budget", "50%", "--search-epochs", 2, *short)
     done = torchrun("tools/search.py", *flags, "--output", tmp_path / "run")
@@ -248,10 +250,16 @@ def test_torchrun_writes_one_run_folder(tmp_path):
     done = torchrun("tools/retrain.py", tmp_path / "run", "--output", tmp_path / "again", *short)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "run"]
-    complete = (tmp_path / "run/metrics.json").read_bytes()
-    again = torchrun("tools/search.py", "--resume", tmp_path / "run")
+    with monkeypatch.context() as patch:  # by one process, which is stopped in its search
+        steps = iter([0, 0, 0])
+        patch.setattr(stop, "asked", lambda: next(steps, 15))
+        assert call(search_tool, patch, *flags, "--output", tmp_path / "stopped") == 143
+    assert not (tmp_path / "stopped/metrics.json").exists()
+    again = torchrun("tools/search.py", "--resume", tmp_path / "stopped")
     assert again.returncode == 0 and again.stdout.count("files:") == 1, again.stderr
-    assert (tmp_path / "run/metrics.json").read_bytes() == complete
+    assert "the search goes on at step 4" in again.stdout
+    rows = (tmp_path / "stopped/history.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [row["step"] for row in history]
     for epochs in (1, 2):  # complete; then trained on
         done = torchrun("tools/retrain.py", "--resume", tmp_path / "again", *(("--epochs", 2) * (epochs - 1)))
         assert done.returncode == 0 and done.stdout.count("files:") == 1, done.stderr
