@@ -356,7 +356,7 @@ def test_an_exported_model_asks_for_the_images_that_it_was_validated_on(tmp_path
 
 def test_images_in_memory_are_not_cropped(tmp_path):
     files, _ = tree(size=100)
-    assert load_data(data_dir=write_tar(tmp_path / "data.tar", files), img_size=96).crop_pct == 1.0
+    assert load_data(data_dir=write_tar(tmp_path / "data.tar.gz", files), img_size=96).crop_pct == 1.0
 
 
 # Meant: the tar has 18 MB and is not shipped; DNAS_CIFAR10 names one where there is one.
