@@ -103,8 +103,8 @@ def test_what_is_evaluated_at_once_is_a_batch(tmp_path, trusted, monkeypatch):
     """Of the rehearsal and after the trainings: what a machine can train, it can evaluate."""
     sizes, real = set(), Data.val_batches
     monkeypatch.setattr(Data, "val_batches", lambda self, size: sizes.add(size) or real(self, size))
-    assert call(search_tool, monkeypatch, *SHORT[:-1], 32, "--output", tmp_path / "run") == 0
-    assert sizes == {32}
+    assert call(search_tool, monkeypatch, *SHORT[:-1], 128, "--output", tmp_path / "run") == 0
+    assert sizes == {128}
 
 
 LATER = {  # place: how often the rehearsal calls it
