@@ -95,12 +95,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("setup", nargs="?", choices=list(CONVERGED), default="resnet_50")
     p.add_argument("--method", nargs="+", choices=SEARCHES, default=list(SEARCHES), help="default: all")
-    p.add_argument("--report", action="store_true", help="only print what the rows say")
-    lab_of.add_work_flags(p)
-    args = p.parse_args()
-    if not args.report:
-        run(args)
-    print(report())
+    lab_of.rows_or_report(p, run, report)
 
 
 if __name__ == "__main__":

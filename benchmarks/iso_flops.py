@@ -357,6 +357,18 @@ def add_work_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings side by side, one thread each")
 
 
+def rows_or_report(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], report: Callable[[], str]
+) -> None:
+    """Read the command line, add rows with ``run(args)`` unless --report is given, and print the report."""
+    parser.add_argument("--report", action="store_true", help="only print what the rows say")
+    add_work_flags(parser)
+    args = parser.parse_args()
+    if not args.report:
+        run(args)
+    print(report())
+
+
 def add_search_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the benchmarks that have a report of their own."""
     parser.add_argument("--search", type=int, default=5, help="with so many seeds (default 5)")

@@ -224,30 +224,41 @@ def summary(folder: str) -> list[dict]:
     return rows
 
 
-def writers(space: Space) -> Counter[str]:
-    """Width decision -> the number of layers that write it."""
-    layers = {(site.layer, site.widths["out"]) for site in space.sites if site.fixed.get("macs")}
-    return Counter(width for _, width in layers if isinstance(width, str))
+WRITERS, LAYERS = ("out",), ("in", "out")  # the layers that write a width; those that read or write it
 
 
-def weighted(space: Space, tables: Mapping[str, CostTable], budgets: Sequence[Budget], power: float) -> Arch:
-    """As `dnas.methods.rules.balanced_arch`, but a width counts (number of layers that write it) ** power."""
-    count = writers(space)
+def uses(space: Space, roles: Sequence[str] = WRITERS) -> Counter[str]:
+    """Width decision -> the number of layers that have it in these roles."""
+    sites = [site for site in space.sites if site.fixed.get("macs")]
+    found = {(role, site.layer, site.widths[role]) for site in sites for role in roles}
+    return Counter(width for _, _, width in found if isinstance(width, str))
+
+
+def weighted(
+    space: Space,
+    tables: Mapping[str, CostTable],
+    budgets: Sequence[Budget],
+    power: float,
+    roles: Sequence[str] = WRITERS,
+) -> Arch:
+    """As `dnas.methods.rules.balanced_arch`, but a width counts (its number of `uses`) ** power."""
+    count = uses(space, roles)
     like = {d.name: count[d.name] ** power * np.log(d.options) for d in space.decisions}
     return derive(space, tables, budgets, like)
 
 
 def by_writers(folder: str, powers: list[float]) -> None:
-    """Print the mean percentiles of the networks of `weighted`."""
+    """Print the mean percentiles of the networks of `weighted`; "layers" counts those that read a width, too."""
     for space, setup in SPACES.items():
         judge, net = read_judge(space, folder), supernet_of(outline_of(setup, 10)).space
         tables = {"macs": CostTable.build(net, "macs")}
         goals = [(percent, goal(float(judge.macs.max()), percent)) for percent in BUDGETS[space]]
-        for power in powers:
-            archs = [(weighted(net, tables, budgets, power), percent) for percent, budgets in goals]
+        for power, roles in [*((power, WRITERS) for power in powers), (1.0, LAYERS)]:
+            archs = [(weighted(net, tables, budgets, power, roles), percent) for percent, budgets in goals]
             for dataset in judge.top1:
                 places = [judge.look_up(dict(arch), dataset, percent)["percentile"] for arch, percent in archs]
-                print(f"{space} {dataset} power {power:g}: percentile {fmean(places):.1f}")
+                what = f"power {power:g}" if roles == WRITERS else "layers"
+                print(f"{space} {dataset} {what}: percentile {fmean(places):.1f}")
 
 
 def in_order(rows: Iterable[dict]) -> list[dict]:

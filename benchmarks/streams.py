@@ -13,16 +13,13 @@ results/streams.jsonl, appended when it ends, and is not done again.
 import argparse
 import multiprocessing
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,13 +28,13 @@ import iso_stats as stats  # noqa: E402
 from iso_flops import Table, net_row, train_all, work  # noqa: E402
 from iso_report import markdown, number, with_ends  # noqa: E402
 from iso_setups import ADAMW, EIGHT, RESULTS, SEARCH, SLOWER, Lab, Setup, open_lab  # noqa: E402
+from public_tables import LAYERS, WRITERS, weighted  # noqa: E402
 
-from dnas.methods.derive import derive  # noqa: E402
 from dnas.methods.rules import RULES  # noqa: E402
 from dnas.report.metrics import interval  # noqa: E402
 from dnas.runtime.run_folder import provenance  # noqa: E402
 from dnas.spec.recipe import Recipe  # noqa: E402
-from dnas.spec.space import Arch, Space  # noqa: E402
+from dnas.spec.space import Arch  # noqa: E402
 
 SLOW = replace(ADAMW, epochs=8, **SLOWER)
 
@@ -59,22 +56,15 @@ NETWORKS = {
 }  # fmt: skip
 
 
-def uses(space: Space, roles: tuple[str, ...]) -> Counter[str]:
-    """Width decision -> the number of layers that have it in these roles ("in", "out")."""
-    found = {(role, site.layer, site.widths[role]) for site in space.sites if site.fixed.get("macs") for role in roles}
-    return Counter(width for _, _, width in found if isinstance(width, str))
-
-
-def by_uses(lab: Lab, roles: tuple[str, ...]) -> Arch:
-    """As `dnas.methods.rules.balanced_arch`, but the logarithm of a width counts once for each use."""
-    space, count = lab.net.space, uses(lab.net.space, roles)
-    return derive(space, lab.tables, lab.budgets, {d.name: count[d.name] * np.log(d.options) for d in space.decisions})
+def by_uses(lab: Lab, roles: Sequence[str]) -> Arch:
+    """The net of `public_tables.weighted` in which a width counts once for each layer that has it in these roles."""
+    return weighted(lab.net.space, lab.tables, lab.budgets, 1, roles)
 
 
 WAYS = {
     **{name: (lambda lab, rule=rule: rule(lab.net.space, lab.tables, lab.budgets)) for name, rule in RULES.items()},
-    "writers": partial(by_uses, roles=("out",)),
-    "layers": partial(by_uses, roles=("in", "out")),
+    "writers": partial(by_uses, roles=WRITERS),
+    "layers": partial(by_uses, roles=LAYERS),
 }
 
 
@@ -131,12 +121,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--network", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="default: all")
     p.add_argument("--seeds", type=int, default=3, help="trainings of each net (default: %(default)s)")
-    p.add_argument("--report", action="store_true", help="only print what the rows say")
-    lab_of.add_work_flags(p)
-    args = p.parse_args()
-    if not args.report:
-        run(args)
-    print(report())
+    lab_of.rows_or_report(p, run, report)
 
 
 if __name__ == "__main__":

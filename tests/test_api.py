@@ -211,7 +211,7 @@ def test_a_space_of_ones_own(tmp_path, trusted):
     ({"budget": "50%", "epochs": 0}, "^epochs 0 is not between"),
     ({"budget": "50%", "epochs": "many"}, "^argument epochs: invalid int value: 'many'$"),
     ({"budget": "50%", "class_weights": [1, 2.5]}, "^class_weights '1,2.5': 10 numbers are expected"),
-    ({"budget": ["50%", "9Params"]}, "9Params"),  # both are limits
+    ({"budget": ["9Params", "50%"]}, "9Params"),  # both are limits
     ({"budget": "50%", "arms": ["finetune", "scratch-x"]}, "arms 'finetune,scratch-x'"),
     ({"budget": "50%", "lr": [1, 2]}, "^argument lr: invalid float value: '1,2'$"),
     ({"budget": "50%", "method": "l2"}, "^argument method: invalid choice: 'l2'"),

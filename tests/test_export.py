@@ -1,5 +1,6 @@
 """What an export writes: files that read back, work without dnas, are verified, and appear whole or not at all."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,14 @@ def test_arch_json_reads_as_it_was_written(folder):
         "model.py",
         "model.safetensors",
     ]
+
+
+def test_a_file_from_before_the_share_of_the_crop_was_written(folder, tmp_path):
+    old = {key: value for key, value in model_file.read_arch(folder / "arch.json").items() if key != "crop_pct"}
+    (tmp_path / "arch.json").write_text(json.dumps(old))
+    assert model_file.read_arch(tmp_path / "arch.json") == old
+    model_file.write_export(tmp_path / "again", old)
+    assert '"crop_pct": 1.0' in (tmp_path / "again/model.py").read_text()
 
 
 def test_model_py_is_native_py_and_data(folder):

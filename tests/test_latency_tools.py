@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from commands import call, check_refused, profile_tool, search_tool, workflow
 from tables import costs_of, row, rows_of
 
@@ -214,6 +216,16 @@ def test_a_table_is_not_overwritten(table, monkeypatch, capsys):
     before = table.read_bytes()
     check_refused(call(profile_tool, monkeypatch, *TOY, *QUICK, "--out", table), capsys, str(table))
     assert table.read_bytes() == before
+
+
+def test_networks_are_measured_with_the_threads_of_the_table(monkeypatch):
+    seen = []
+    monkeypatch.setattr(workflow, "time_nets", lambda *_: seen.append(torch.get_num_threads()) or np.ones((1, 3)))
+    header = {"runtime": "eager", "dtype": "float32", "batch": 1, "threads": 2, "channels_last": False, "pace_us": 9.0}
+    data = SimpleNamespace(in_chans=3, img_size=8)
+    plan = SimpleNamespace(latency=SimpleNamespace(header=header), latency_device=torch.device("cpu"), data=data)
+    assert workflow.measured_ms(plan, [None]) == [1.0]
+    assert seen == [2] and torch.get_num_threads() == 1  # the tests' own
 
 
 def test_a_search_for_milliseconds(planned, tmp_path, trusted, monkeypatch, capsys):

@@ -26,16 +26,16 @@ from supernets.toy import toy
 
 
 class Raw(nn.Module):
-    """Two weights without modules of their own, and a private number of channels."""
+    """Two weights without modules of their own."""
 
     def __init__(self):
         super().__init__()
         self.one, self.two = nn.Parameter(torch.randn(24, 8)), nn.Parameter(torch.randn(40, 24))
-        self._width, self.head = 40, nn.Linear(40, 10)
+        self.head = nn.Linear(40, 10)
 
     def forward(self, x):
         x = F.linear(F.linear(x.mean(1), self.one).relu(), self.two).relu()
-        return self.head(x.mean(1, keepdim=True).reshape(-1, self._width))
+        return self.head(x.mean(1))
 
 
 class Fixed(nn.Module):
@@ -163,7 +163,7 @@ def test_a_classifier_that_fits_is_taken(tmp_path):
 @pytest.mark.parametrize("name, content", [("broken.safetensors", b"12345678{"), ("empty.pth", b"")])
 def test_a_file_that_holds_no_weights(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name}' cannot be used"):
+    with pytest.raises(UserError, match=f"{name}' cannot be read as weights"):
         TimmBase("resnet18", 10).create(checkpoint=str(tmp_path / name))
 
 

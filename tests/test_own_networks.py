@@ -45,6 +45,21 @@ NAMES = [
     *("build", "UNet", "Recurrent", "Several", "signals", "volumes", "rows", "resnet18", "mobilenet_v3_small"),
     *("efficientnet_b0", "regnet_y_400mf", "deeplabv3", "fasterrcnn_backbone", "r3d_18"),
 ]
+PRIVATE = """
+from my_layers import Linear
+from torch import nn
+
+class Private(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self._width, self.first, self.head = 40, Linear(8, 40), Linear(40, 10)
+
+    def forward(self, x):
+        return self.head(self.first(x.mean(1)).mean(1, keepdim=True).reshape(-1, self._width).relu())
+
+def build():
+    return Private()
+"""
 BROKEN = """
 def fails():
     raise ValueError("no such layer")
@@ -245,6 +260,22 @@ def test_a_file_that_changes_meanwhile(tmp_path):
     document = arch_document("dnas_net", net.net_of(arch), data, supernet="build", answers=arch, own=own)
     write_export(tmp_path / "run", document, own)
     assert (tmp_path / "run" / "own_nets.py").read_bytes() == FILE.read_bytes()
+
+
+def test_an_export_that_needs_a_package_of_the_search_path_and_a_private_number(tmp_path, monkeypatch):
+    """The process that checks an export finds packages where this one does; dnas is not among them."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/my_layers.py").write_text("from torch.nn import Linear\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+    (tmp_path / "private.py").write_text(PRIVATE)
+    own, about = read_function(f"{tmp_path / 'private.py'}:build")
+    net = OwnSupernet(OwnBase(**{"num_classes": 10, "img_size": 8, **about}), own)
+    arch = net.space.check({d.name: d.options[0] for d in net.space.decisions})
+    data = {"num_classes": 10, "in_chans": 3, "img_size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
+    document = arch_document("dnas_net", net.net_of(arch), data, supernet="build", answers=arch, own=own)
+    assert document["net"]["modules"][""] == {"_width": arch["first"]}
+    write_export(tmp_path / "run", document, own)
+    assert verify_export(tmp_path / "run")["macs"] == document["macs"]
 
 
 @pytest.mark.parametrize("name", ["model.py", "my-net.py", "3d.py"])

@@ -73,7 +73,7 @@ def test_layers_that_write_a_width_are_those_whose_outputs_change_with_it(build,
 
     decisions = supernet(space).space.decisions
     full = tuple(d.options[-1] for d in decisions)
-    found = public_tables.writers(supernet(space).space)
+    found = public_tables.uses(supernet(space).space)
     for k, decision in enumerate(decisions):
         less = (*full[:k], decision.options[-2], *full[k + 1 :])
         changed = sum(a != b for a, b in zip(outputs(full), outputs(less), strict=True))
@@ -86,7 +86,7 @@ def test_weights_of_widths_move_channels_to_those_that_many_layers_write(space, 
     tables = {metric: CostTable.build(net, metric) for metric in ("macs", "params")}
     budgets = (Budget("macs", share * tables["macs"].of(tables["macs"].extremes()[1])),)
     assert public_tables.weighted(net, tables, budgets, 0) == balanced_arch(net, tables, budgets)
-    count, sums = public_tables.writers(net), []
+    count, sums = public_tables.uses(net), []
     for power in (0, 1, 3):
         arch = public_tables.weighted(net, tables, budgets, power)
         sums.append(sum(count[name] * np.log(width) for name, width in arch.items()))

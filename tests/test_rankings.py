@@ -239,18 +239,16 @@ def test_linear_layers_of_a_class_of_ones_own_have_the_scores_of_torchs():
 
 
 class Attention(nn.Module):
-    """Rows of an image as tokens; a frozen layer, torch's attention, and layers that learn."""
+    """Rows of an image as tokens; a frozen layer, and torch's encoder layer, whose attention writes two tensors."""
 
     def __init__(self):
         super().__init__()
         self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 16)
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
-        self.inner, self.head = nn.Linear(16, 12), nn.Linear(12, 10)
+        self.layer, self.head = nn.TransformerEncoderLayer(16, 2, 12, batch_first=True), nn.Linear(16, 10)
         self.first.requires_grad_(False)
 
     def forward(self, x):
-        x = self.second(self.first(x.flatten(1, 2)).relu())
-        return self.head(self.inner(self.attention(x, x, x)[0]).relu().mean(1))
+        return self.head(self.layer(self.second(self.first(x.flatten(1, 2)).relu())).mean(1))
 
 
 def test_saliencies_where_a_layer_is_frozen_or_writes_two_tensors():
@@ -258,9 +256,11 @@ def test_saliencies_where_a_layer_is_frozen_or_writes_two_tensors():
     net = TracedSupernet(OwnBase("attention", 10, 3, 8, divisor=1), Attention())
     task = task_of(net, "kfac", "90%")
     found = curvature.saliency(begin(METHODS["kfac"], net, task), task)
-    assert {"first", "inner"} <= found.keys() == {d.name for d in net.space.decisions}
+    assert any(type(a.module) is nn.MultiheadAttention for a in net.channel_axes()["second"])
+    assert {"first", "second", "layer.linear1"} == found.keys() == {d.name for d in net.space.decisions}
     assert (found["first"] == 1).all()  # nothing says what it is worth
-    assert found["inner"].max() > 0 and found["inner"].min() >= 0
+    for name in ("second", "layer.linear1"):
+        assert found[name].min() >= 0 and found[name].max() > 1.1 * found[name].min()
 
 
 def test_the_spectral_radius_is_that_of_the_kronecker_product(monkeypatch):

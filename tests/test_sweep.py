@@ -6,6 +6,7 @@ import pytest
 from commands import call, check_refused, search_tool, workflow
 
 from dnas.runtime.checkpoint import Stopped
+from dnas.runtime.signals import stop
 
 pytestmark = pytest.mark.usefixtures("trusted")
 SHORT = ("--supernet", "toy", "--width-mult", 1, "--search-epochs", 3, "--epochs", 1, "--img-size", 8, "-b", 128)
@@ -43,6 +44,14 @@ def test_each_net_of_a_sweep_is_that_of_its_budget(tmp_path, monkeypatch, capsys
         assert untimed(alone) == untimed(own)
         one, other = (json.loads((run / "metrics.json").read_text()) for run in (alone, own))
         assert one["found"]["top1"] == other["found"]["top1"] and one["uniform"]["loss"] == other["uniform"]["loss"]
+
+
+def test_a_stopped_sweep_says_how_it_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stop, "asked", lambda: 15)
+    sweep = ("--sweep", "30%,50%", "--output", tmp_path / "sweep")
+    assert call(search_tool, monkeypatch, *SHORT, *sweep) == 143
+    assert f"--resume {tmp_path / 'sweep'} goes on" in capsys.readouterr().err
+    assert (tmp_path / "sweep/30pc/checkpoint.pt").exists()
 
 
 def test_a_dry_run_of_a_sweep(tmp_path, monkeypatch, capsys):

@@ -208,7 +208,7 @@ def gate_step(search: Search, task: Task, progress: float, held_out: HeldOut) ->
     mixed = max((len(layer.blocks) for layer in net.layers), default=1)
     mixed = mixed if checking else min(mixed, config.paths)
     parts = max(1, min(mixed * accumulated, len(x) // 2))
-    weights = [w for w in net.weight_parameters() if w.requires_grad]
+    weights = net.weight_parameters()
     for w in weights:
         w.requires_grad_(False)
     own.optimizer.zero_grad()

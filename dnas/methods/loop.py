@@ -26,8 +26,7 @@ def begin(method: Method, net: Supernet, task: Task) -> Search:
     learner = None
     if method.loss:
         per_epoch = steps_per_epoch(task.weight_batches(method.held_out(task.config)), task.recipe)
-        learning = [w for w in net.weight_parameters() if w.requires_grad]
-        learner = make_learner(net, learning, task.recipe, per_epoch)
+        learner = make_learner(net, net.weight_parameters(), task.recipe, per_epoch)
     return Search(net, learner, own)
 
 

@@ -107,8 +107,9 @@ class Supernet(nn.Module):
         return [p for gate in self.gates().values() for p in gate.parameters()]
 
     def weight_parameters(self) -> list[nn.Parameter]:
+        """The weights that learn: a network may come with parts that are frozen."""
         of_gates = {id(p) for p in self.gate_parameters()}
-        return [p for p in self.parameters() if id(p) not in of_gates]
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in of_gates]
 
     def probabilities(self, temperature: float = 1.0) -> dict[str, Tensor]:
         """Decision -> distribution over its original options, for every live decision."""

@@ -5,14 +5,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from timm.models import get_pretrained_cfg, load_state_dict
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 from dnas.nets.channels import Channels
@@ -21,6 +19,7 @@ from dnas.nets.residual_blocks import when_inside
 from dnas.spec.checks import UserError, first_line, near_names
 from dnas.spec.image_size import ImgSize, plain_size, sides
 from dnas.spec.space import DROP, KEEP, Decision, Site, Space, When
+from dnas.training.weights import read_weights
 
 # Arguments that dnas itself passes to timm, or that would load or download something when an arch file is read.
 RESERVED = {
@@ -99,13 +98,11 @@ class TimmBase:
         if not timm.is_model(self.name):
             raise UserError(f"--model {self.name!r} is no model of timm's; {near_names(self.name, timm.list_models())}")
         check_kwargs(self.kwargs)
-        if checkpoint and not Path(checkpoint).is_file():
-            raise UserError(f"--initial-checkpoint {checkpoint!r} is no file")
         args = {"num_classes": self.num_classes, "in_chans": self.in_chans, **self.kwargs}
         given = f"--initial-checkpoint {checkpoint!r}" if checkpoint else f"--model {self.name} with {args}"
         try:
             if checkpoint:
-                state = load_state_dict(checkpoint, weights_only=True)
+                state = read_weights(checkpoint, "--initial-checkpoint")
                 classifier = get_pretrained_cfg(self.name).classifier or ()
                 heads = tuple(f"{c}." for c in ((classifier,) if isinstance(classifier, str) else classifier))
                 needed = [n for n, _ in self.create(device="meta").named_parameters() if not n.startswith(heads)]
@@ -119,7 +116,7 @@ class TimmBase:
                 return timm.create_model(self.name, pretrained=pretrained or bool(checkpoint), **args)
         except UserError:
             raise
-        except (OSError, EOFError, UnpicklingError, SafetensorError, *BUILD_ERRORS) as error:
+        except (OSError, UnpicklingError, *BUILD_ERRORS) as error:
             reason = first_line(error) or type(error).__name__
             raise UserError(f"{given} cannot be used: {reason}") from None
 
